@@ -1,0 +1,11 @@
+"""Operators of vision-language models, fast and exact on any machine, and the patches that put them into models."""
+
+from __future__ import annotations
+
+from m4ov_kernels.activation import swiglu
+from m4ov_kernels.device_errors import check
+from m4ov_kernels.dispatch import backend
+from m4ov_kernels.head import linear_cross_entropy
+from m4ov_kernels.norm import rms_norm
+
+__all__ = ["backend", "check", "linear_cross_entropy", "rms_norm", "swiglu"]

@@ -1,0 +1,37 @@
+"""One wording for refused arguments: operator, argument, what was expected, what came."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
+NUMERICS = ("hf", "vllm", "fp32")
+
+
+def refuse(kind: type[Exception], operator: str, argument: str, expected: str, got: Any) -> NoReturn:
+    raise kind(f"{operator}: {argument} must be {expected}; got {got}")
+
+
+def describe(value: Any) -> str:
+    """A tensor's dtype, shape and device, or a value's type and repr."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} tensor {list(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def float_tensor(operator: str, argument: str, value: Any) -> None:
+    """Refuse anything but a dense floating-point tensor of a dtype that the operators know."""
+    if not isinstance(value, Tensor):
+        refuse(TypeError, operator, argument, "a tensor", describe(value))
+    if value.dtype not in FLOAT_DTYPES:
+        refuse(TypeError, operator, argument, "a bfloat16, float16, float32 or float64 tensor", describe(value))
+    if value.layout is not torch.strided:
+        refuse(TypeError, operator, argument, "a dense (strided) tensor", f"layout {value.layout}")
+
+
+def one_of(operator: str, argument: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        refuse(ValueError, operator, argument, "one of " + ", ".join(map(repr, choices)), repr(value))

@@ -1,0 +1,38 @@
+"""Errors that only the device sees, found without a host synchronisation and reported when the host looks.
+
+A GPU kernel that meets a bad value (a target outside the vocabulary) writes NaN for its row and lowers one 64-bit slot
+of its device's flag tensor to the first bad position. :func:`check` reads the flags and raises.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# What a slot of the flag tensor reports: the operator, the argument, and what is wrong with element `position` of it.
+SLOTS = (("linear_cross_entropy", "target", "is neither ignore_index nor in [0, vocabulary size)"),)
+_NO_ERROR = torch.iinfo(torch.int64).max
+_flags: dict[torch.device, Tensor] = {}
+
+
+def flag(device: torch.device, operator: str) -> Tensor:
+    """The slot, int64 ``[1]``, that a kernel of ``operator`` lowers with an atomic minimum to a bad position."""
+    if device not in _flags:
+        _flags[device] = torch.full((len(SLOTS),), _NO_ERROR, dtype=torch.int64, device=device)
+    index = next(i for i, slot in enumerate(SLOTS) if slot[0] == operator)
+    return _flags[device][index : index + 1]
+
+
+def check() -> None:
+    """Raise the first error that a kernel recorded on any device since the last call, and clear it.
+
+    Reads one small tensor per device, so it waits for the work queued there: call it where metrics are read anyway.
+
+    Raises:
+        ValueError: naming operator, argument and the first offending position.
+    """
+    for device, slots in _flags.items():
+        for (operator, argument, problem), position in zip(SLOTS, slots.tolist(), strict=True):
+            if position != _NO_ERROR:
+                slots.fill_(_NO_ERROR)
+                raise ValueError(f"{operator}: {argument}[{position}] {problem} (found on {device})")

@@ -1,0 +1,236 @@
+"""Which implementation serves a call, and how a raw forward/backward pair becomes a differentiable operator.
+
+An operator has a reference (plain PyTorch, differentiable, the definition) and raw ``fwd``/``bwd`` pairs in
+``<family>/native.py`` (compiled C++ or CUDA C++) and ``<family>/triton.py``. A public function checks its arguments,
+asks :meth:`Operator.select` for the pair that serves this device and dtype, and calls the operator with it. Three
+roads lead from there, because they differ in cost (µs on one Zen 4 core: no_grad / grad):
+
+* under ``torch.compile``, or for a tensor subclass: the op registered with ``torch.library`` (6 / 15);
+* gradients wanted: an old-style ``autograd.Function`` (5);
+* else: a direct call (1).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("native", "triton", "reference")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# No GPU figure has been measured yet for CUDA C++ against Triton, so Triton, which every operator has, comes first.
+_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+_library = torch.library.Library("m4ov", "DEF")
+
+
+class Implementation(NamedTuple):
+    """A raw pair: ``fwd(*inputs) -> outputs`` and ``bwd``; neither records a graph."""
+
+    backend: str
+    fwd: Callable[..., Any]
+    bwd: Callable[..., Any]
+
+
+def _checked_backend(name: str | None, source: str) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}; got {name!r}")
+    return name
+
+
+class _ThreadState(threading.local):  # torch.compile can trace and guard this; a ContextVar breaks the graph
+    override: str | None = _checked_backend(os.environ.get("M4OV_BACKEND") or None, "M4OV_BACKEND")
+
+
+_thread = _ThreadState()
+
+
+@contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Serve every operator called in this block, on this thread, by one implementation.
+
+    ``name``: ``"reference"``, ``"native"``, ``"triton"``, or ``None`` for the automatic choice (which
+    ``M4OV_BACKEND`` overrides for a whole process). A call that the named implementation cannot serve raises
+    ``RuntimeError`` with the reason; it never falls back. A backward uses the implementation of its forward.
+    """
+    previous, _thread.override = _thread.override, _checked_backend(name, "backend()")
+    try:
+        yield
+    finally:
+        _thread.override = previous
+
+
+@cache
+def native_extension() -> tuple[Any, str]:
+    """The compiled module ``m4ov_kernels._C``, or ``None`` and the reason why it is not there."""
+    try:
+        return importlib.import_module("m4ov_kernels._C"), ""
+    except ModuleNotFoundError:
+        return None, "the compiled extension is not installed (built with M4OV_BUILD=0, or on a machine without x86)"
+    except ImportError as error:
+        return None, f"the compiled extension cannot be loaded: {error}"
+
+
+@cache
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, and so on CPU tensors (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+class Operator:
+    """One operator: registration with ``torch.library``, choice of implementation, differentiation.
+
+    Args:
+        family: the package that holds it, e.g. ``"norm"``.
+        name: raw ops become ``m4ov::<name>_fwd`` and ``m4ov::<name>_bwd``; an implementation module defines functions
+            of the same names, plus ``out=`` for preallocated outputs.
+        fwd_schema, bwd_schema: ``torch.library`` schemas without a name.
+        fwd_fake, bwd_fake: shape functions.
+        setup_context: ``(ctx, inputs, output)``, saves what the backward needs.
+        backward: ``(ctx, needs, bwd, *grad_outputs)`` → one gradient (or ``None``) per forward input; ``needs`` says
+            which inputs want one.
+        native: devices for which ``native.py`` has kernels.
+    """
+
+    def __init__(
+        self,
+        family: str,
+        name: str,
+        *,
+        fwd_schema: str,
+        bwd_schema: str,
+        fwd_fake: Callable[..., Any],
+        bwd_fake: Callable[..., Any],
+        setup_context: Callable[..., None],
+        backward: Callable[..., tuple[Tensor | None, ...]],
+        native: tuple[str, ...] = ("cpu",),
+    ) -> None:
+        self.family, self.name = family, name
+        self.setup_context, self.backward = setup_context, backward
+        self.native_devices = native
+        self._table: dict[Any, Implementation | None] = {}
+        for kind, schema, fake in (("fwd", fwd_schema, fwd_fake), ("bwd", bwd_schema, bwd_fake)):
+            raw = f"{name}_{kind}"
+            _library.define(raw + schema, tags=(torch.Tag.pt2_compliant_tag,))
+            _library.impl(raw, self._registered_kernel(kind), "CompositeExplicitAutograd")
+            torch.library.register_fake(f"m4ov::{raw}", fake, lib=_library)
+        self.registered_fwd = getattr(torch.ops.m4ov, f"{name}_fwd").default
+        self.registered_bwd = getattr(torch.ops.m4ov, f"{name}_bwd").default
+        torch.library.register_autograd(
+            f"m4ov::{name}_fwd",
+            lambda ctx, *grads: backward(ctx, ctx.needs_input_grad, self.registered_bwd, *grads),
+            setup_context=setup_context,
+            lib=_library,
+        )
+        OPERATORS[name] = self
+
+    def _registered_kernel(self, kind: str) -> Callable[..., Any]:
+        def kernel(*inputs: Any) -> Any:
+            implementation = self.select(inputs[0].device, inputs[0].dtype)
+            if implementation is None:
+                raise RuntimeError(
+                    f"m4ov::{self.name}_{kind} has no kernel for a {inputs[0].dtype} tensor on {inputs[0].device}; "
+                    f"call m4ov_kernels.{self.family}.{self.name}, which has a plain PyTorch reference"
+                )
+            return getattr(implementation, kind)(*inputs)
+
+        return kernel
+
+    def select(self, device: torch.device, dtype: torch.dtype | None) -> Implementation | None:
+        """The raw pair that serves tensors of this device and dtype (``None``: mixed dtypes); ``None``: reference."""
+        key = (device, dtype, _thread.override)
+        if key not in self._table:
+            self._table[key] = self._resolve(device, dtype, _thread.override)
+        return self._table[key]
+
+    def _resolve(self, device: torch.device, dtype: torch.dtype | None, override: str | None) -> Implementation | None:
+        for name in (override,) if override else _ORDER.get(device.type, ("reference",)):
+            reason = self.unavailable(name, device.type, dtype)
+            if reason is None:
+                return None if name == "reference" else self.load(name)
+        raise RuntimeError(f"{self.name}: backend {name!r} was asked for, but {reason}")
+
+    def load(self, name: str) -> Implementation:
+        """The raw pair of one backend, whether or not it can run here."""
+        module = importlib.import_module(f"m4ov_kernels.{self.family}.{name}")
+        return Implementation(name, getattr(module, f"{self.name}_fwd"), getattr(module, f"{self.name}_bwd"))
+
+    def unavailable(self, name: str, device_type: str, dtype: torch.dtype | None) -> str | None:
+        """Why a backend cannot serve tensors of this device type and dtype; ``None`` if it can."""
+        if name == "reference":
+            return None
+        if dtype is None:
+            return "its tensors have different dtypes"
+        if dtype not in KERNEL_DTYPES:
+            return f"it has no {str(dtype).removeprefix('torch.')} kernels"
+        if name == "triton":
+            if importlib.util.find_spec("triton") is None:
+                return "triton is not installed"
+            if device_type != "cuda" and not (device_type == "cpu" and triton_interpreted()):
+                return f"triton does not run on {device_type} tensors (TRITON_INTERPRET=1 interprets it on the CPU)"
+            return None
+        if device_type not in self.native_devices:
+            return f"it has no {device_type} kernels"
+        extension, reason = native_extension()
+        if extension is None:
+            return reason
+        if device_type == "cuda" and not extension.cuda_targets():
+            return "the extension was built without CUDA (M4OV_CUDA)"
+        return None
+
+    def __call__(self, implementation: Implementation, *inputs: Any) -> Any:
+        """Run a raw forward by whichever road this call needs; inputs in the order of the forward schema."""
+        if torch.compiler.is_compiling() or type(inputs[0]) not in _PLAIN_TENSORS:
+            return self.registered_fwd(*inputs)
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(f"{self.name}: torch.func transforms work under m4ov_kernels.backend('reference') only")
+        if torch.is_grad_enabled():
+            for value in inputs:
+                if isinstance(value, Tensor) and value.requires_grad:
+                    return _Differentiable.apply(self, implementation, *inputs)
+        return implementation.fwd(*inputs)
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, implementation: Implementation, *inputs: Any) -> Any:  # type: ignore[override]
+        ctx.operator, ctx.implementation = operator, implementation
+        ctx.set_materialize_grads(False)
+        outputs = implementation.fwd(*inputs)
+        operator.setup_context(ctx, inputs, outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
+        operator: Operator = ctx.operator
+        grads = operator.backward(ctx, ctx.needs_input_grad[2:], ctx.implementation.bwd, *grad_outputs)
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = _DoubleBackward.apply(operator.name, len(grads), *grads, *ctx.saved_tensors, *grad_outputs)
+        return None, None, *grads
+
+
+class _DoubleBackward(torch.autograd.Function):
+    """Hands gradients on, tied to what they were made from, so that a second backward meets an error with a hint."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor | None) -> Any:  # type: ignore[override]
+        ctx.name = name
+        return tuple(None if tensor is None else tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            f"{ctx.name} is differentiable once; for a double backward run it under m4ov_kernels.backend('reference')"
+        )

@@ -1,0 +1,27 @@
+"""The values of a target tensor, as far as the host can see them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_target_values(target: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """Refuse CPU targets outside the vocabulary, naming the first position.
+
+    Raises:
+        ValueError: an element of ``target`` (int64 ``[T]``, on the CPU) is neither ``ignore_index`` nor in
+            ``[0, vocab_size)``.
+    """
+    if target.numel() == 0:
+        return
+    low, high = torch.aminmax(target)
+    if int(low) >= 0 and int(high) < vocab_size:
+        return
+    bad = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
+    if bool(bad.any()):
+        position = int(bad.nonzero()[0, 0])
+        raise ValueError(
+            f"linear_cross_entropy: target[{position}] is {int(target[position])}: expected ignore_index "
+            f"({ignore_index}) or 0 ≤ target < {vocab_size}"
+        )

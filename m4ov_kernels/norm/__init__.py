@@ -1,0 +1,142 @@
+"""Normalisations: ``rms_norm``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m4ov_kernels import checks
+from m4ov_kernels.dispatch import Operator
+from m4ov_kernels.norm import reference
+
+__all__ = ["rms_norm"]
+
+
+def rms_norm(
+    hidden_states: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    residual: Tensor | None = None,
+    numerics: str = "hf",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Root-mean-square normalisation over the last dimension, optionally after a residual add.
+
+    ``y = x / sqrt(mean(x²) + eps) · weight`` with ``x = hidden_states`` or ``x = hidden_states + residual``.
+
+    Args:
+        hidden_states: ``[..., D]``, bfloat16, float16, float32 or float64; any strides.
+        weight: ``[D]``. Of the dtype of ``hidden_states`` for the fast kernels; another floating dtype is served by the
+            reference and promotes as PyTorch promotes.
+        eps: added to the mean square; > 0 or 0.
+        residual: ``[..., D]``, same shape and dtype as ``hidden_states``.
+        numerics: where results are rounded to the dtype of ``hidden_states``. ``"hf"`` (Hugging Face): the sum, the
+            normalised value before the multiply by ``weight``, and the product. ``"vllm"``: the sum and the product.
+            ``"fp32"``: the product only (the sum that is returned is rounded, the one that is normalised is not).
+
+    Returns:
+        ``y``, shaped as ``hidden_states``; with ``residual`` the pair ``(y, hidden_states + residual)``.
+
+    Saves for backward: ``hidden_states`` (or the returned sum), ``weight`` and the reciprocal root, float32 ``[...]``.
+    The gradient of ``weight`` is summed in float32 over a fixed split of the rows: its bits depend on nothing else.
+
+    Raises:
+        TypeError: a tensor argument is not a floating-point, dense tensor, or ``residual`` has another dtype.
+        ValueError: a shape, device, ``eps`` or ``numerics`` does not fit.
+
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv 1910.07467.
+    """
+    _check(hidden_states, weight, eps, residual, numerics)
+    dtype = hidden_states.dtype
+    implementation = RMS_NORM.select(hidden_states.device, dtype if weight.dtype is dtype else None)
+    if implementation is None:
+        normed, total = reference.rms_norm(hidden_states, weight, eps, residual, numerics)
+    else:
+        normed, total, _ = RMS_NORM(implementation, hidden_states, weight, residual, eps, numerics)
+    return normed if residual is None else (normed, total)
+
+
+def _check(hidden_states: Tensor, weight: Tensor, eps: float, residual: Tensor | None, numerics: str) -> None:
+    checks.float_tensor("rms_norm", "hidden_states", hidden_states)
+    checks.float_tensor("rms_norm", "weight", weight)
+    shape = hidden_states.shape
+    if not shape or weight.shape != shape[-1:] or shape[-1] == 0:
+        expected = f"[{shape[-1] if shape else 'D'}], the size of the last dimension of hidden_states, at least 1"
+        checks.refuse(ValueError, "rms_norm", "weight", expected, f"{list(weight.shape)} for {list(shape)}")
+    if weight.device != hidden_states.device:
+        checks.refuse(ValueError, "rms_norm", "weight", f"on {hidden_states.device}", f"one on {weight.device}")
+    if residual is not None:
+        checks.float_tensor("rms_norm", "residual", residual)
+        if residual.dtype is not hidden_states.dtype:
+            checks.refuse(TypeError, "rms_norm", "residual", f"{hidden_states.dtype}", residual.dtype)
+        if residual.shape != shape or residual.device != hidden_states.device:
+            expected = f"{list(shape)} on {hidden_states.device}, as hidden_states"
+            checks.refuse(ValueError, "rms_norm", "residual", expected, checks.describe(residual))
+    if numerics not in checks.NUMERICS:
+        checks.one_of("rms_norm", "numerics", numerics, checks.NUMERICS)
+    if not eps >= 0:
+        checks.refuse(ValueError, "rms_norm", "eps", "a number, 0 or greater", repr(eps))
+
+
+def _fwd_fake(
+    hidden_states: Tensor, weight: Tensor, residual: Tensor | None, eps: float, numerics: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    normed = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+    total = torch.empty_like(normed) if residual is not None else normed.new_empty(0)
+    return normed, total, normed.new_empty(hidden_states.shape[:-1].numel(), dtype=torch.float32)
+
+
+def _bwd_fake(
+    grad_normed: Tensor,
+    grad_total: Tensor | None,
+    hidden_states: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    numerics: str,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    grad_hidden_states = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+    return grad_hidden_states, torch.empty_like(weight) if need_weight else weight.new_empty(0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden_states, weight, residual, _, numerics = inputs
+    _, total, rstd = output
+    ctx.save_for_backward(hidden_states if residual is None else total, weight, rstd)
+    ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)
+    ctx.numerics, ctx.has_residual = numerics, residual is not None
+
+
+def _backward(ctx: Any, needs: Any, bwd: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_normed, grad_total, _ = grads
+    x, weight, rstd = ctx.saved_tensors
+    if grad_normed is None:  # only the returned sum was used
+        grad_normed = torch.zeros_like(x)
+    grad_x, grad_weight = bwd(
+        grad_normed, grad_total if ctx.has_residual else None, x, weight, rstd, ctx.numerics, needs[1]
+    )
+    return (
+        grad_x if needs[0] else None,
+        grad_weight if needs[1] else None,
+        grad_x if ctx.has_residual and needs[2] else None,
+        None,
+        None,
+    )
+
+
+RMS_NORM = Operator(
+    "norm",
+    "rms_norm",
+    fwd_schema="(Tensor hidden_states, Tensor weight, Tensor? residual, float eps, str numerics)"
+    " -> (Tensor normed, Tensor total, Tensor rstd)",
+    bwd_schema="(Tensor grad_normed, Tensor? grad_total, Tensor hidden_states, Tensor weight, Tensor rstd,"
+    " str numerics, bool need_weight) -> (Tensor grad_hidden_states, Tensor grad_weight)",
+    fwd_fake=_fwd_fake,
+    bwd_fake=_bwd_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    native=("cpu", "cuda"),
+)
