@@ -19,6 +19,4 @@ def linear_cross_entropy(
     float32 (float64 for float64), as Hugging Face computes it."""
     logits = F.linear(input, linear_weight, linear_bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(
-        logits, target, reduction="none", ignore_index=ignore_index, label_smoothing=label_smoothing
-    )
+    return F.cross_entropy(logits, target, reduction="none", ignore_index=ignore_index, label_smoothing=label_smoothing)

@@ -1,0 +1,64 @@
+# Two commands do everything on a fresh machine: `make run` (the main job) and `make test` (the suite).
+PYTHON ?= python3
+VENV ?= .venv
+# A plain `torch` would bring gigabytes of CUDA; this version also exists as a CPU build.
+TORCH ?= torch==2.13.0
+TRANSFORMERS ?= 5.14 5.17 5.23
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+
+.DEFAULT_GOAL := help
+.PHONY: help run bench test lint types pytest cuda sanitize smoke test-transformers clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
+
+run: $(VENV)/.quickstart ## train, evaluate and compare a tiny Qwen3-VL on real images; writes runs/quickstart/
+	$(BIN)/m4ov run quickstart
+
+bench: $(VENV)/.dev ## operators against the machine's limit and against their peers
+	$(BIN)/m4ov bench --json runs/bench/bench.json --plot runs/bench/bench.png
+
+test: lint types pytest cuda sanitize smoke ## the whole suite
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+pytest: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+cuda: $(VENV)/.dev ## compile every CUDA source with nvcc, where it exists; fails on spills
+	$(BIN)/python -m m4ov_kernels.lockfile --cuda
+
+sanitize: $(VENV)/.dev ## the native tests under AddressSanitizer and UBSan
+	$(BIN)/python tests/sanitize.py
+
+smoke: $(VENV)/.dev ## a one-minute quickstart
+	$(BIN)/m4ov run quickstart
+
+test-transformers: $(VENV)/.dev ## the patches on every supported transformers, each in its own environment
+	for version in $(TRANSFORMERS); do \
+	  $(MAKE) --no-print-directory $(VENV)-transformers-$$version/.ready || exit 1; \
+	  $(VENV)-transformers-$$version/bin/python -m pytest tests/kernels/test_patches.py || exit 1; \
+	done
+
+$(VENV)-transformers-%/.ready: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)-transformers-$*
+	$(VENV)-transformers-$*/bin/pip install -q $(TORCH)
+	$(VENV)-transformers-$*/bin/pip install -q "transformers==$*.*" -e ".[train]" pytest hypothesis
+	touch $@
+
+# `pip install -e` builds the extension in an isolated environment, as `pip install .` does.
+$(VENV)/.%: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(TORCH)
+	$(BIN)/pip install -q -e ".[$*]"
+	touch $@
+
+clean: ## remove environments, builds and runs
+	rm -rf $(VENV) $(VENV)-transformers-* build dist runs *.egg-info
+	find m4ov_kernels -name '*.so' -delete

@@ -1,0 +1,44 @@
+"""Kernel tests: fresh random values in every run (the seed is printed), every ISA this machine has, and Triton's
+interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import zlib
+from collections.abc import Iterator
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+import pytest
+
+from m4ov_kernels.dispatch import native_extension
+
+SEED = int(os.environ.get("M4OV_TEST_SEED") or secrets.randbits(32))
+
+
+def pytest_report_header() -> str:
+    return f"kernel inputs: M4OV_TEST_SEED={SEED}"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_inputs(request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(SEED ^ zlib.crc32(request.node.nodeid.encode()))
+
+
+def _isas() -> list[str]:
+    extension, _ = native_extension()
+    return extension.isas() if extension else []
+
+
+@pytest.fixture(params=_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that this machine can run, forced for one test."""
+    extension, _ = native_extension()
+    previous = extension.isa()
+    extension.set_isa(request.param)
+    yield request.param
+    extension.set_isa(previous)

@@ -1,0 +1,60 @@
+"""The numerics rule: against float64, in RMS and in max-norm, error(ours) ≤ 2 · error(plain PyTorch) + eps · |x₆₄|."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float64: 2.0**-52}
+
+
+def poisoned(*likes: Tensor) -> tuple[Tensor, ...]:
+    """Outputs filled with NaN, so that an element which is never written shows."""
+    return tuple(torch.full_like(like, float("nan"), memory_format=torch.contiguous_format) for like in likes)
+
+
+def assert_accurate(name: str, ours: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """``plain``: PyTorch in the same dtype; ``exact``: float64. Where plain PyTorch is finite, ours must be; an
+    infinity or NaN of ours must stand where plain PyTorch has one too."""
+    assert ours.shape == plain.shape == exact.shape, f"{name}: shapes {ours.shape}, {plain.shape}, {exact.shape}"
+    assert ours.dtype == plain.dtype, f"{name}: {ours.dtype} instead of {plain.dtype}"
+    if not ours.numel():
+        return
+    eps = EPS[plain.dtype]
+    ours64, plain64, exact64 = (tensor.detach().double() for tensor in (ours, plain, exact))
+    finite = plain64.isfinite() & exact64.isfinite()
+    lost = finite & ~ours64.isfinite()
+    assert not lost.any(), f"{name}: {int(lost.sum())} non-finite values where PyTorch is finite, first {_where(lost)}"
+    made = plain64.isnan() & exact64.isnan() & ~ours64.isnan()
+    assert not made.any(), f"{name}: {int(made.sum())} NaNs did not propagate, first {_where(made)}"
+    if not finite.any():
+        return
+    ours64, plain64, exact64 = ours64[finite], plain64[finite], exact64[finite]
+    for norm, size in (("max", _max), ("RMS", _rms)):
+        error, allowed = size(ours64 - exact64), 2 * size(plain64 - exact64) + eps * size(exact64)
+        assert error <= allowed, f"{name}: {norm} error {error:.3e} > {allowed:.3e} ({list(ours.shape)} {ours.dtype})"
+
+
+def gradients(outputs: Tensor | Sequence[Tensor], inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    return list(torch.autograd.grad(outputs, list(inputs), list(grads)))
+
+
+def leaves(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    """Copies that require gradients, in another dtype, with the strides kept."""
+    return [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+
+
+def _max(tensor: Tensor) -> float:
+    return float(tensor.abs().max())
+
+
+def _rms(tensor: Tensor) -> float:
+    scale = _max(tensor)  # float64 squares of float32's largest values are fine; of NaN-free data always
+    return scale and float((tensor / scale).square().mean().sqrt()) * scale
+
+
+def _where(mask: Tensor) -> list[int]:
+    return mask.nonzero()[0].tolist()

@@ -1,0 +1,198 @@
+"""The contract's points 3, 5 and 7 for every operator: registration, choice of implementation, differentiation."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import m4ov_kernels
+from m4ov_kernels import linear_cross_entropy, rms_norm, swiglu
+from m4ov_kernels.dispatch import OPERATORS
+
+
+def norm_case(dtype=torch.float32):
+    x, weight = torch.randn(6, 40, dtype=dtype), torch.randn(40, dtype=dtype)
+    return lambda x, w: rms_norm(x, w, eps=1e-6, residual=x * 2)[0], [x, weight]
+
+
+def swiglu_case(dtype=torch.float32):
+    return swiglu, [torch.randn(6, 40, dtype=dtype), torch.randn(6, 40, dtype=dtype)]
+
+
+def head_case(dtype=torch.float32):
+    target = torch.tensor([1, 2, -100, 3, 4, 10])
+    tensors = [torch.randn(6, 16, dtype=dtype), torch.randn(11, 16, dtype=dtype)]
+    return lambda h, w: linear_cross_entropy(h, w, target), tensors
+
+
+CASES = {"rms_norm": norm_case, "swiglu": swiglu_case, "linear_cross_entropy": head_case}
+
+
+@pytest.fixture(params=sorted(OPERATORS))
+def case(request):
+    return CASES[request.param]
+
+
+def value_and_grads(function, tensors):
+    tensors = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    out = function(*tensors)
+    return out.detach(), *torch.autograd.grad(out.square().sum(), tensors)
+
+
+def assert_same(a, b):
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_compiled_whole_equals_eager(case):
+    function, tensors = case()
+    expected = value_and_grads(function, tensors)
+    for backend, dynamic in (("aot_eager", False), ("aot_eager", True), ("inductor", False)):
+        torch.compiler.reset()
+        compiled = torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)
+        for a, b in zip(value_and_grads(compiled, tensors), expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_compiled_under_each_backend(case):
+    function, tensors = case()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    native = value_and_grads(compiled, tensors)
+    with m4ov_kernels.backend("reference"):
+        reference = value_and_grads(compiled, tensors)
+    for a, b in zip(native, reference, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_activation_checkpointing(case):
+    function, tensors = case()
+    saved = value_and_grads(lambda *t: checkpoint(function, *t, use_reentrant=False), tensors)
+    assert_same(saved, value_and_grads(function, tensors))
+
+
+RAW_SAMPLES = {
+    "rms_norm_fwd": [
+        (torch.randn(3, 8), torch.randn(8), None, 1e-6, "hf"),
+        (torch.randn(2, 3, 8).bfloat16(), torch.randn(8).bfloat16(), torch.randn(2, 3, 8).bfloat16(), 1e-6, "fp32"),
+        (torch.randn(8, 3).t(), torch.randn(8), None, 1e-6, "vllm"),
+    ],
+    "rms_norm_bwd": [
+        (torch.randn(3, 8), None, torch.randn(3, 8), torch.randn(8), torch.rand(3) + 0.5, "hf", True),
+        (torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 8), torch.randn(8), torch.rand(3), "hf", False),
+    ],
+    "swiglu_fwd": [(torch.randn(3, 8), torch.randn(3, 8), "hf")],
+    "swiglu_bwd": [(torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 8), "fp32")],
+    "linear_cross_entropy_fwd": [
+        (torch.randn(4, 8), torch.randn(11, 8), torch.tensor([0, -100, 10, 3]), None, -100, 0.0, None),
+        (torch.randn(2, 8), torch.randn(11, 8), torch.tensor([0, 1]), torch.randn(11), -100, 0.1, None),
+    ],
+    "linear_cross_entropy_bwd": [
+        (
+            *(torch.rand(2), torch.randn(2, 8), torch.randn(11, 8), torch.tensor([0, 1]), torch.randn(11)),
+            *(torch.rand(2) + 4, -100, 0.1, None, True, True, True),
+        ),
+        (
+            *(torch.rand(2), torch.randn(2, 8), torch.randn(11, 8), torch.tensor([0, -100]), None),
+            *(torch.rand(2) + 4, -100, 0.0, None, False, True, False),
+        ),
+    ],
+}
+
+
+@pytest.mark.parametrize("raw", sorted(f"{name}_{kind}" for name in OPERATORS for kind in ("fwd", "bwd")))
+def test_opcheck(raw):
+    for sample in RAW_SAMPLES[raw]:
+        leaves = tuple(
+            value.detach().clone().requires_grad_(raw.endswith("fwd") and value.is_floating_point())
+            if isinstance(value, torch.Tensor)
+            else value
+            for value in sample
+        )
+        torch.library.opcheck(getattr(torch.ops.m4ov, raw).default, leaves)
+
+
+def test_fake_tensors(case):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    function, tensors = case(torch.bfloat16)
+    real = function(*tensors)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(tensor).requires_grad_() for tensor in tensors]
+        out = function(*fake)
+        assert out.shape == real.shape
+        assert out.dtype == real.dtype
+        grads = torch.autograd.grad(out.sum(), fake)
+        assert [g.shape for g in grads] == [t.shape for t in tensors]
+
+
+def test_double_backward_raises_with_the_hint(case):
+    function, tensors = case()
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    grads = torch.autograd.grad(function(*tensors).square().sum(), tensors, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"backend\('reference'\)"):
+        sum(g.square().sum() for g in grads).backward()
+    with m4ov_kernels.backend("reference"):
+        grads = torch.autograd.grad(function(*tensors).square().sum(), tensors, create_graph=True)
+        sum(g.square().sum() for g in grads).backward()
+
+
+def test_function_transforms(case):
+    function, tensors = case()
+    transformed = torch.func.grad(lambda *t: function(*t).sum())
+    with pytest.raises(RuntimeError, match=r"torch.func transforms work under .*backend\('reference'\)"):
+        transformed(*tensors)
+    with m4ov_kernels.backend("reference"):
+        assert transformed(*tensors).shape == tensors[0].shape
+
+
+def test_float64_and_other_devices_are_served_by_the_reference(case):
+    function, tensors = case(torch.float64)
+    assert function(*tensors).dtype == torch.float64
+    with pytest.raises(RuntimeError, match="backend 'native' was asked for, but it has no float64 kernels"):  # noqa: SIM117
+        with m4ov_kernels.backend("native"):
+            function(*tensors)
+
+
+def test_an_override_is_checked_nested_and_per_thread(case):
+    function, tensors = case()
+    with pytest.raises(ValueError, match="one of native, triton, reference; got 'cuda'"), m4ov_kernels.backend("cuda"):
+        pass
+    chosen = []
+    operator = next(iter(OPERATORS.values()))
+
+    def choice():
+        implementation = operator.select(torch.device("cpu"), torch.float32)
+        chosen.append(implementation.backend if implementation else "reference")
+
+    with m4ov_kernels.backend("reference"):
+        choice()
+        with m4ov_kernels.backend("native"):
+            choice()
+        choice()
+        thread = threading.Thread(target=choice)
+        thread.start()
+        thread.join()
+    assert chosen == ["reference", "native", "reference", "native"]
+
+
+def test_eight_threads_at_once(case):
+    function, tensors = case()
+    expected = value_and_grads(function, tensors)
+    failures = []
+
+    def work():
+        for _ in range(20):
+            try:
+                assert_same(value_and_grads(function, tensors), expected)
+            except Exception as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures

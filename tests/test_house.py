@@ -1,0 +1,127 @@
+"""The house rules, held against the code: who may import whom, no circles, file sizes, one name per family."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {"m4ov_kernels": ROOT / "m4ov_kernels", "m4ov": ROOT / "m4ov", "m4ov_bench": ROOT / "bench"}
+# A layer of m4ov may import the layers left of it, and itself; rooms that share a layer never import each other.
+LAYERS = (
+    ("allocator", "config", "recipe"),
+    ("data", "models"),
+    ("parallel",),
+    ("train", "generate"),
+    ("sft", "rl", "quantize", "serve", "evaluate"),
+    ("quickstart", "doctor"),
+    ("cli",),
+    ("__main__",),
+)
+MAX_LINES = 500
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package, folder in PACKAGES.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = (package, *path.relative_to(folder).with_suffix("").parts)
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str, top_level: bool = False) -> Iterator[str]:
+    """The modules of this project that a module imports, anywhere or only when it is itself imported."""
+    tree = ast.parse(MODULES[name].read_text())
+    nodes = tree.body if top_level else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}:{node.lineno}: relative import; name the module in full"
+            targets = [
+                f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in MODULES else str(node.module)
+                for alias in node.names
+            ]
+        else:
+            continue
+        yield from (target for target in targets if target.split(".")[0] in PACKAGES)
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def test_the_code_is_seen():
+    assert {"m4ov_kernels.dispatch", "m4ov.cli", "m4ov_bench.cases"} <= MODULES.keys()
+    assert "m4ov_kernels.norm.reference" in set(imports("m4ov_kernels.norm"))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_one_way(name):
+    package = name.split(".")[0]
+    for target in imports(name):
+        to = target.split(".")[0]
+        if package != "m4ov":
+            allowed = {package} if package == "m4ov_kernels" else {package, "m4ov_kernels"}
+            assert to in allowed, f"{name} imports {target}"
+        elif to == "m4ov_bench":
+            assert room(name) in ("cli", "quickstart"), f"{name} imports {target}"
+        elif to == "m4ov" and target != "m4ov" and room(target) != room(name):
+            assert _level(name) > _level(target), f"{name} imports {target}, which is not in a lower layer"
+
+
+def _level(module: str) -> int:
+    levels = [level for level, rooms in enumerate(LAYERS) if room(module) in rooms]
+    assert levels, f"{module} stands in no layer of tests/test_house.py"
+    return levels[0]
+
+
+def test_no_import_cycles():
+    graph = {name: set(imports(name, top_level=True)) - {name} for name in MODULES}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, "import cycle: " + " → ".join((*path[path.index(name) :], name))
+        if name not in done:
+            for target in graph[name]:
+                visit(target, (*path, name))
+            done.add(name)
+
+    for name in MODULES:
+        visit(name, ())
+
+
+def test_m4ov_imports_no_torch_before_the_allocator_is_set_up():
+    for name in ("m4ov", "m4ov.cli", "m4ov.allocator", "m4ov.config"):
+        for node in ast.parse(MODULES[name].read_text()).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
+            assert not any((n or "").split(".")[0] in ("torch", "m4ov_kernels", "transformers") for n in names), name
+
+
+@pytest.mark.parametrize("folder", ["m4ov_kernels", "m4ov", "bench", "tests", "csrc"])
+def test_no_file_holds_two_rooms(folder):
+    for path in (ROOT / folder).rglob("*"):
+        if path.suffix in (".py", ".cpp", ".cu", ".h", ".cuh"):
+            lines = len(path.read_text().splitlines())
+            assert lines <= MAX_LINES, f"{path.relative_to(ROOT)} has {lines} lines; part it"
+
+
+def test_a_family_has_one_name_everywhere():
+    families = [path.parent.name for path in (ROOT / "m4ov_kernels").glob("*/reference.py")]
+    assert families
+    for family in families:
+        for place in (
+            f"m4ov_kernels/{family}/native.py",
+            f"m4ov_kernels/{family}/triton.py",
+            f"csrc/{family}",
+            f"bench/{family}.py",
+            f"tests/kernels/test_{family}.py",
+        ):
+            assert (ROOT / place).exists(), f"family {family!r} has no {place}"
