@@ -1,0 +1,89 @@
+// AVX-512 (F, BW, DQ, VL): 16 lanes. Included by simd.h only.
+#pragma once
+
+namespace m4ov {
+namespace M4OV_VARIANT {
+
+constexpr int kLanes = 16;
+
+struct V {
+  __m512 v;
+};
+struct Pair {
+  V a, b;
+};
+
+M4OV_INLINE V set1(float x) { return {_mm512_set1_ps(x)}; }
+M4OV_INLINE V operator+(V x, V y) { return {_mm512_add_ps(x.v, y.v)}; }
+M4OV_INLINE V operator-(V x, V y) { return {_mm512_sub_ps(x.v, y.v)}; }
+M4OV_INLINE V operator*(V x, V y) { return {_mm512_mul_ps(x.v, y.v)}; }
+M4OV_INLINE V operator/(V x, V y) { return {_mm512_div_ps(x.v, y.v)}; }
+M4OV_INLINE V fma(V x, V y, V z) { return {_mm512_fmadd_ps(x.v, y.v, z.v)}; }
+M4OV_INLINE V min(V x, V y) { return {_mm512_min_ps(x.v, y.v)}; }
+M4OV_INLINE V max(V x, V y) { return {_mm512_max_ps(x.v, y.v)}; }
+M4OV_INLINE V nearest(V x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+M4OV_INLINE V scale_by_power(V x, V n) { return {_mm512_scalef_ps(x.v, n.v)}; }  // x · 2^n
+M4OV_INLINE V reciprocal_fast(V x) { return {_mm512_rcp14_ps(x.v)}; }
+
+M4OV_INLINE __m256 halves_sum(V x) { return _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1)); }
+M4OV_INLINE float lane_sum(V x) {
+  const __m256 y = halves_sum(x);
+  __m128 z = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+  z = _mm_add_ps(z, _mm_movehl_ps(z, z));
+  return _mm_cvtss_f32(_mm_add_ss(z, _mm_movehdup_ps(z)));
+}
+M4OV_INLINE float lane_max(V x) {
+  const __m256 y = _mm256_max_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+  __m128 z = _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+  z = _mm_max_ps(z, _mm_movehl_ps(z, z));
+  return _mm_cvtss_f32(_mm_max_ss(z, _mm_movehdup_ps(z)));
+}
+
+M4OV_INLINE Pair load(const float* p) { return {{_mm512_loadu_ps(p)}, {_mm512_loadu_ps(p + 16)}}; }
+M4OV_INLINE void store(float* p, Pair x) {
+  _mm512_storeu_ps(p, x.a.v);
+  _mm512_storeu_ps(p + 16, x.b.v);
+}
+M4OV_INLINE void stream(float* p, Pair x) {
+  _mm512_stream_ps(p, x.a.v);
+  _mm512_stream_ps(p + 16, x.b.v);
+}
+
+// bf16: even elements in a, odd ones in b.
+M4OV_INLINE Pair load(const Bf16* p) {
+  const __m512i x = _mm512_loadu_si512(p);
+  return {{_mm512_castsi512_ps(_mm512_slli_epi32(x, 16))},
+          {_mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000))))}};
+}
+// The rounded value in the upper 16 bits (nearest even, NaN stays NaN), rubbish in the lower.
+M4OV_INLINE __m512i bf16_bits(V x) {
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+}
+M4OV_INLINE __m512i pack_bf16(Pair x) {
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(bf16_bits(x.a), 16), bf16_bits(x.b));
+}
+M4OV_INLINE void store(Bf16* p, Pair x) { _mm512_storeu_si512(p, pack_bf16(x)); }
+M4OV_INLINE void stream(Bf16* p, Pair x) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), pack_bf16(x)); }
+
+M4OV_INLINE Pair load(const Fp16* p) {
+  const __m512i x = _mm512_loadu_si512(p);
+  return {{_mm512_cvtph_ps(_mm512_castsi512_si256(x))}, {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(x, 1))}};
+}
+constexpr int kHalfRounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+M4OV_INLINE __m512i pack_fp16(Pair x) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(x.a.v, kHalfRounding)),
+                            _mm512_cvtps_ph(x.b.v, kHalfRounding), 1);
+}
+M4OV_INLINE void store(Fp16* p, Pair x) { _mm512_storeu_si512(p, pack_fp16(x)); }
+M4OV_INLINE void stream(Fp16* p, Pair x) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), pack_fp16(x)); }
+
+M4OV_INLINE V round_to_bf16(V x) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(bf16_bits(x), _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
+}
+M4OV_INLINE V round_to_fp16(V x) { return {_mm512_cvtph_ps(_mm512_cvtps_ph(x.v, kHalfRounding))}; }
+
+}  // namespace M4OV_VARIANT
+}  // namespace m4ov

@@ -1,0 +1,247 @@
+// RMSNorm, with the addition of a residual before it: forward and backward.
+#include "../common/kernels.h"
+#include "../common/parallel.h"
+#include "../common/simd.h"
+
+namespace m4ov {
+namespace M4OV_VARIANT {
+namespace {
+
+// ---- Forward: two passes over a row, the second from the cache.
+
+template <typename T, bool kResidual, bool kRounded>
+M4OV_INLINE Pair add_residual(Pair x, Pair residual) {
+  if constexpr (kResidual) x = x + residual;
+  return kResidual && kRounded ? round_to<T>(x) : x;
+}
+
+template <typename T, bool kResidual, bool kRounded>
+static float mean_square(const T* x, const T* residual, int64_t columns) {
+  const auto at = [&](int64_t i) {
+    return add_residual<T, kResidual, kRounded>(load(x + i), kResidual ? load(residual + i) : Pair{});
+  };
+  Pair even = both(set1(0.0f)), odd = even;
+  int64_t i = 0;
+  for (; i + 2 * kGroup <= columns; i += 2 * kGroup) {
+    const Pair first = at(i), second = at(i + kGroup);
+    even = fma(first, first, even);
+    odd = fma(second, second, odd);
+  }
+  for (; i + kGroup <= columns; i += kGroup) {
+    const Pair first = at(i);
+    even = fma(first, first, even);
+  }
+  if (i < columns) {
+    const int64_t rest = columns - i;
+    const Pair last = add_residual<T, kResidual, kRounded>(load_tail(x + i, rest),
+                                                           kResidual ? load_tail(residual + i, rest) : Pair{});
+    odd = fma(last, last, odd);
+  }
+  return lane_sum(even + odd) / static_cast<float>(columns);
+}
+
+template <typename T, bool kRoundTwice>
+M4OV_INLINE Pair scaled(Pair x, Pair weight, Pair rstd) {
+  const Pair normed = x * rstd;
+  return (kRoundTwice ? round_to<T>(normed) : normed) * weight;
+}
+
+template <typename T, int kNumerics, bool kResidual, bool kStream>
+static void write_row(T* normed, T* new_residual, const T* x, const T* residual, const T* weight, float rstd_value,
+                      int64_t columns) {
+  constexpr bool kRounded = kNumerics != kFp32;
+  const Pair rstd = both(set1(rstd_value));
+  int64_t i = 0;
+  for (; i + kGroup <= columns; i += kGroup) {
+    const Pair sum = add_residual<T, kResidual, kRounded>(load(x + i), kResidual ? load(residual + i) : Pair{});
+    if constexpr (kResidual) put<kStream>(new_residual + i, sum);
+    put<kStream>(normed + i, scaled<T, kNumerics == kHf>(sum, load(weight + i), rstd));
+  }
+  if (i < columns) {
+    const int64_t rest = columns - i;
+    const Pair sum = add_residual<T, kResidual, kRounded>(load_tail(x + i, rest),
+                                                          kResidual ? load_tail(residual + i, rest) : Pair{});
+    if constexpr (kResidual) store_tail(new_residual + i, sum, rest);
+    store_tail(normed + i, scaled<T, kNumerics == kHf>(sum, load_tail(weight + i, rest), rstd), rest);
+  }
+}
+
+template <typename T, int kNumerics, bool kResidual>
+static void forward(const RmsNormFwd& a) {
+  constexpr bool kRounded = kNumerics != kFp32;
+  const int64_t bytes = a.rows * a.columns * static_cast<int64_t>(sizeof(T));
+  const bool large = bytes >= kStreamBytes;
+  parallel_ranges(a.rows, bytes, a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* x = static_cast<const T*>(a.hidden_states) + row * a.hidden_stride;
+      const T* residual = kResidual ? static_cast<const T*>(a.residual) + row * a.residual_stride : nullptr;
+      T* normed = static_cast<T*>(a.normed) + row * a.columns;
+      T* new_residual = kResidual ? static_cast<T*>(a.new_residual) + row * a.columns : nullptr;
+      const T* weight = static_cast<const T*>(a.weight);
+      const float rstd = 1.0f / __builtin_sqrtf(mean_square<T, kResidual, kRounded>(x, residual, a.columns) + a.eps);
+      a.rstd[row] = rstd;
+      if (large && vector_aligned(normed) && vector_aligned(new_residual)) {
+        write_row<T, kNumerics, kResidual, true>(normed, new_residual, x, residual, weight, rstd, a.columns);
+      } else {
+        write_row<T, kNumerics, kResidual, false>(normed, new_residual, x, residual, weight, rstd, a.columns);
+      }
+    }
+    if (large) fence();
+  });
+}
+
+template <typename T, int kNumerics>
+static void forward(const RmsNormFwd& a) {
+  a.residual ? forward<T, kNumerics, true>(a) : forward<T, kNumerics, false>(a);
+}
+
+// ---- Backward. With x^ = x·rstd: dx = rstd·(dy·w - x^·mean(dy·w·x^)) + grad_residual, dw = sum over rows of dy·x^.
+
+constexpr int kRowBlock = 4;  // rows that share one load and store of the weight gradient's partial sum
+
+template <typename T>
+struct Row {
+  const T* dy;
+  const T* x;
+  const T* grad_residual;
+  T* dx;
+  Pair rstd, mean;
+};
+
+template <typename T>
+static float mean_product(const T* dy, const T* x, const T* weight, float rstd, int64_t columns) {
+  Pair even = both(set1(0.0f)), odd = even;
+  int64_t i = 0;
+  for (; i + 2 * kGroup <= columns; i += 2 * kGroup) {
+    even = fma(load(dy + i) * load(weight + i), load(x + i), even);
+    odd = fma(load(dy + i + kGroup) * load(weight + i + kGroup), load(x + i + kGroup), odd);
+  }
+  for (; i + kGroup <= columns; i += kGroup) even = fma(load(dy + i) * load(weight + i), load(x + i), even);
+  if (i < columns) {
+    const int64_t rest = columns - i;
+    odd = fma(load_tail(dy + i, rest) * load_tail(weight + i, rest), load_tail(x + i, rest), odd);
+  }
+  return lane_sum(even + odd) * rstd / static_cast<float>(columns);
+}
+
+template <bool kGradResidual>
+M4OV_INLINE Pair input_gradient(Pair dy, Pair normed, Pair weight, Pair grad_residual, Pair rstd, Pair mean) {
+  const Pair grad = rstd * (dy * weight - normed * mean);
+  return kGradResidual ? grad + grad_residual : grad;
+}
+
+template <typename T, int kRows, bool kWeight, bool kGradResidual, bool kStream>
+static void write_rows(const Row<T>* rows, const T* weight, float* partial, int64_t columns) {
+  int64_t i = 0;
+  for (; i + kGroup <= columns; i += kGroup) {
+    const Pair w = load(weight + i);
+    Pair dw;
+    if constexpr (kWeight) dw = load(partial + i);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const Pair dy = load(rows[r].dy + i), normed = load(rows[r].x + i) * rows[r].rstd;
+      const Pair extra = kGradResidual ? load(rows[r].grad_residual + i) : Pair{};
+      put<kStream>(rows[r].dx + i, input_gradient<kGradResidual>(dy, normed, w, extra, rows[r].rstd, rows[r].mean));
+      if constexpr (kWeight) dw = fma(dy, normed, dw);
+    }
+    if constexpr (kWeight) store(partial + i, dw);
+  }
+  if (i < columns) {
+    const int64_t rest = columns - i;
+    const Pair w = load_tail(weight + i, rest);
+    Pair dw;
+    if constexpr (kWeight) dw = load(partial + i);
+    for (int r = 0; r < kRows; ++r) {
+      const Pair dy = load_tail(rows[r].dy + i, rest), normed = load_tail(rows[r].x + i, rest) * rows[r].rstd;
+      const Pair extra = kGradResidual ? load_tail(rows[r].grad_residual + i, rest) : Pair{};
+      store_tail(rows[r].dx + i, input_gradient<kGradResidual>(dy, normed, w, extra, rows[r].rstd, rows[r].mean), rest);
+      if constexpr (kWeight) dw = fma(dy, normed, dw);
+    }
+    if constexpr (kWeight) store(partial + i, dw);
+  }
+}
+
+template <typename T, int kRows, bool kWeight, bool kGradResidual>
+static void backward_rows(const RmsNormBwd& a, int64_t first, float* partial, bool large) {
+  Row<T> rows[kRows];
+  const T* weight = static_cast<const T*>(a.weight);
+  bool aligned = true;
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t row = first + r;
+    rows[r].dy = static_cast<const T*>(a.grad_normed) + row * a.grad_stride;
+    rows[r].x = static_cast<const T*>(a.hidden_states) + row * a.hidden_stride;
+    rows[r].grad_residual =
+        kGradResidual ? static_cast<const T*>(a.grad_residual) + row * a.grad_residual_stride : nullptr;
+    rows[r].dx = static_cast<T*>(a.grad_hidden_states) + row * a.columns;
+    rows[r].rstd = both(set1(a.rstd[row]));
+    rows[r].mean = both(set1(mean_product(rows[r].dy, rows[r].x, weight, a.rstd[row], a.columns)));
+    aligned = aligned && vector_aligned(rows[r].dx);
+  }
+  if (large && aligned) {
+    write_rows<T, kRows, kWeight, kGradResidual, true>(rows, weight, partial, a.columns);
+  } else {
+    write_rows<T, kRows, kWeight, kGradResidual, false>(rows, weight, partial, a.columns);
+  }
+}
+
+template <typename T, bool kWeight, bool kGradResidual>
+static void backward(const RmsNormBwd& a) {
+  const int64_t bytes = a.rows * a.columns * static_cast<int64_t>(sizeof(T));
+  const int64_t padded = (a.columns + kPartialAlign - 1) / kPartialAlign * kPartialAlign;
+  const bool large = bytes >= kStreamBytes;
+  parallel_ranges(a.blocks, bytes, a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      float* partial = kWeight ? a.partials + block * padded : nullptr;
+      if (kWeight) memset(partial, 0, padded * sizeof(float));
+      int64_t row = a.rows * block / a.blocks;
+      const int64_t last = a.rows * (block + 1) / a.blocks;
+      for (; row + kRowBlock <= last; row += kRowBlock) {
+        backward_rows<T, kRowBlock, kWeight, kGradResidual>(a, row, partial, large);
+      }
+      for (; row < last; ++row) backward_rows<T, 1, kWeight, kGradResidual>(a, row, partial, large);
+    }
+    if (large) fence();
+  });
+  if (!kWeight) return;
+  const int64_t groups = (a.columns + kGroup - 1) / kGroup;
+  parallel_ranges(groups, a.blocks * padded * 4, a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * kGroup; i < end * kGroup; i += kGroup) {
+      Pair sum = both(set1(0.0f));
+      for (int64_t block = 0; block < a.blocks; ++block) sum = sum + load(a.partials + block * padded + i);
+      T* target = static_cast<T*>(a.grad_weight) + i;
+      const int64_t rest = a.columns - i;
+      rest >= kGroup ? store(target, sum) : store_tail(target, sum, rest);
+    }
+  });
+}
+
+template <typename T, bool kWeight>
+static void backward(const RmsNormBwd& a) {
+  a.grad_residual ? backward<T, kWeight, true>(a) : backward<T, kWeight, false>(a);
+}
+
+}  // namespace
+
+void rms_norm_fwd(const RmsNormFwd& a) {
+  with_dtype(a.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    switch (a.numerics) {
+      case kHf:
+        return forward<T, kHf>(a);
+      case kVllm:
+        return forward<T, kVllm>(a);
+      default:
+        return forward<T, kFp32>(a);
+    }
+  });
+}
+
+void rms_norm_bwd(const RmsNormBwd& a) {
+  with_dtype(a.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    a.grad_weight ? backward<T, true>(a) : backward<T, false>(a);
+  });
+}
+
+}  // namespace M4OV_VARIANT
+}  // namespace m4ov

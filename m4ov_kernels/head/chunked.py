@@ -1,0 +1,238 @@
+"""The driver of linear cross entropy: matrix products by chunks of the vocabulary, with an epilogue between them.
+
+Logits exist for one chunk at a time, in one buffer. The forward keeps a running log-sum-exp per row; the backward makes
+each chunk's logits again, turns them in place into their gradient, and takes two products from it: the chunk's rows of
+``grad_weight``, written once, and a contribution to ``grad_input``, summed in float32 over the chunks.
+
+The passes over a chunk are an :class:`Epilogue`: compiled C++ (``native.py``) or Triton (``triton.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from m4ov_kernels import device_errors
+from m4ov_kernels.gpu import output
+from m4ov_kernels.head.targets import check_target_values
+
+# On the CPU a fixed width: no row's bits depend on how many other rows there are. 2048 columns are wide enough for
+# oneDNN, and narrow enough that a chunk of 1024 rows (4 MiB in bf16) is still cached when the epilogue reads it.
+CPU_COLUMNS = 2048
+# On a GPU wide chunks, so that few launches suffice; a chunk's logits take at most about this many bytes.
+GPU_CHUNK_BYTES = 128 << 20
+ACCUMULATOR_ALIGN = 32  # elements; an epilogue may use the accumulator in whole vectors
+
+
+class Epilogue(NamedTuple):
+    """The passes over a chunk's logits ``[T, C]`` (contiguous), whose first column is vocabulary index ``first``.
+
+    ``reduce(logits, target, first, state, want_total)``: merge the chunk into ``state``, float32 ``[4, T]``: running
+    maximum, sum of ``exp(x - maximum)``, the target's logit, and (if ``want_total``) the sum of logits.
+
+    ``differentiate(logits, target, first, logsumexp, grad_loss, target_weight, uniform_weight)``: overwrite ``logits``
+    with ``grad_loss · (exp(logits - logsumexp) - target_weight · [column is target] - uniform_weight)``, and with zero
+    in rows whose target is negative.
+
+    ``add(accumulator, addend, output, assign)``: ``accumulator += addend`` (``=`` when ``assign``) in float32; with
+    ``output`` the sum goes there instead, rounded. ``accumulator``: at least ``addend.numel()`` elements rounded up to
+    ``ACCUMULATOR_ALIGN``, in an order that is the epilogue's own.
+    """
+
+    reduce: Callable[[Tensor, Tensor, int, Tensor, bool], None]
+    differentiate: Callable[[Tensor, Tensor, int, Tensor, Tensor, float, float], None]
+    add: Callable[[Tensor, Tensor, Tensor | None, bool], None]
+
+
+class _Rows(NamedTuple):
+    """The rows that are computed. ``target``: negative where the row has no loss; ``V`` where it is out of range."""
+
+    input: Tensor
+    target: Tensor
+    index: Tensor | None  # their positions, or None: all of them
+    left_out: Tensor | None  # device rows that count but did not fit in num_valid
+
+    def take(self, values: Tensor) -> Tensor:
+        return values.contiguous() if self.index is None else values.index_select(0, self.index)
+
+    def put(self, result: Tensor, values: Tensor) -> None:
+        """Write ``values`` of the computed rows into ``result``; 0 elsewhere, NaN where a row was left out."""
+        if self.index is None:
+            if values is not result:
+                result.copy_(values)
+            return
+        result.zero_()
+        if self.left_out is not None:
+            result.masked_fill_(self.left_out.view(-1, *[1] * (result.ndim - 1)), math.nan)
+        result.index_copy_(0, self.index, values)
+
+
+def _rows(input: Tensor, target: Tensor, vocab_size: int, ignore_index: int, num_valid: int | None) -> _Rows:
+    if target.device.type == "cpu":
+        check_target_values(target, vocab_size, ignore_index)
+        kept = target != ignore_index
+        if bool(kept.all()):
+            return _Rows(input, target.contiguous(), None, None)
+        index = kept.nonzero().squeeze(1)
+        return _Rows(input.index_select(0, index), target.index_select(0, index), index, None)
+    ignored = target == ignore_index
+    bad = ~ignored & ((target < 0) | (target >= vocab_size))
+    marked = torch.where(ignored, -1, torch.where(bad, vocab_size, target))
+    if num_valid is None:
+        return _Rows(input, marked, None, None)
+    order = torch.argsort(ignored, stable=True)
+    index = order[:num_valid]
+    left_out = ~ignored
+    left_out.index_fill_(0, index, False)
+    return _Rows(input.index_select(0, index), marked.index_select(0, index), index, left_out)
+
+
+def _report_bad_targets(target: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """Lower the device's error slot to the first target out of range; never waits for the device."""
+    if target.device.type == "cpu" or target.numel() == 0:
+        return
+    slot = device_errors.flag(target.device, "linear_cross_entropy")
+    bad = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
+    position = torch.arange(target.numel(), device=target.device)
+    first = torch.where(bad, position, torch.iinfo(torch.int64).max).amin()
+    slot.copy_(torch.minimum(slot, first))
+
+
+def _chunks(rows: int, vocab_size: int, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """``(first, last, logits buffer [rows, last - first])`` over the vocabulary; one buffer, used again."""
+    columns = CPU_COLUMNS
+    if like.device.type != "cpu":
+        columns = max(columns, GPU_CHUNK_BYTES // (rows * like.element_size()) // CPU_COLUMNS * CPU_COLUMNS)
+    columns = min(columns, vocab_size)
+    buffer = like.new_empty(rows * columns)
+    for first in range(0, vocab_size, columns):
+        last = min(first + columns, vocab_size)
+        yield first, last, buffer[: rows * (last - first)].view(rows, last - first)
+
+
+def _project(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, chunk: slice, logits: Tensor) -> None:
+    if linear_bias is None:
+        torch.mm(input, linear_weight[chunk].t(), out=logits)
+    else:
+        torch.addmm(linear_bias[chunk], input, linear_weight[chunk].t(), out=logits)
+
+
+@torch.no_grad()
+def forward(
+    epilogue: Epilogue,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    num_valid: int | None,
+    out: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """``(loss, logsumexp)``, float32 ``[T]`` each; 0 in rows without a loss."""
+    loss = output(out and out[0], target.shape, target, torch.float32)
+    logsumexp = output(out and out[1], target.shape, target, torch.float32)
+    vocab_size = linear_weight.shape[0]
+    _report_bad_targets(target, vocab_size, ignore_index)
+    rows = _rows(input, target, vocab_size, ignore_index, num_valid)
+    count = rows.target.shape[0]
+    state = torch.zeros(4, count, dtype=torch.float32, device=input.device)
+    state[0].fill_(-math.inf)
+    if count:
+        for first, last, logits in _chunks(count, vocab_size, input):
+            _project(rows.input, linear_weight, linear_bias, slice(first, last), logits)
+            epilogue.reduce(logits, rows.target, first, state, label_smoothing > 0)
+    maximum, total_exp, at_target, total = state
+    row_logsumexp = total_exp.log_().add_(maximum)
+    row_loss = row_logsumexp - at_target.mul_(1.0 - label_smoothing)
+    if label_smoothing > 0:
+        row_loss -= total.mul_(label_smoothing / vocab_size)
+    if input.device.type != "cpu":
+        row_logsumexp.masked_fill_(rows.target == vocab_size, math.nan)
+        row_loss.masked_fill_(rows.target == vocab_size, math.nan)
+        row_loss.masked_fill_(rows.target < 0, 0.0)
+        row_logsumexp.masked_fill_(rows.target < 0, 0.0)
+    rows.put(loss, row_loss)
+    rows.put(logsumexp, row_logsumexp)
+    return loss, logsumexp
+
+
+@torch.no_grad()
+def backward(
+    epilogue: Epilogue,
+    grad_loss: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    logsumexp: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    num_valid: int | None,
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
+    out: tuple[Tensor, Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(grad_input, grad_weight, grad_bias)``; an empty tensor for each that is not needed."""
+    need_bias = need_bias and linear_bias is not None
+    needed = (need_input, need_weight, need_bias)
+    shapes = (input.shape, linear_weight.shape, linear_weight.shape[:1])
+    grad_input, grad_weight, grad_bias = (
+        output(out and out[i], shapes[i] if needed[i] else (0,), input, input.dtype) for i in range(3)
+    )
+    vocab_size = linear_weight.shape[0]
+    rows = _rows(input, target, vocab_size, ignore_index, num_valid)
+    count = rows.target.shape[0]
+    if not any(needed) or count == 0:
+        for gradient in (grad_input, grad_weight, grad_bias):
+            gradient.zero_()
+        return grad_input, grad_weight, grad_bias
+    row_grad_loss, row_logsumexp = rows.take(grad_loss), rows.take(logsumexp)
+    row_grad_input = grad_input if rows.index is None else torch.empty_like(rows.input) if need_input else grad_input
+    sum_chunks = _input_gradient(epilogue, row_grad_input, linear_weight) if need_input else None
+    for first, last, logits in _chunks(count, vocab_size, input):
+        chunk = slice(first, last)
+        _project(rows.input, linear_weight, linear_bias, chunk, logits)
+        epilogue.differentiate(
+            logits,
+            rows.target,
+            first,
+            row_logsumexp,
+            row_grad_loss,
+            1.0 - label_smoothing,
+            label_smoothing / vocab_size,
+        )
+        if need_weight:
+            torch.mm(logits.t(), rows.input, out=grad_weight[chunk])
+        if need_bias:
+            grad_bias[chunk] = torch.sum(logits, 0, dtype=torch.float32)
+        if sum_chunks is not None:
+            sum_chunks(logits, first, last)
+    if need_input:
+        rows.put(grad_input, row_grad_input)
+    return grad_input, grad_weight, grad_bias
+
+
+def _input_gradient(epilogue: Epilogue, result: Tensor, linear_weight: Tensor) -> Callable[[Tensor, int, int], Any]:
+    """Sums ``logits gradient @ linear_weight[first:last]`` over the chunks into ``result``."""
+    vocab_size = linear_weight.shape[0]
+    padded = (result.numel() + ACCUMULATOR_ALIGN - 1) // ACCUMULATOR_ALIGN * ACCUMULATOR_ALIGN
+    buffers: list[Tensor] = []
+
+    def add(gradient: Tensor, first: int, last: int) -> None:
+        weight = linear_weight[first:last]
+        if first == 0 and last == vocab_size:
+            torch.mm(gradient, weight, out=result)
+            return
+        if not buffers:
+            buffers.extend((result.new_empty(padded, dtype=torch.float32), torch.empty_like(result)))
+        accumulator, addend = buffers
+        torch.mm(gradient, weight, out=addend)
+        epilogue.add(accumulator, addend, result if last == vocab_size else None, first == 0)
+
+    return add
