@@ -1,0 +1,217 @@
+"""``linear_cross_entropy`` in Triton: ``chunked.py`` with these passes over a chunk's logits, for CUDA and ROCm (and,
+interpreted, for CPU tensors)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from m4ov_kernels.gpu import Build, Config, current_device
+from m4ov_kernels.head import chunked
+
+# A row's bits do not depend on the chunking, as long as chunks are multiples of the block.
+_ROW = Config({"BLOCK": 2048}, num_warps=4)
+_FLAT = Config({"BLOCK": 1024}, num_warps=4)
+
+
+@triton.jit(do_not_specialize=["rows", "first"])
+def _cross_entropy_fwd_kernel(
+    logits_ptr,  # [rows, columns]
+    target_ptr,  # int64 [rows]; negative: no loss, the row is not read
+    state_ptr,  # fp32 [4, rows]: maximum, sum of exp(x - maximum), the target's logit, sum of logits
+    rows,
+    columns,
+    first,  # vocabulary index of column 0
+    WANT_TOTAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.cast(tl.program_id(0), tl.int64)
+    target = tl.load(target_ptr + row)
+    if target >= 0:
+        logits_ptr += row * columns
+        state_ptr += row
+        step = tl.cast(rows, tl.int64)
+        maximum = tl.load(state_ptr)
+        total_exp = tl.load(state_ptr + step)
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, columns, BLOCK):
+            col = start + tl.arange(0, BLOCK)
+            x = tl.load(logits_ptr + col, mask=col < columns, other=float("-inf")).to(tl.float32)
+            higher = tl.maximum(maximum, tl.max(x, axis=0))
+            # While all is -inf, exp(-inf - 0) keeps the sum at 0; a NaN that the maximum lost is in the sum.
+            shift = tl.where(higher == float("-inf"), 0.0, higher)
+            total_exp = total_exp * tl.exp(maximum - shift) + tl.sum(tl.exp(x - shift), axis=0)
+            maximum = higher
+            if WANT_TOTAL:
+                total += tl.where(col < columns, x, 0.0)
+        tl.store(state_ptr, maximum)
+        tl.store(state_ptr + step, total_exp)
+        if WANT_TOTAL:
+            tl.store(state_ptr + 3 * step, tl.load(state_ptr + 3 * step) + tl.sum(total, axis=0))
+        place = target - first
+        here = (place >= 0) & (place < columns)
+        at_target = tl.load(logits_ptr + place, mask=here, other=0.0).to(tl.float32)
+        tl.store(state_ptr + 2 * step, at_target, mask=here)
+
+
+@triton.jit(do_not_specialize=["first"])
+def _cross_entropy_bwd_kernel(
+    logits_ptr,  # [rows, columns], overwritten with its gradient
+    target_ptr,  # int64 [rows]; negative: the row's gradient is zero
+    logsumexp_ptr,  # fp32 [rows]
+    grad_loss_ptr,  # fp32 [rows]
+    columns,
+    first,
+    target_weight,
+    uniform_weight,
+    BLOCK: tl.constexpr,
+):
+    row = tl.cast(tl.program_id(0), tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = logits_ptr + row * columns + col
+    dtype: tl.constexpr = logits_ptr.dtype.element_ty
+    target = tl.load(target_ptr + row)
+    if target >= 0:
+        x = tl.load(place, mask=col < columns, other=0.0).to(tl.float32)
+        grad_loss = tl.load(grad_loss_ptr + row)
+        probability = tl.exp(x - tl.load(logsumexp_ptr + row))
+        wanted = tl.where(col == target - first, tl.cast(target_weight, tl.float32), 0.0)
+        grad = grad_loss * (probability - wanted - tl.cast(uniform_weight, tl.float32))
+        tl.store(place, grad.to(dtype), mask=col < columns)
+    else:
+        tl.store(place, tl.zeros([BLOCK], dtype), mask=col < columns)
+
+
+@triton.jit
+def _accumulate_kernel(
+    accumulator_ptr,  # fp32 [count]
+    addend_ptr,  # [count]
+    output_ptr,  # [count], or unused
+    count,
+    ASSIGN: tl.constexpr,
+    HAS_OUTPUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    place = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < count
+    total = tl.load(addend_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    if not ASSIGN:
+        total += tl.load(accumulator_ptr + place, mask=mask, other=0.0)
+    if HAS_OUTPUT:
+        tl.store(output_ptr + place, total.to(output_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(accumulator_ptr + place, total, mask=mask)
+
+
+def _reduce(logits: Tensor, target: Tensor, first: int, state: Tensor, want_total: bool) -> None:
+    rows, columns = logits.shape
+    with current_device(logits):
+        _cross_entropy_fwd_kernel[(rows,)](
+            logits, target, state, rows, columns, first, WANT_TOTAL=want_total, **_ROW.options()
+        )
+
+
+def _differentiate(
+    logits: Tensor,
+    target: Tensor,
+    first: int,
+    logsumexp: Tensor,
+    grad_loss: Tensor,
+    target_weight: float,
+    uniform_weight: float,
+) -> None:
+    rows, columns = logits.shape
+    grid = (rows, triton.cdiv(columns, _ROW.constexprs["BLOCK"]))
+    with current_device(logits):
+        _cross_entropy_bwd_kernel[grid](
+            logits, target, logsumexp, grad_loss, columns, first, target_weight, uniform_weight, **_ROW.options()
+        )
+
+
+def _add(accumulator: Tensor, addend: Tensor, output: Tensor | None, assign: bool) -> None:
+    count = addend.numel()
+    flags = {"ASSIGN": assign, "HAS_OUTPUT": output is not None, **_FLAT.options()}
+    with current_device(addend):
+        grid = (triton.cdiv(count, _FLAT.constexprs["BLOCK"]),)
+        _accumulate_kernel[grid](accumulator, addend, addend if output is None else output, count, **flags)
+
+
+EPILOGUE = chunked.Epilogue(_reduce, _differentiate, _add, on_host=False)
+
+
+def linear_cross_entropy_fwd(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    num_valid: int | None,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(loss, logsumexp)``, float32 ``[T]``; see ``chunked.forward``."""
+    return chunked.forward(
+        EPILOGUE, input, linear_weight, target, linear_bias, ignore_index, label_smoothing, num_valid, out
+    )
+
+
+def linear_cross_entropy_bwd(
+    grad_loss: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    logsumexp: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    num_valid: int | None,
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
+    *,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(grad_input, grad_weight, grad_bias)``, an empty tensor for each not needed; see ``chunked.backward``."""
+    return chunked.backward(
+        EPILOGUE,
+        grad_loss,
+        input,
+        linear_weight,
+        target,
+        linear_bias,
+        logsumexp,
+        ignore_index,
+        label_smoothing,
+        num_valid,
+        need_input,
+        need_weight,
+        need_bias,
+        out,
+    )
+
+
+def _declared() -> list[Build]:
+    builds = []
+
+    def declare(kernel: Any, dtype: str, signature: str, config: Config, note: str, **flags: Any) -> None:
+        builds.append(Build(kernel, dtype, signature, {**flags, **config.constexprs}, config.num_warps, note=note))
+
+    for dtype in ("bf16", "fp16", "fp32"):
+        forward = "*T/16 *i64/16 *fp32/16 i32 i32/16 i32"
+        for total in (False, True) if dtype == "bf16" else (False,):
+            note = "label smoothing" if total else ""
+            declare(_cross_entropy_fwd_kernel, dtype, forward, _ROW, note, WANT_TOTAL=total)
+        backward = "*T/16 *i64/16 *fp32/16 *fp32/16 i32/16 i32 fp32 fp32"
+        declare(_cross_entropy_bwd_kernel, dtype, backward, _ROW, "")
+    accumulate = "*fp32/16 *T/16 *T/16 i32/16"
+    for assign, last in ((True, False), (False, False), (False, True)):
+        note = "first" if assign else "last" if last else "middle"
+        declare(_accumulate_kernel, "bf16", accumulate, _FLAT, note, ASSIGN=assign, HAS_OUTPUT=last)
+    return builds
+
+
+KERNELS = _declared()
