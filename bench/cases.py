@@ -1,0 +1,84 @@
+"""The shapes, once, for benchmarks and tests. ``quick``: also measured in the short
+run. ``compiled``: ``torch.compile`` is a peer (each costs seconds of compiling). ``memory``: the
+peak of memory is measured (a process for each peer)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+
+
+@dataclass(frozen=True)
+class NormCase:
+    rows: int
+    width: int
+    dtype: torch.dtype = torch.bfloat16
+    residual: bool = False
+    numerics: str = "hf"
+    quick: bool = False
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        return f"[{self.rows}, {self.width}] {_dtype_name(self.dtype)}" + " + residual" * self.residual
+
+
+@dataclass(frozen=True)
+class GatedCase:
+    rows: int
+    width: int
+    dtype: torch.dtype = torch.bfloat16
+    numerics: str = "hf"
+    quick: bool = False
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        return f"[{self.rows}, {self.width}] {_dtype_name(self.dtype)}"
+
+
+@dataclass(frozen=True)
+class HeadCase:
+    """``labelled``: the share of rows that have a target; the others hold ``ignore_index``."""
+
+    rows: int
+    width: int
+    vocabulary: int
+    dtype: torch.dtype = torch.bfloat16
+    labelled: float = 1.0
+    quick: bool = False
+    compiled: bool = False
+    memory: bool = False
+
+    def __str__(self) -> str:
+        share = f", {self.labelled:.0%} labelled" if self.labelled < 1 else ""
+        return f"M {self.rows}, D {self.width}, V {self.vocabulary} {_dtype_name(self.dtype)}{share}"
+
+
+NORM = (
+    NormCase(4096, 4096, quick=True, compiled=True),
+    NormCase(4096, 4096, residual=True),
+    NormCase(4096, 4096, dtype=torch.float32),
+    NormCase(1024, 512),
+)
+ACTIVATION = (
+    GatedCase(4096, 4096, quick=True, compiled=True),
+    GatedCase(4096, 4096, dtype=torch.float32),
+    GatedCase(1024, 1536),
+)
+HEAD = (
+    HeadCase(1024, 1024, 32000, compiled=True, memory=True),
+    HeadCase(1024, 1024, 32000, labelled=0.25),
+    HeadCase(256, 1024, 32000, quick=True),
+)
+
+
+def targets(case: HeadCase, generator: torch.Generator | None = None, ignore_index: int = -100) -> torch.Tensor:
+    """int64 ``[M]``: random classes, with ``ignore_index`` in the rows that are not labelled, spread at random."""
+    target = torch.randint(case.vocabulary, (case.rows,), generator=generator)
+    unlabelled = torch.randperm(case.rows, generator=generator)[round(case.rows * case.labelled) :]
+    target[unlabelled] = ignore_index
+    return target

@@ -1,0 +1,52 @@
+"""The benchmark as a command: ``m4ov bench`` and ``python -m m4ov_bench`` end here."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from m4ov_bench import report, runner
+from m4ov_bench.row import Row
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("family", nargs="*", help=f"which: {', '.join(runner.FAMILIES)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="under a minute: main cases, no compiled peers, no memory")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write every figure there")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw fractions of the limit and ratios there")
+
+
+def execute(arguments: argparse.Namespace, allocator: str = "") -> int:
+    """Run, print a table for each family as it ends, write the files. Exit status 1 if any gate was red."""
+    for path in (arguments.json, arguments.plot):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)  # an unwritable place is found out before the run
+    console = Console()
+    rows: list[Row] = []
+    shown = 0
+    with console.status("starting") as status:
+
+        def say(text: str) -> None:
+            status.update(text)
+
+        for row in runner.stream(arguments.family, arguments.quick, say, allocator):
+            if not rows:
+                report.print_machine(row.machine, console)
+            elif row.family != rows[-1].family:
+                console.print(report.table(rows[shown:], rows[-1].family))
+                shown = len(rows)
+            rows.append(row)
+    if rows:
+        console.print(report.table(rows[shown:], rows[-1].family))
+    if arguments.json is not None:
+        report.write_json(rows, arguments.json)
+        console.print(f"figures: {arguments.json}")
+    if arguments.plot is not None:
+        report.write_plot(rows, arguments.plot)
+        console.print(f"plot: {arguments.plot}")
+    red = [row for row in rows if not row.green]
+    for row in red:
+        console.print(f"[red]red gate, no speed: {row.operator} {row.case}: {row.problem}[/red]")
+    return 1 if red else 0

@@ -1,0 +1,80 @@
+"""The correctness gate in front of every speed: the numerics rule, per output and gradient.
+
+Judged against float64, in RMS and in max-norm: error(ours) ≤ 2 · error(plain PyTorch in the same dtype) + eps(dtype) ·
+size of the exact tensor. Outputs are filled with NaN before the call, so an element that is not written is red.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Gate:
+    """``errors``: tensor name → our error over the allowed one, the worse of RMS and max-norm; 1 or less is green."""
+
+    errors: dict[str, float]
+    problem: str = ""
+
+    @property
+    def green(self) -> bool:
+        return not self.problem
+
+    def __add__(self, other: Gate) -> Gate:
+        return Gate({**self.errors, **other.errors}, "; ".join(filter(None, (self.problem, other.problem))))
+
+
+def compare(name: str, ours: Tensor, plain: Tensor, exact: Tensor) -> Gate:
+    """``plain``: PyTorch in the dtype of ``ours``; ``exact``: the same in float64. All of one shape."""
+    if not ours.shape == plain.shape == exact.shape or ours.dtype != plain.dtype:
+        return Gate({name: float("inf")}, f"{name}: {describe(ours)} instead of {describe(plain)}")
+    worst, problem = 0.0, ""
+    for size, title in ((_max, "max-norm"), (_rms, "RMS")):
+        error = size(ours.double() - exact)
+        allowed = 2 * size(plain.double() - exact) + torch.finfo(ours.dtype).eps * size(exact)
+        if not error <= allowed:  # a NaN lands here
+            problem = f"{name}: {title} error {error:.3e}, allowed {allowed:.3e}"
+            worst = max(worst, error / allowed) if error == error and allowed else float("inf")
+        elif allowed:
+            worst = max(worst, error / allowed)
+    return Gate({name: worst}, problem)
+
+
+def compare_all(names: Sequence[str], ours: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor]) -> Gate:
+    gate = Gate({})
+    for name, tensors in zip(names, zip(ours, plain, exact, strict=True), strict=True):
+        gate += compare(name, *tensors)
+    return gate
+
+
+def poisoned(*likes: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous outputs of these shapes and dtypes, full of NaN."""
+    return tuple(torch.full_like(like, float("nan"), memory_format=torch.contiguous_format) for like in likes)
+
+
+def describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _max(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.square().mean().sqrt()) if tensor.numel() else 0.0
+
+
+def differentiated(
+    function: Callable[..., Any], inputs: Sequence[Tensor], grads: Sequence[Tensor] | None
+) -> list[Tensor]:
+    """Outputs, then the gradients of those inputs that require one (integer inputs pass through unchanged)."""
+    leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
+    outputs = function(*leaves)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    wanted = [tensor for tensor in leaves if tensor.requires_grad]
+    return [tensor.detach() for tensor in outputs] + list(torch.autograd.grad(outputs, wanted, grads))

@@ -1,0 +1,161 @@
+"""``linear_cross_entropy``: bound by matrix products; the limit is those products alone, by chunks of the vocabulary.
+
+Without whole logits, forward and backward take four products: logits, logits again, and a gradient each for the hidden
+states and the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m4ov_bench import cases, gate, measure, memory, peers
+from m4ov_bench.row import Row
+from m4ov_bench.session import OURS, Kernel, Session, Subject, implementation_name, rows
+from m4ov_kernels import linear_cross_entropy
+from m4ov_kernels.dispatch import Implementation
+from m4ov_kernels.head import LINEAR_CROSS_ENTROPY, reference
+
+CPU = torch.device("cpu")
+IGNORE = -100
+_CHUNKS = (1024, 2048, 4096, 8192)  # of the vocabulary, for the products that are the limit
+
+
+def benchmark(session: Session) -> Iterator[Row]:
+    for case in cases.HEAD:
+        if case.quick or not session.quick:
+            yield from rows(session, subject(session, case))
+
+
+def subject(session: Session, case: cases.HeadCase) -> Subject:
+    implementation = LINEAR_CROSS_ENTROPY.select(CPU, case.dtype)
+    inputs = [_inputs(case) for _ in range(2)]
+    others = peers.linear_cross_entropy(case.rows, session.compiled if case.compiled else False, session.quick)
+    used: dict[str, float | None] = {}
+    if case.memory and not session.quick:
+        for name in (OURS, *(name for name, peer in others.items() if not isinstance(peer, peers.Absent))):
+            session.say(f"linear_cross_entropy {case}: memory of {name}")
+            used[name] = memory.extra_mib(name, case)
+    return Subject(
+        family="head",
+        operator="linear_cross_entropy",
+        case=str(case),
+        implementation=implementation_name(implementation),
+        gate=check(case, linear_cross_entropy, implementation, inputs[0]),
+        ours=linear_cross_entropy,
+        peers=others,
+        inputs=inputs,
+        kernels={} if implementation is None else kernels(session, case, implementation, inputs),
+        memory=used,
+    )
+
+
+def _inputs(case: cases.HeadCase) -> tuple[Tensor, ...]:
+    """input ``[M, D]``, linear_weight ``[V, D]``, target ``[M]``; logits have a standard deviation of about 2."""
+    input = torch.randn(case.rows, case.width).to(case.dtype)
+    weight = torch.randn(case.vocabulary, case.width).mul_(2 * case.width**-0.5).to(case.dtype)
+    return input.requires_grad_(), weight.requires_grad_(), cases.targets(case)
+
+
+def check(
+    case: cases.HeadCase,
+    call: Callable[..., Any],
+    implementation: Implementation | None,
+    inputs: tuple[Tensor, ...],
+) -> gate.Gate:
+    """The call with autograd, and the raw kernels into poisoned outputs, against plain PyTorch and float64."""
+    input, weight, target = inputs
+    labelled = int((target != IGNORE).sum())
+
+    def rows_of(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return reference.linear_cross_entropy(input, weight, target, None, IGNORE, 0.0)
+
+    def definition(*tensors: Tensor) -> Tensor:
+        return rows_of(*tensors).sum() / labelled
+
+    doubled = (input.double(), weight.double(), target)
+    names = ["loss", "grad_input", "grad_weight"]
+    plain = gate.differentiated(definition, inputs, None)
+    exact = gate.differentiated(definition, doubled, None)
+    result = gate.compare_all(names, gate.differentiated(call, inputs, None), plain, exact)
+    if implementation is None:
+        return result
+    input, weight = input.detach(), weight.detach()
+    loss, logsumexp = gate.poisoned(torch.empty(case.rows), torch.empty(case.rows))
+    implementation.fwd(input, weight, target, None, IGNORE, 0.0, None, out=(loss, logsumexp))
+    out = (*gate.poisoned(input, weight), input.new_empty(0))
+    grad_loss = torch.where(target == IGNORE, 0.0, 1.0 / labelled)
+    options = (IGNORE, 0.0, None, True, True, False)
+    implementation.bwd(grad_loss, input, weight, target, None, logsumexp, *options, out=out)
+    with torch.no_grad():
+        plain[0], exact[0] = rows_of(input, weight, target), rows_of(input.double(), weight.double(), target)
+    return result + gate.compare_all([f"{name} (out=)" for name in names], [loss, *out[:2]], plain, exact)
+
+
+def kernels(
+    session: Session, case: cases.HeadCase, implementation: Implementation, inputs: list[tuple[Tensor, ...]]
+) -> dict[str, Kernel]:
+    plain = [tuple(tensor.detach() for tensor in tensors) for tensors in inputs]
+    count, first = len(plain), plain[0]
+    forward_out = (torch.zeros(case.rows), torch.zeros(case.rows))
+    backward_out = (torch.zeros_like(first[0]), torch.zeros_like(first[1]), first[0].new_empty(0))
+    grad_loss = [torch.where(target == IGNORE, 0.0, 1.0 / case.rows) for *_, target in plain]
+    options = (IGNORE, 0.0, None, True, True, False)
+
+    def forward(index: int) -> None:
+        implementation.fwd(*plain[index % count], None, IGNORE, 0.0, None, out=forward_out)
+
+    def both(index: int) -> None:
+        forward(index)
+        loss_grad, tensors = grad_loss[index % count], plain[index % count]
+        implementation.bwd(loss_grad, *tensors, None, forward_out[1], *options, out=backward_out)
+
+    rows_left = max(1, int((first[2] != IGNORE).sum()))
+    chunk = _fastest_chunk(rows_left, case.width, case.vocabulary, case.dtype, session.quick)
+    one = 2.0 * rows_left * case.width * case.vocabulary
+    parts = (("forward", forward, 1), ("forward + backward", both, 4))
+    return {
+        what: Kernel(
+            call,
+            products(rows_left, case.width, case.vocabulary, case.dtype, chunk, many),
+            f"{many} mm by {chunk} words",
+            many * one,
+            "FLOP",
+        )
+        for what, call, many in parts
+    }
+
+
+def products(rows: int, width: int, vocabulary: int, dtype: torch.dtype, chunk: int, many: int) -> measure.Call:
+    """The matrix products alone, preallocated: logits (``many`` = 1), or logits twice and both gradients (4)."""
+    input = torch.randn(rows, width).to(dtype)
+    weight = torch.randn(vocabulary, width).to(dtype)
+    logits = [torch.zeros(rows, min(chunk, vocabulary), dtype=dtype) for _ in range(2)]
+    grad_input, grad_weight = torch.zeros_like(input), torch.zeros_like(weight)
+
+    def call(_: int) -> None:
+        for start in range(0, vocabulary, chunk):
+            part = weight[start : start + chunk]
+            out = logits[0][:, : part.shape[0]]
+            torch.mm(input, part.t(), out=out)
+            if many == 4:
+                torch.mm(input, part.t(), out=logits[1][:, : part.shape[0]])
+                torch.mm(out.t(), input, out=grad_weight[start : start + chunk])
+                torch.mm(out, part, out=grad_input)
+
+    return call
+
+
+@cache
+def _fastest_chunk(rows: int, width: int, vocabulary: int, dtype: torch.dtype, quick: bool) -> int:
+    """The chunk with which four products are fastest: the limit does not depend on our own choice."""
+    calls = {
+        str(c): products(rows, width, vocabulary, dtype, c, 4) for c in _CHUNKS if c <= max(vocabulary, _CHUNKS[0])
+    }
+    effort = measure.Effort(seconds=1.0 if quick else 4.0, each=1.0, fewest=2, most=4)
+    times = measure.interleaved(calls, effort)
+    return int(min(times, key=lambda name: times[name].seconds))

@@ -1,0 +1,129 @@
+"""What our operators are compared with, in one place. A peer that cannot run here is an ``Absent`` with the reason."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Absent(str):
+    """Why a peer is not there."""
+
+    __slots__ = ()
+
+
+Peer = Callable[..., Any] | Absent
+Compiled = bool | str  # True: with torch.compile; a text: why not
+
+
+def rms_norm(weight: Tensor, eps: float, residual: bool, compiled: Compiled = True) -> dict[str, Peer]:
+    """Functions of ``(hidden_states, weight[, residual])``; with a residual they return (normed, sum)."""
+
+    def with_residual(norm: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
+        if not residual:
+            return norm
+
+        def add_norm(hidden_states: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+            total = hidden_states + residual
+            return norm(total, weight), total
+
+        return add_norm
+
+    def eager(hidden_states: Tensor, weight: Tensor) -> Tensor:
+        x = hidden_states.to(torch.float32)
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+        return weight * x.to(hidden_states.dtype)
+
+    def functional(hidden_states: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(hidden_states, weight.shape, weight, eps)
+
+    peers: dict[str, Peer] = {"eager": with_residual(eager), "F.rms_norm": with_residual(functional)}
+    modeling = _transformers("transformers.models.qwen3_vl.modeling_qwen3_vl")
+    if isinstance(modeling, Absent):
+        peers["Hugging Face"] = modeling
+    else:
+        module = modeling.Qwen3VLTextRMSNorm(weight.shape[0], eps)
+        del module.weight
+
+        def hugging_face(hidden_states: Tensor, weight: Tensor) -> Tensor:
+            module.__dict__["weight"] = weight  # a plain attribute: the weight is this call's argument
+            return module(hidden_states)
+
+        peers["Hugging Face"] = with_residual(hugging_face)
+    peers["torch.compile"] = _compile(with_residual(eager), compiled)
+    return peers
+
+
+def swiglu(compiled: Compiled = True) -> dict[str, Peer]:
+    """Functions of ``(gate, up)``. Hugging Face's Qwen3-VL MLP computes the eager expression."""
+
+    def eager(gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
+
+    return {"eager": eager, "torch.compile": _compile(eager, compiled)}
+
+
+def linear_cross_entropy(rows: int, compiled: Compiled = True, quick: bool = False) -> dict[str, Peer]:
+    """Functions of ``(input, linear_weight, target)`` that give the mean loss. ``quick``: leaves the slowest out."""
+
+    def eager(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(input, linear_weight), target)
+
+    peers: dict[str, Peer] = {"eager": eager}
+    losses = _transformers("transformers.loss.loss_utils")
+    if isinstance(losses, Absent):
+        peers["Hugging Face"] = losses
+    else:
+
+        def hugging_face(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
+            logits = F.linear(input, linear_weight)
+            return losses.ForCausalLMLoss(logits, None, linear_weight.shape[0], shift_labels=target)
+
+        peers["Hugging Face"] = hugging_face
+    peers["torch.compile"] = _compile(eager, compiled)
+    peers.update(_torch_linear_cross_entropy(rows))
+    if quick:
+        peers["F.linear_cross_entropy auto"] = Absent("left out of the short run")
+    return peers
+
+
+def _torch_linear_cross_entropy(rows: int) -> dict[str, Peer]:
+    """PyTorch's own operator: as it comes, with its automatic chunking, and with the chunking that is fastest here
+    (``compact``: the weight's gradient accumulated in the input's dtype)."""
+    names = ("F.linear_cross_entropy", "F.linear_cross_entropy auto", "F.linear_cross_entropy compact")
+    if not hasattr(F, "linear_cross_entropy"):
+        return {name: Absent(f"torch {torch.__version__} has no F.linear_cross_entropy") for name in names}
+    options = torch.nn.LinearCrossEntropyOptions
+    compact = options(batch_chunk_size=max(1, min(rows, 512)), chunking_method=None, acc_policy="compact")
+    choices = (None, options(), compact)
+
+    def bind(choice: Any) -> Callable[..., Tensor]:
+        return lambda input, linear_weight, target: F.linear_cross_entropy(input, linear_weight, target, options=choice)
+
+    return {name: bind(choice) for name, choice in zip(names, choices, strict=True)}
+
+
+def _transformers(module: str) -> Any:
+    if importlib.util.find_spec("transformers") is None:
+        return Absent("transformers is not installed")
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        return Absent(f"{module} cannot be imported: {error}")
+
+
+def _compile(function: Callable[..., Any], compiled: Compiled) -> Peer:
+    if isinstance(compiled, str):
+        return Absent(compiled)
+    if not compiled:
+        return Absent("not measured in this case")
+    if not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        return Absent("torch.compile needs a C++ compiler on the CPU")
+    return torch.compile(function, dynamic=False)

@@ -1,0 +1,137 @@
+"""Rows as a table in the terminal, as JSON, and as a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from m4ov_bench.row import Machine, Peer, Row
+
+_UNITS = {"B": "GB/s", "FLOP": "GFLOP/s"}
+
+
+def print_machine(machine: Machine, console: Console) -> None:
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    limits = ", ".join(f"{name} {value / 1e9:.0f} G" for name, value in machine.limits.items())
+    console.print(f"{machine.cpu}, {machine.threads} threads of {machine.cores} cores, {machine.isa}; {versions}")
+    console.print(f"measured now: {limits}")
+    console.print(f"allocator: {machine.allocator}" + f"; commit {machine.commit}" * bool(machine.commit))
+
+
+def table(rows: Iterable[Row], title: str) -> Table:
+    """One line for each row; the peers as time and ratio (above 1: ours is faster)."""
+    made = Table(title=title, title_justify="left", show_lines=True)
+    for name in ("case", "what", "time", "rate", "of the limit"):
+        made.add_column(name, justify="left" if name in ("case", "what") else "right")
+    made.add_column("peers: their time (ratio to ours)")
+    made.add_column("error", justify="right")
+    for row in rows:
+        if not row.green:
+            made.add_row(_case(row), row.what, "[red]RED[/red]", "", "", f"[red]{row.problem}[/red]", "")
+            continue
+        peers = [_peer(name, peer) for name, peer in row.peers.items()]
+        if row.memory_mib is not None:
+            peers.insert(0, f"[bold]m4ov: +{row.memory_mib:.0f} MiB beyond inputs and outputs[/bold]")
+        fraction = "" if row.fraction is None else f"{row.fraction:.0%}"
+        made.add_row(
+            _case(row),
+            row.what,
+            "" if row.seconds is None else duration(row.seconds) + _calm(row),
+            rate(row),
+            f"{fraction}\n[dim]{row.limit}[/dim]" if fraction else "",
+            "\n".join(peers) or row.note,
+            f"{max(row.errors.values(), default=0.0):.0%}\n[dim]of allowed[/dim]",
+        )
+    return made
+
+
+def _case(row: Row) -> str:
+    return f"[bold]{row.operator}[/bold]\n{row.case}\n[dim]{row.implementation}[/dim]"
+
+
+def _calm(row: Row) -> str:
+    notes = [f"{row.faults:.0f} faults"] if row.faults and row.faults >= 1 else []
+    if row.disturbed and row.disturbed > 0.5:
+        notes.append(f"{row.disturbed:.0%} disturbed")
+    return "".join(f"\n[dim]{note}[/dim]" for note in notes)
+
+
+def _peer(name: str, peer: Peer) -> str:
+    memory = "" if peer.memory_mib is None else f", +{peer.memory_mib:.0f} MiB"
+    if peer.seconds is None or peer.ratio is None:
+        return f"[dim]{name}: {peer.absent}{memory}[/dim]"
+    return f"{name}: {duration(peer.seconds)} ({peer.ratio:.2f} ×{memory})"
+
+
+def duration(seconds: float) -> str:
+    """Three figures in the unit that fits."""
+    for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
+        if abs(seconds) * factor >= 1 or unit == "µs":
+            return (
+                f"{seconds * factor:.3g} {unit}" if abs(seconds) * factor < 1000 else f"{seconds * factor:.0f} {unit}"
+            )
+    raise AssertionError("unreachable")
+
+
+def rate(row: Row) -> str:
+    return "" if row.rate is None else f"{row.rate / 1e9:.1f} {_UNITS.get(row.unit, row.unit + '/s')}"
+
+
+def as_json(rows: Sequence[Row]) -> dict[str, Any]:
+    """``{"machine": …, "rows": […]}``; every row of a run was measured on the same machine."""
+    listed = [asdict(row) for row in rows]
+    for row in listed:
+        del row["machine"]
+    return {"machine": asdict(rows[0].machine) if rows else None, "rows": listed}
+
+
+def write_json(rows: Sequence[Row], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(as_json(rows), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def figure(rows: Sequence[Row]) -> Any:
+    """A matplotlib figure: the kernels' fractions of their limits, and how much slower each peer is as called."""
+    from matplotlib.figure import Figure
+
+    kernels = [row for row in rows if row.fraction is not None]
+    called = [row for row in rows if any(peer.ratio for peer in row.peers.values())]
+    bars = [(row, name, peer) for row in called for name, peer in row.peers.items() if peer.ratio]
+    height = 1.6 + 0.3 * max(len(kernels) + 1, len(bars) + len(called))
+    made = Figure(figsize=(15, height), layout="constrained")
+    left, right = made.subplots(1, 2)
+    names = [f"{row.operator} {row.case}\n{row.what}" for row in kernels]
+    left.barh(range(len(kernels)), [row.fraction or 0.0 for row in kernels], color="#2a6f97")
+    left.set_yticks(range(len(kernels)), names, fontsize=8)
+    left.axvline(1.0, color="black", linewidth=0.8)
+    left.set_xlabel("fraction of the limit measured in the same run")
+    left.invert_yaxis()
+    positions, labels, place = [], [], 0.0
+    previous = None
+    for row, name, _ in bars:
+        place += 1.8 if previous is not row and previous is not None else 1.0
+        previous = row
+        positions.append(place)
+        labels.append(f"{row.operator} {row.what}, {row.case}: {name}")
+    colours = ["#bc4749" if (peer.ratio or 0) < 1 else "#6a994e" for *_, peer in bars]
+    right.barh(positions, [peer.ratio or 0.0 for *_, peer in bars], color=colours)
+    right.set_yticks(positions, labels, fontsize=7)
+    right.axvline(1.0, color="black", linewidth=0.8)
+    right.set_xscale("log")
+    right.set_xlabel("peer's time over ours, as called (above 1: ours is faster)")
+    right.invert_yaxis()
+    if rows:
+        machine = rows[0].machine
+        made.suptitle(f"{machine.cpu}, {machine.threads} threads, {machine.isa}, {machine.date}", fontsize=9)
+    return made
+
+
+def write_plot(rows: Sequence[Row], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure(rows).savefig(path, dpi=120)

@@ -1,0 +1,66 @@
+"""One measured line of a benchmark, and the machine it was measured on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and when a run was made. ``limits``: bandwidths and rates measured in that run, by name, in base units."""
+
+    cpu: str
+    cores: int
+    threads: int
+    isa: str
+    system: str
+    versions: dict[str, str]
+    allocator: str
+    commit: str
+    date: str
+    limits: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another implementation of the same case: its time, or why there is none.
+
+    ``ratio``: its time over ours, the median over rounds in which both ran; above 1 we are faster.
+    """
+
+    seconds: float | None = None
+    ratio: float | None = None
+    memory_mib: float | None = None
+    absent: str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one operator reached in one case.
+
+    ``seconds`` and all that follows from it are ``None`` where the correctness gate is red. ``rate`` is in ``unit``
+    per second; ``fraction`` is the limit's time over ours, the median over interleaved rounds, with ``limit`` saying
+    what the limit is. ``memory_mib``: the most memory used beyond inputs and outputs. ``faults``: page faults per
+    call. ``errors``: per compared tensor, our error over the allowed one (the numerics rule); at most 1 in a green row.
+    """
+
+    family: str
+    operator: str
+    case: str
+    what: str
+    implementation: str
+    machine: Machine
+    green: bool
+    errors: dict[str, float]
+    problem: str = ""
+    seconds: float | None = None
+    rate: float | None = None
+    unit: str = ""
+    limit: str = ""
+    limit_seconds: float | None = None
+    fraction: float | None = None
+    memory_mib: float | None = None
+    faults: float | None = None
+    disturbed: float | None = None
+    peers: dict[str, Peer] = field(default_factory=dict)
+    note: str = ""

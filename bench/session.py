@@ -1,0 +1,181 @@
+"""One run, and the way every operator goes through it: gate, then kernels, then calls as users make them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m4ov_bench import measure
+from m4ov_bench.gate import Gate
+from m4ov_bench.peers import Absent, Compiled, Peer
+from m4ov_bench.row import Machine, Row
+from m4ov_bench.row import Peer as PeerRow
+from m4ov_kernels.dispatch import Implementation, native_extension
+
+OURS = "m4ov"
+KERNEL = "kernel, preallocated"
+
+
+@dataclass(frozen=True)
+class Session:
+    """``quick``: the short run: few cases and rounds, no compiled peers, no memory."""
+
+    machine: Machine
+    quick: bool = False
+    say: Callable[[str], None] = lambda _: None
+
+    @property
+    def effort(self) -> measure.Effort:
+        return measure.QUICK if self.quick else measure.FULL
+
+    @property
+    def compiled(self) -> Compiled:
+        return "left out of the short run" if self.quick else True
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A raw call with preallocated outputs, and the limit it is interleaved with.
+
+    ``work``: bytes read and written, or floating-point operations; ``unit``: ``"B"`` or ``"FLOP"``.
+    """
+
+    call: measure.Call
+    limit: measure.Call
+    limit_name: str
+    work: float
+    unit: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An operator in one case.
+
+    ``kernels``: by what they do ("forward", "backward", …). ``ours`` and the peers take one of ``inputs`` (sets that
+    rotate) and return a tensor or several; ``grads``: for every set, what is handed to their backward (``None``: the
+    outputs are scalar losses). ``memory``: a peer's name → MiB beyond inputs and outputs.
+    """
+
+    family: str
+    operator: str
+    case: str
+    implementation: str
+    gate: Gate
+    ours: Callable[..., Any]
+    peers: Mapping[str, Peer]
+    inputs: Sequence[tuple[Tensor, ...]]
+    grads: Sequence[tuple[Tensor, ...]] | None = None
+    kernels: Mapping[str, Kernel] = field(default_factory=dict)
+    memory: Mapping[str, float | None] = field(default_factory=dict)
+
+
+def rows(session: Session, subject: Subject) -> Iterator[Row]:
+    """All rows of a subject; a red gate gives one row without a speed, and nothing is timed."""
+    if not subject.gate.green:
+        yield row(session, subject, "not measured")
+        return
+    for what, kernel in subject.kernels.items():
+        session.say(f"{subject.operator} {subject.case}: {what}, kernel")
+        times = measure.interleaved({OURS: kernel.call, "limit": kernel.limit}, session.effort)
+        ours, limit = times[OURS], times["limit"]
+        yield row(
+            session,
+            subject,
+            f"{what}, kernel",
+            **_timing(ours),
+            rate=kernel.work / ours.seconds,
+            unit=kernel.unit,
+            limit=kernel.limit_name,
+            limit_seconds=limit.seconds,
+            fraction=limit.ratio_to(ours),
+        )
+    for what, backward in (("forward", False), ("forward + backward", True)):
+        session.say(f"{subject.operator} {subject.case}: {what}, as called")
+        yield _called(session, subject, what, backward)
+
+
+def _called(session: Session, subject: Subject, what: str, backward: bool) -> Row:
+    calls = {OURS: _as_called(subject, subject.ours, backward)}
+    absent = {name: str(peer) for name, peer in subject.peers.items() if isinstance(peer, Absent)}
+    for name, peer in subject.peers.items():
+        if not isinstance(peer, Absent):
+            call = _as_called(subject, peer, backward)
+            try:
+                call(0)
+            except Exception as error:  # a peer that fails is a row that says so; ours never comes here
+                absent[name] = f"fails: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            else:
+                calls[name] = call
+    kernel = _joined(subject.kernels, what)
+    if kernel is not None:
+        calls[KERNEL] = kernel
+    times = measure.interleaved(calls, session.effort)
+    ours = times.pop(OURS)
+    memory = subject.memory if backward else {}
+    peers = {n: PeerRow(t.seconds, t.ratio_to(ours), memory.get(n)) for n, t in times.items()}
+    peers |= {name: PeerRow(absent=reason, memory_mib=memory.get(name)) for name, reason in absent.items()}
+    return row(session, subject, f"{what}, as called", **_timing(ours), memory_mib=memory.get(OURS), peers=peers)
+
+
+def _as_called(subject: Subject, function: Callable[..., Any], backward: bool) -> measure.Call:
+    inputs, grads = subject.inputs, subject.grads
+
+    def forward_only(index: int) -> Any:
+        with torch.no_grad():
+            return function(*inputs[index % len(inputs)])
+
+    def forward_backward(index: int) -> Any:
+        tensors = inputs[index % len(inputs)]
+        outputs = function(*tensors)
+        wanted = [tensor for tensor in tensors if tensor.requires_grad]
+        given = None if grads is None else grads[index % len(grads)]
+        return torch.autograd.grad(outputs, wanted, given)
+
+    return forward_backward if backward else forward_only
+
+
+def _joined(kernels: Mapping[str, Kernel], what: str) -> measure.Call | None:
+    """The kernels that do the work of one kind of call, one after the other."""
+    if what in kernels:
+        return kernels[what].call
+    parts = [kernels.get(part) for part in what.split(" + ")]
+    if None in parts:
+        return None
+    calls = [part.call for part in parts if part is not None]
+
+    def joined(index: int) -> None:
+        for call in calls:
+            call(index)
+
+    return joined
+
+
+def _timing(times: measure.Times) -> dict[str, Any]:
+    return {"seconds": times.seconds, "faults": times.faults, "disturbed": times.disturbed}
+
+
+def row(session: Session, subject: Subject, what: str, **measured: Any) -> Row:
+    return Row(
+        family=subject.family,
+        operator=subject.operator,
+        case=subject.case,
+        what=what,
+        implementation=subject.implementation,
+        machine=session.machine,
+        green=subject.gate.green,
+        errors=dict(subject.gate.errors),
+        problem=subject.gate.problem,
+        **measured,
+    )
+
+
+def implementation_name(implementation: Implementation | None) -> str:
+    if implementation is None:
+        return "reference"
+    if implementation.backend == "native":
+        return f"native {native_extension()[0].isa()}"
+    return implementation.backend
