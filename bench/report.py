@@ -21,7 +21,11 @@ def print_machine(machine: Machine, console: Console) -> None:
     limits = ", ".join(f"{name} {value / 1e9:.0f} G" for name, value in machine.limits.items())
     console.print(f"{machine.cpu}, {machine.threads} threads of {machine.cores} cores, {machine.isa}; {versions}")
     console.print(f"measured now: {limits}")
-    console.print(f"allocator: {machine.allocator}" + f"; commit {machine.commit}" * bool(machine.commit))
+    console.print(
+        f"allocator: {machine.allocator}"
+        + f"; commit {machine.commit}" * bool(machine.commit)
+        + f"; seed {machine.seed}"
+    )
 
 
 def table(rows: Iterable[Row], title: str) -> Table:

@@ -18,6 +18,7 @@ class Machine:
     allocator: str
     commit: str
     date: str
+    seed: int = 0  # of the inputs
     limits: dict[str, float] = field(default_factory=dict)
 
 

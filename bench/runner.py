@@ -1,4 +1,7 @@
-"""Runs families of benchmarks. A family is a module with ``benchmark(session) -> Iterator[Row]``."""
+"""Runs families of benchmarks. A family is a module with ``benchmark(session) -> Iterator[Row]``.
+
+Imported by the command line before torch may be, so torch is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,17 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-import torch
-
-from m4ov_bench import machine, measure
 from m4ov_bench.row import Row
-from m4ov_bench.session import Session
 
 FAMILIES = ("norm", "activation", "head", "dispatch", "step")
 QUICK_FAMILIES = ("norm", "activation", "head", "dispatch")
+
+
+def check(families: Sequence[str] | None) -> None:
+    """Raises ``ValueError``, listing the families, if one is unknown."""
+    unknown = [name for name in families or () if name not in FAMILIES]
+    if unknown:
+        raise ValueError(f"no benchmark is named {unknown[0]!r}; there are {', '.join(FAMILIES)}")
 
 
 def stream(
@@ -23,18 +29,19 @@ def stream(
     say: Callable[[str], None] = lambda _: None,
     allocator: str = "",
 ) -> Iterator[Row]:
-    """The rows of :func:`run`, each as soon as it is measured. ``say`` hears what is being done."""
-    chosen = tuple(families or (QUICK_FAMILIES if quick else FAMILIES))
-    unknown = [name for name in chosen if name not in FAMILIES]
-    if unknown:
-        raise ValueError(f"no benchmark is named {unknown[0]!r}; there are {', '.join(FAMILIES)}")
+    """The rows of :func:`run`, each as soon as it is measured. Seeds PyTorch's generator anew."""
+    import torch
+
+    from m4ov_bench import machine, measure
+    from m4ov_bench.session import Session
+
+    check(families)
     say("measuring the machine's limits")
-    here = machine.describe(allocator)
-    session = Session(replace(here, limits=machine.limits(measure.QUICK)), quick, say)
+    here = replace(machine.describe(allocator), limits=machine.limits(measure.QUICK))
     seed = int.from_bytes(os.urandom(4), "little")  # fresh values in every run
     torch.manual_seed(seed)
-    say(f"seed {seed}")
-    for family in chosen:
+    session = Session(replace(here, seed=seed), quick, say)
+    for family in families or (QUICK_FAMILIES if quick else FAMILIES):
         yield from importlib.import_module(f"m4ov_bench.{family}").benchmark(session)
 
 
@@ -55,6 +62,11 @@ def run(
 
     Returns:
         One row for each measurement. A row with ``green=False`` failed the numerics rule and carries no speed.
+
+    Raises:
+        ValueError: a family is unknown; lists them.
     """
+    import torch
+
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as if nothing had happened
         return list(stream(families, quick, say, allocator))

@@ -133,12 +133,15 @@ def _check(schema: type, values: Any, source: str, prefix: str = "", root: type 
 
 
 def _hint(root: type, name: str, prefix: str, siblings: list[str]) -> str:
-    """The nearest valid key: beside the wrong one, else the same name elsewhere, else anything alike."""
-    valid = [key for key, _ in keys(root)]
-    close = [prefix + found for found in difflib.get_close_matches(name, siblings, n=1)]
-    close += [key for key in valid if key.rpartition(".")[2] == name]
-    close += difflib.get_close_matches(prefix + name, valid, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; valid here: {', '.join(siblings)}"
+    """The valid key whose last part is most like the wrong one; of equals, the one that stands beside it."""
+    candidates = [prefix + sibling for sibling in siblings] + [key for key, _ in keys(root)]
+
+    def likeness(key: str) -> float:
+        place, _, last = key.rpartition(".")
+        return difflib.SequenceMatcher(None, name, last).ratio() + 0.05 * (f"{place}." * bool(place) == prefix)
+
+    best = max(candidates, key=likeness)
+    return f"; did you mean {best}?" if likeness(best) > 0.65 else f"; valid here: {', '.join(siblings)}"
 
 
 def keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -176,3 +179,9 @@ def _dataclass_in(hint: Any) -> type | None:
     if typing.get_origin(hint) in (typing.Union, types.UnionType, list):
         return next((found for found in map(_dataclass_in, typing.get_args(hint)) if found), None)
     return None
+
+
+def task(path: Path, overrides: Sequence[str] = ()) -> str | None:
+    """The ``task`` that a recipe's file and overrides name, which says what configuration the rest must fit."""
+    named = [values.get("task") for values in (read(path), *(_override(item)[1] for item in overrides))]
+    return next((str(value) for value in reversed(named) if value is not None), None)

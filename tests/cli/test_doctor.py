@@ -1,0 +1,130 @@
+"""What ``m4ov doctor`` says is what happens."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import re
+
+import pytest
+import torch
+from rich.console import Console
+
+import m4ov_kernels
+from m4ov import doctor
+from m4ov_kernels.dispatch import OPERATORS, native_extension
+
+CALLS = {
+    "rms_norm": lambda dtype, device: m4ov_kernels.rms_norm(
+        torch.randn(3, 8, dtype=dtype, device=device), torch.rand(8, dtype=dtype, device=device), eps=1e-6
+    ),
+    "swiglu": lambda dtype, device: m4ov_kernels.swiglu(
+        torch.randn(3, 8, dtype=dtype, device=device), torch.randn(3, 8, dtype=dtype, device=device)
+    ),
+    "linear_cross_entropy": lambda dtype, device: m4ov_kernels.linear_cross_entropy(
+        torch.randn(3, 8, dtype=dtype, device=device),
+        torch.randn(16, 8, dtype=dtype, device=device),
+        torch.tensor([1, -100, 3], device=device),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def report():
+    return doctor.collect()
+
+
+def test_every_operator_is_told_for_every_device_and_dtype(report):
+    assert CALLS.keys() == OPERATORS.keys()
+    told = {(served.operator, served.device, served.dtype) for served in report.operators}
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in doctor.DTYPES]
+    assert told == {(name, device, dtype) for name in OPERATORS for device in ("cpu", "cuda") for dtype in dtypes}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("dtype", doctor.DTYPES, ids=str)
+def test_what_runs_is_what_it_says(report, monkeypatch, name, dtype):
+    """Watch every implementation's raw forward and the reference while the public function runs."""
+    operator, ran = OPERATORS[name], []
+
+    def watch(module, attribute, label):
+        real = getattr(module, attribute)
+        monkeypatch.setattr(module, attribute, lambda *a, **k: (ran.append(label), real(*a, **k))[1])
+
+    reference = importlib.import_module(f"m4ov_kernels.{operator.family}.reference")
+    watch(reference, name, "reference")
+    for backend in ("native", "triton"):
+        if operator.unavailable(backend, "cpu", dtype) is None:
+            watch(importlib.import_module(f"m4ov_kernels.{operator.family}.{backend}"), f"{name}_fwd", backend)
+    monkeypatch.setattr(operator, "_table", {})  # select again, through the watched modules
+    with torch.no_grad():
+        CALLS[name](dtype, "cpu")
+    said = next(s for s in report.operators if (s.operator, s.device, s.dtype) == (name, "cpu", str(dtype)[6:]))
+    assert ran == [said.runs]
+
+
+def test_a_device_that_is_not_here_is_not_claimed(report):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    on_gpu = [served for served in report.operators if served.device == "cuda"]
+    assert {served.runs for served in on_gpu} == {"none"}
+    assert dict(report.facts["CUDA"])["GPU"] == "none that PyTorch can use"
+
+
+def test_a_backend_that_cannot_serve_is_told_as_an_error():
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    with m4ov_kernels.backend("native"):
+        served = [s for s in doctor.serving() if s.device == "cuda"]
+        assert {s.runs for s in served} == {"error"}
+        assert all("backend 'native' was asked for, but" in s.why for s in served)
+
+
+def test_the_instruction_set_is_the_one_in_use(report):
+    extension, reason = native_extension()
+    facts = dict(report.facts["kernels"])
+    if extension is None:
+        assert facts["compiled extension"] == f"none: {reason}"
+        return
+    before = extension.isa()
+    assert facts["in use"].split()[0] == before
+    try:
+        for isa in extension.isas():
+            extension.set_isa(isa)
+            told = doctor.collect()
+            assert dict(told.facts["kernels"])["in use"].split()[0] == isa
+            assert all(s.why.endswith(isa) for s in told.operators if s.device == "cpu" and s.runs == "native")
+    finally:
+        extension.set_isa(before)
+
+
+def test_threads_are_those_of_a_call():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert dict(doctor.collect().facts["threads"])["PyTorch"].startswith("1 in a call")
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_openmp_runtimes_are_those_mapped(report):
+    runtimes = doctor.openmp_runtimes()
+    if runtimes is None:
+        pytest.skip("this system does not show what is mapped")
+    assert any("libgomp" in file or "libomp" in file or "libiomp" in file for file in runtimes)
+    assert dict(report.facts["threads"])["OpenMP runtimes mapped"].startswith(str(len(runtimes)))
+    many = [advice for advice in report.advice if "OpenMP runtimes" in advice]
+    assert bool(many) == (len(runtimes) > 1)
+
+
+def test_versions_are_those_imported(report):
+    versions = dict(report.facts["versions"])
+    assert versions["torch"] == torch.__version__
+    assert re.match(r"3\.\d+\.\d+, ", versions["Python"])
+
+
+def test_it_renders_at_any_width(report):
+    for width in (40, 200):
+        out = io.StringIO()
+        doctor.render(report, Console(file=out, width=width))
+        assert "what will run" in out.getvalue().replace("\n", " ")
