@@ -9,6 +9,10 @@ namespace {
 
 constexpr int64_t kSegment = 4096;  // elements per unit of work when all rows form one dense run
 
+// The hardware's prefetchers stop at page ends; this keeps reads going across them.
+template <typename T>
+constexpr int64_t kAhead = 2048 / sizeof(T);
+
 // body(offset of a dense run in the outputs, its row, its column, its length) over this call's work, in parallel.
 template <typename Body>
 static void for_runs(int64_t rows, int64_t columns, bool dense, int64_t bytes, int threads, const Body& body) {
@@ -41,6 +45,8 @@ template <typename T, bool kRoundTwice, bool kStream>
 static void forward_run(T* output, const T* gate, const T* up, int64_t count) {
   int64_t i = 0;
   for (; i + kGroup <= count; i += kGroup) {
+    prefetch(gate + i + kAhead<T>);
+    prefetch(up + i + kAhead<T>);
     put<kStream>(output + i, swiglu<T, kRoundTwice>(load(gate + i), load(up + i)));
   }
   if (i < count) {
@@ -80,6 +86,9 @@ template <typename T, bool kStream>
 static void backward_run(T* grad_gate, T* grad_up, const T* grad, const T* gate, const T* up, int64_t count) {
   int64_t i = 0;
   for (; i + kGroup <= count; i += kGroup) {
+    prefetch(grad + i + kAhead<T>);
+    prefetch(gate + i + kAhead<T>);
+    prefetch(up + i + kAhead<T>);
     const Gradients result = gradients<T>(load(grad + i), load(gate + i), load(up + i));
     put<kStream>(grad_gate + i, result.gate);
     put<kStream>(grad_up + i, result.up);

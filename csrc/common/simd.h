@@ -112,20 +112,28 @@ M4OV_INLINE void put(T* target, Pair x) {
 M4OV_INLINE bool vector_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0; }
 M4OV_INLINE void fence() { _mm_sfence(); }
 
+// Asks for the group at `p`, which may lie outside the tensor: a prefetch never faults. kToL2: not as far as L1.
+template <bool kToL2 = false, typename T>
+M4OV_INLINE void prefetch(const T* p) {
+  const char* line = reinterpret_cast<const char*>(p);
+  for (unsigned i = 0; i < sizeof(T) * kGroup; i += 64) _mm_prefetch(line + i, kToL2 ? _MM_HINT_T1 : _MM_HINT_T0);
+}
+
+// Rounding to bf16 keeps a NaN only if the lower half of its bits is clear. So it is in NaN that comes from 16-bit
+// inputs or from arithmetic on other numbers; an fp32 input that is multiplied into a 16-bit output goes through here.
+M4OV_INLINE float canonical(float x) { return x == x ? x : __builtin_nanf(""); }
+
 M4OV_INLINE float lane_sum(Pair x) { return lane_sum(x.a + x.b); }
 
-// exp(x) to 3e-6 relative, for results that are rounded to 16 bits; -inf, +inf, NaN and overflow as in exp.
+// exp(x) to 3e-6 relative, for results that are rounded to 16 bits. Of +inf: inf or NaN.
 M4OV_INLINE V exp_fast(V x) {
-  // min and max hand on their second operand when one is NaN.
-  const V t = min(set1(129.0f), max(set1(-151.0f), x * set1(1.44269504f)));
-  const V n = nearest(t);
-  const V f = t - n;
-  V p = set1(0.00957010221f);  // minimax for 2^f on [-1/2, 1/2]
-  p = fma(p, f, set1(0.0559178591f));
-  p = fma(p, f, set1(0.240247443f));
-  p = fma(p, f, set1(0.693121791f));
-  p = fma(p, f, set1(0.999999285f));
-  return scale_by_power(p, n);
+  const Split t = split(clamp_exponent(x * set1(1.44269504f)));
+  V p = set1(0.0135341678f);  // minimax for 2^t on [0, 1]
+  p = fma(p, t.fraction, set1(0.0520114601f));
+  p = fma(p, t.fraction, set1(0.241442755f));
+  p = fma(p, t.fraction, set1(0.693003833f));
+  p = fma(p, t.fraction, set1(1.00000262f));
+  return scale_by_power(p, t.whole);
 }
 
 // exp(x) to about one unit in the last place of fp32.

@@ -12,6 +12,9 @@ struct V {
 struct Pair {
   V a, b;
 };
+struct Split {
+  V fraction, whole;
+};
 
 M4OV_INLINE V set1(float x) { return {_mm256_set1_ps(x)}; }
 M4OV_INLINE V operator+(V x, V y) { return {_mm256_add_ps(x.v, y.v)}; }
@@ -29,6 +32,12 @@ M4OV_INLINE V scale_by_power(V x, V n) {
   const __m256i second = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23);
   return {_mm256_mul_ps(_mm256_mul_ps(x.v, _mm256_castsi256_ps(first)), _mm256_castsi256_ps(second))};
 }
+M4OV_INLINE Split split(V x) {
+  const V whole = {_mm256_floor_ps(x.v)};
+  return {x - whole, whole};
+}
+// Into the range of scale_by_power. min and max hand on their second operand when that is NaN.
+M4OV_INLINE V clamp_exponent(V x) { return min(set1(129.0f), max(set1(-151.0f), x)); }
 // rcpps has 12 bits, too few for fp16.
 M4OV_INLINE V reciprocal_fast(V x) { return set1(1.0f) / x; }
 
@@ -63,13 +72,11 @@ M4OV_INLINE Pair load(const Bf16* p) {
   const __m256i x = load_bits(p);
   return {{_mm256_castsi256_ps(_mm256_slli_epi32(x, 16))}, {_mm256_castsi256_ps(_mm256_and_si256(x, upper_half()))}};
 }
-// The rounded value in the upper 16 bits (nearest even, NaN stays NaN), rubbish in the lower.
+// The value rounded (nearest even) in the upper 16 bits, rubbish in the lower; see `canonical` in simd.h for NaN.
 M4OV_INLINE __m256i bf16_bits(V x) {
   const __m256i bits = _mm256_castps_si256(x.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
-  return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), is_nan);
+  return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
 }
 M4OV_INLINE __m256i pack_bf16(Pair x) {
   return _mm256_blend_epi16(_mm256_srli_epi32(bf16_bits(x.a), 16), bf16_bits(x.b), 0xaa);

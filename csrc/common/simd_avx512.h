@@ -12,6 +12,9 @@ struct V {
 struct Pair {
   V a, b;
 };
+struct Split {
+  V fraction, whole;
+};
 
 M4OV_INLINE V set1(float x) { return {_mm512_set1_ps(x)}; }
 M4OV_INLINE V operator+(V x, V y) { return {_mm512_add_ps(x.v, y.v)}; }
@@ -22,7 +25,13 @@ M4OV_INLINE V fma(V x, V y, V z) { return {_mm512_fmadd_ps(x.v, y.v, z.v)}; }
 M4OV_INLINE V min(V x, V y) { return {_mm512_min_ps(x.v, y.v)}; }
 M4OV_INLINE V max(V x, V y) { return {_mm512_max_ps(x.v, y.v)}; }
 M4OV_INLINE V nearest(V x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-M4OV_INLINE V scale_by_power(V x, V n) { return {_mm512_scalef_ps(x.v, n.v)}; }  // x · 2^n
+M4OV_INLINE V scale_by_power(V x, V n) { return {_mm512_scalef_ps(x.v, n.v)}; }  // x · 2^floor(n)
+// x without its whole part, in [0, 1), and something whose floor that is.
+M4OV_INLINE Split split(V x) {
+  return {{_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}, x};
+}
+// Into the range of scale_by_power. max hands on its second operand when that is NaN; inf is split into NaN.
+M4OV_INLINE V clamp_exponent(V x) { return max(set1(-151.0f), x); }
 M4OV_INLINE V reciprocal_fast(V x) { return {_mm512_rcp14_ps(x.v)}; }
 
 M4OV_INLINE __m256 halves_sum(V x) { return _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1)); }
@@ -55,12 +64,11 @@ M4OV_INLINE Pair load(const Bf16* p) {
   return {{_mm512_castsi512_ps(_mm512_slli_epi32(x, 16))},
           {_mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000))))}};
 }
-// The rounded value in the upper 16 bits (nearest even, NaN stays NaN), rubbish in the lower.
+// The value rounded (nearest even) in the upper 16 bits, rubbish in the lower; see `canonical` in simd.h for NaN.
 M4OV_INLINE __m512i bf16_bits(V x) {
   const __m512i bits = _mm512_castps_si512(x.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+  return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
 }
 M4OV_INLINE __m512i pack_bf16(Pair x) {
   return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(bf16_bits(x.a), 16), bf16_bits(x.b));

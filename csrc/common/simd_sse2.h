@@ -12,6 +12,9 @@ struct V {
 struct Pair {
   V a, b;
 };
+struct Split {
+  V fraction, whole;
+};
 
 M4OV_INLINE V set1(float x) { return {_mm_set1_ps(x)}; }
 M4OV_INLINE V operator+(V x, V y) { return {_mm_add_ps(x.v, y.v)}; }
@@ -29,6 +32,12 @@ M4OV_INLINE V scale_by_power(V x, V n) {
   const __m128i second = _mm_slli_epi32(_mm_add_epi32(_mm_sub_epi32(whole, half), bias), 23);
   return {_mm_mul_ps(_mm_mul_ps(x.v, _mm_castsi128_ps(first)), _mm_castsi128_ps(second))};
 }
+M4OV_INLINE Split split(V x) {
+  const V whole = nearest(x - set1(0.5f));  // at ties one below the floor: the fraction is then 1
+  return {x - whole, whole};
+}
+// Into the range of scale_by_power. min and max hand on their second operand when that is NaN.
+M4OV_INLINE V clamp_exponent(V x) { return min(set1(129.0f), max(set1(-151.0f), x)); }
 M4OV_INLINE V reciprocal_fast(V x) { return set1(1.0f) / x; }
 
 M4OV_INLINE float lane_sum(V x) {
@@ -63,13 +72,12 @@ M4OV_INLINE Pair load(const Bf16* p) {
   const __m128i x = load_bits(p);
   return {{_mm_castsi128_ps(_mm_slli_epi32(x, 16))}, {_mm_castsi128_ps(_mm_and_si128(x, upper_half()))}};
 }
-// The rounded value in the upper 16 bits (nearest even, NaN stays NaN), zeros in the lower.
+// The value rounded (nearest even) in the upper 16 bits, zeros in the lower; see `canonical` in simd.h for NaN.
 M4OV_INLINE __m128i bf16_bits(V x) {
   const __m128i bits = _mm_castps_si128(x.v);
   const __m128i odd = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
   const __m128i rounded = _mm_add_epi32(_mm_add_epi32(bits, _mm_set1_epi32(0x7fff)), odd);
-  const __m128i is_nan = _mm_castps_si128(_mm_cmpunord_ps(x.v, x.v));
-  return _mm_and_si128(select(is_nan, _mm_set1_epi32(0x7fc00000), rounded), upper_half());
+  return _mm_and_si128(rounded, upper_half());
 }
 M4OV_INLINE __m128i pack_bf16(Pair x) { return _mm_or_si128(_mm_srli_epi32(bf16_bits(x.a), 16), bf16_bits(x.b)); }
 M4OV_INLINE void store(Bf16* p, Pair x) { store_bits(p, pack_bf16(x)); }

@@ -22,6 +22,7 @@ static Running merge(Running state, float maximum, float sum) {
   return {state.maximum, state.sum + sum * __builtin_expf(maximum - state.maximum)};
 }
 
+// The exponential is precise to fp32 for every T: the loss is not rounded to T.
 template <typename T, bool kTotal>
 static Running add_block(Running state, const T* logits, int64_t count, float* total) {
   const int64_t whole = count / kGroup * kGroup, rest = count - whole;
@@ -35,13 +36,13 @@ static Running add_block(Running state, const T* logits, int64_t count, float* t
   // All -inf: nothing to add, unless max() lost a NaN, which the sum keeps.
   const float shift_value = maximum == -__builtin_inff() ? 0.0f : maximum;
   const Pair shift = both(set1(shift_value));
-  Pair even = exp_for<T>(last - shift), odd = both(set1(0.0f));
+  Pair even = exp_for<float>(last - shift), odd = both(set1(0.0f));
   int64_t i = 0;
   for (; i + 2 * kGroup <= whole; i += 2 * kGroup) {
-    even = even + exp_for<T>(load(logits + i) - shift);
-    odd = odd + exp_for<T>(load(logits + i + kGroup) - shift);
+    even = even + exp_for<float>(load(logits + i) - shift);
+    odd = odd + exp_for<float>(load(logits + i + kGroup) - shift);
   }
-  if (i < whole) even = even + exp_for<T>(load(logits + i) - shift);
+  if (i < whole) even = even + exp_for<float>(load(logits + i) - shift);
   if constexpr (kTotal) {
     Pair sum = rest ? load_tail(logits + whole, rest) : both(set1(0.0f));
     for (i = 0; i < whole; i += kGroup) sum = sum + load(logits + i);
@@ -87,13 +88,15 @@ static void backward(const CrossEntropyBwd& a) {
         memset(logits, 0, a.columns * sizeof(T));
         continue;
       }
-      const Pair logsumexp = both(set1(a.logsumexp[row])), scale = both(set1(a.grad_loss[row]));
+      const float logsumexp_value = canonical(a.logsumexp[row]), scale_value = canonical(a.grad_loss[row]);
+      const Pair logsumexp = both(set1(logsumexp_value)), scale = both(set1(scale_value));
       const int64_t hit = a.target[row] - a.first;
       const bool here = hit >= 0 && hit < a.columns;
       // The target's own gradient cancels, p - 1: it takes the exact exponential.
-      const float at_target =
-          here ? (__builtin_expf(scalar(logits + hit) - a.logsumexp[row]) - a.uniform_weight - a.target_weight) * a.grad_loss[row]
-               : 0.0f;
+      float at_target = 0.0f;
+      if (here) {
+        at_target = __builtin_expf(scalar(logits + hit) - logsumexp_value) - a.uniform_weight - a.target_weight;
+      }
       int64_t i = 0;
       for (; i + kGroup <= a.columns; i += kGroup) {
         store(logits + i, (exp_for<T>(load(logits + i) - logsumexp) - uniform) * scale);
@@ -102,7 +105,7 @@ static void backward(const CrossEntropyBwd& a) {
         const int64_t rest = a.columns - i;
         store_tail(logits + i, (exp_for<T>(load_tail(logits + i, rest) - logsumexp) - uniform) * scale, rest);
       }
-      if (here) store_tail(logits + hit, both(set1(at_target)), 1);
+      if (here) store_tail(logits + hit, both(set1(at_target * scale_value)), 1);
     }
   });
 }

@@ -48,11 +48,14 @@ M4OV_INLINE Pair scaled(Pair x, Pair weight, Pair rstd) {
 
 template <typename T, int kNumerics, bool kResidual, bool kStream>
 static void write_row(T* normed, T* new_residual, const T* x, const T* residual, const T* weight, float rstd_value,
-                      int64_t columns) {
+                      int64_t columns, int64_t next_x, int64_t next_residual) {
   constexpr bool kRounded = kNumerics != kFp32;
   const Pair rstd = both(set1(rstd_value));
   int64_t i = 0;
   for (; i + kGroup <= columns; i += kGroup) {
+    // The next row is read while this one is written.
+    prefetch(x + next_x + i);
+    if constexpr (kResidual) prefetch(residual + next_residual + i);
     const Pair sum = add_residual<T, kResidual, kRounded>(load(x + i), kResidual ? load(residual + i) : Pair{});
     if constexpr (kResidual) put<kStream>(new_residual + i, sum);
     put<kStream>(normed + i, scaled<T, kNumerics == kHf>(sum, load(weight + i), rstd));
@@ -81,9 +84,11 @@ static void forward(const RmsNormFwd& a) {
       const float rstd = 1.0f / __builtin_sqrtf(mean_square<T, kResidual, kRounded>(x, residual, a.columns) + a.eps);
       a.rstd[row] = rstd;
       if (large && vector_aligned(normed) && vector_aligned(new_residual)) {
-        write_row<T, kNumerics, kResidual, true>(normed, new_residual, x, residual, weight, rstd, a.columns);
+        write_row<T, kNumerics, kResidual, true>(normed, new_residual, x, residual, weight, rstd, a.columns,
+                                                 a.hidden_stride, a.residual_stride);
       } else {
-        write_row<T, kNumerics, kResidual, false>(normed, new_residual, x, residual, weight, rstd, a.columns);
+        write_row<T, kNumerics, kResidual, false>(normed, new_residual, x, residual, weight, rstd, a.columns,
+                                                  a.hidden_stride, a.residual_stride);
       }
     }
     if (large) fence();
@@ -124,6 +129,10 @@ static float mean_product(const T* dy, const T* x, const T* weight, float rstd, 
   return lane_sum(even + odd) * rstd / static_cast<float>(columns);
 }
 
+struct Distances {  // from a row to its successor in the next block, in elements
+  int64_t dy, x, grad_residual;
+};
+
 template <bool kGradResidual>
 M4OV_INLINE Pair input_gradient(Pair dy, Pair normed, Pair weight, Pair grad_residual, Pair rstd, Pair mean) {
   const Pair grad = rstd * (dy * weight - normed * mean);
@@ -131,7 +140,7 @@ M4OV_INLINE Pair input_gradient(Pair dy, Pair normed, Pair weight, Pair grad_res
 }
 
 template <typename T, int kRows, bool kWeight, bool kGradResidual, bool kStream>
-static void write_rows(const Row<T>* rows, const T* weight, float* partial, int64_t columns) {
+static void write_rows(const Row<T>* rows, const T* weight, float* partial, int64_t columns, Distances next) {
   int64_t i = 0;
   for (; i + kGroup <= columns; i += kGroup) {
     const Pair w = load(weight + i);
@@ -139,6 +148,10 @@ static void write_rows(const Row<T>* rows, const T* weight, float* partial, int6
     if constexpr (kWeight) dw = load(partial + i);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
+      // The next block of rows is read while this one is written; it is more than L1 holds.
+      prefetch<true>(rows[r].dy + next.dy + i);
+      prefetch<true>(rows[r].x + next.x + i);
+      if constexpr (kGradResidual) prefetch<true>(rows[r].grad_residual + next.grad_residual + i);
       const Pair dy = load(rows[r].dy + i), normed = load(rows[r].x + i) * rows[r].rstd;
       const Pair extra = kGradResidual ? load(rows[r].grad_residual + i) : Pair{};
       put<kStream>(rows[r].dx + i, input_gradient<kGradResidual>(dy, normed, w, extra, rows[r].rstd, rows[r].mean));
@@ -173,14 +186,16 @@ static void backward_rows(const RmsNormBwd& a, int64_t first, float* partial, bo
     rows[r].grad_residual =
         kGradResidual ? static_cast<const T*>(a.grad_residual) + row * a.grad_residual_stride : nullptr;
     rows[r].dx = static_cast<T*>(a.grad_hidden_states) + row * a.columns;
-    rows[r].rstd = both(set1(a.rstd[row]));
-    rows[r].mean = both(set1(mean_product(rows[r].dy, rows[r].x, weight, a.rstd[row], a.columns)));
+    const float rstd = canonical(a.rstd[row]);
+    rows[r].rstd = both(set1(rstd));
+    rows[r].mean = both(set1(mean_product(rows[r].dy, rows[r].x, weight, rstd, a.columns)));
     aligned = aligned && vector_aligned(rows[r].dx);
   }
+  const Distances next = {kRows * a.grad_stride, kRows * a.hidden_stride, kRows * a.grad_residual_stride};
   if (large && aligned) {
-    write_rows<T, kRows, kWeight, kGradResidual, true>(rows, weight, partial, a.columns);
+    write_rows<T, kRows, kWeight, kGradResidual, true>(rows, weight, partial, a.columns, next);
   } else {
-    write_rows<T, kRows, kWeight, kGradResidual, false>(rows, weight, partial, a.columns);
+    write_rows<T, kRows, kWeight, kGradResidual, false>(rows, weight, partial, a.columns, next);
   }
 }
 
