@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace, allocator: str = "") -> int:
     """Run, print a table for each family as it ends, write the files. Exit status 1 if any gate was red."""
     from rich.console import Console
+    from rich.markup import escape
 
     from m4ov_bench import report
 
@@ -51,5 +52,5 @@ def execute(arguments: argparse.Namespace, allocator: str = "") -> int:
         console.print(f"plot: {arguments.plot}")
     red = [row for row in rows if not row.green]
     for row in red:
-        console.print(f"[red]red gate, no speed: {row.operator} {row.case}: {row.problem}[/red]")
+        console.print(f"[red]red gate, no speed: {row.operator} {escape(row.case)}: {escape(row.problem)}[/red]")
     return 1 if red else 0

@@ -142,7 +142,7 @@ def copy_call(bytes_moved: int, sets: int = 3) -> Call:
     return lambda index: sinks[index % sets].copy_(sources[index % sets])
 
 
-def matmul_rate(dtype: torch.dtype, effort: Effort, size: int = 2048) -> float:
+def matmul_rate(dtype: torch.dtype, effort: Effort, size: int) -> float:
     """FLOP/s of a large square ``torch.mm``: the arithmetic's limit."""
     left, right, out = (torch.randn(size, size).to(dtype) for _ in range(3))
     times = interleaved({"mm": lambda _: torch.mm(left, right, out=out)}, effort)["mm"]

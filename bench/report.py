@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from m4ov_bench.row import Machine, Peer, Row
@@ -37,7 +38,7 @@ def table(rows: Iterable[Row], title: str) -> Table:
     made.add_column("error", justify="right")
     for row in rows:
         if not row.green:
-            made.add_row(_case(row), row.what, "[red]RED[/red]", "", "", f"[red]{row.problem}[/red]", "")
+            made.add_row(_case(row), row.what, "[red]RED[/red]", "", "", f"[red]{escape(row.problem)}[/red]", "")
             continue
         peers = [_peer(name, peer) for name, peer in row.peers.items()]
         if row.memory_mib is not None:
@@ -56,7 +57,7 @@ def table(rows: Iterable[Row], title: str) -> Table:
 
 
 def _case(row: Row) -> str:
-    return f"[bold]{row.operator}[/bold]\n{row.case}\n[dim]{row.implementation}[/dim]"
+    return f"[bold]{row.operator}[/bold]\n{escape(row.case)}\n[dim]{escape(row.implementation)}[/dim]"
 
 
 def _calm(row: Row) -> str:
@@ -69,7 +70,7 @@ def _calm(row: Row) -> str:
 def _peer(name: str, peer: Peer) -> str:
     memory = "" if peer.memory_mib is None else f", +{peer.memory_mib:.0f} MiB"
     if peer.seconds is None or peer.ratio is None:
-        return f"[dim]{name}: {peer.absent}{memory}[/dim]"
+        return f"[dim]{name}: {escape(str(peer.absent))}{memory}[/dim]"
     return f"{name}: {duration(peer.seconds)} ({peer.ratio:.2f} ×{memory})"
 
 

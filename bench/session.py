@@ -99,11 +99,11 @@ def rows(session: Session, subject: Subject) -> Iterator[Row]:
 
 
 def _called(session: Session, subject: Subject, what: str, backward: bool) -> Row:
-    calls = {OURS: _as_called(subject, subject.ours, backward)}
+    calls = {OURS: as_called(subject, subject.ours, backward)}
     absent = {name: str(peer) for name, peer in subject.peers.items() if isinstance(peer, Absent)}
     for name, peer in subject.peers.items():
         if not isinstance(peer, Absent):
-            call = _as_called(subject, peer, backward)
+            call = as_called(subject, peer, backward)
             try:
                 call(0)
             except Exception as error:  # a peer that fails is a row that says so; ours never comes here
@@ -121,7 +121,8 @@ def _called(session: Session, subject: Subject, what: str, backward: bool) -> Ro
     return row(session, subject, f"{what}, as called", **_timing(ours), memory_mib=memory.get(OURS), peers=peers)
 
 
-def _as_called(subject: Subject, function: Callable[..., Any], backward: bool) -> measure.Call:
+def as_called(subject: Subject, function: Callable[..., Any], backward: bool) -> measure.Call:
+    """One of ours or a peer's calls as a user makes it: fresh outputs, through autograd when ``backward``."""
     inputs, grads = subject.inputs, subject.grads
 
     def forward_only(index: int) -> Any:

@@ -127,7 +127,9 @@ def test_ctrl_c_from_outside():
     time.sleep(3)
     child.send_signal(signal.SIGINT)
     _, errors = child.communicate(timeout=60)
-    assert child.returncode == 130, errors.decode()
+    # CPython itself dies of the signal if the interrupt met an exec() of source text; a shell shows 130 for both.
+    assert child.returncode in (130, -signal.SIGINT), errors.decode()
+    assert errors.decode().strip() == "m4ov bench: interrupted"
 
 
 def test_doctor_sets_the_allocator_up_and_is_json():

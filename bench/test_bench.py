@@ -1,0 +1,57 @@
+"""The same subjects under pytest-benchmark: ``pytest bench`` (``--benchmark-autosave``, ``--benchmark-compare``, …).
+
+Each subject passes its correctness gate before anything is timed. Compiled peers are left to ``m4ov bench``.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from m4ov_bench import activation, cases, head, machine, norm
+from m4ov_bench.peers import Absent
+from m4ov_bench.session import OURS, Session, Subject, as_called
+
+CASES = [case for case in (*cases.NORM, *cases.ACTIVATION, *cases.HEAD) if case.quick]
+PEERS = ("eager", "Hugging Face", "F.rms_norm", "F.linear_cross_entropy")
+
+
+@cache
+def subject(case: cases.NormCase | cases.GatedCase | cases.HeadCase) -> Subject:
+    session = Session(machine.describe(), quick=True)
+    if isinstance(case, cases.NormCase):
+        made = norm.subject(case, False)
+    elif isinstance(case, cases.GatedCase):
+        made = activation.subject(case, False)
+    else:
+        made = head.subject(session, case)
+    assert made.gate.green, f"{made.operator} {made.case}: {made.gate.problem}"
+    return made
+
+
+def timed(benchmark, call) -> None:
+    counter = iter(range(10**9))
+    benchmark.pedantic(lambda: call(next(counter)), rounds=10, warmup_rounds=2)
+
+
+@pytest.mark.parametrize("what", ["forward", "backward", "forward + backward"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernel(benchmark, case, what):
+    made = subject(case)
+    if what not in made.kernels:
+        pytest.skip(f"{made.operator} is measured as {', '.join(made.kernels) or 'a call only: no kernels here'}")
+    benchmark.group = f"{made.operator} {case}: {what}, kernel"
+    timed(benchmark, made.kernels[what].call)
+
+
+@pytest.mark.parametrize("who", [OURS, *PEERS])
+@pytest.mark.parametrize("what", ["forward", "forward + backward"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_as_called(benchmark, case, what, who):
+    made = subject(case)
+    function = made.ours if who == OURS else made.peers.get(who, Absent(f"no peer of {made.operator}"))
+    if isinstance(function, Absent):
+        pytest.skip(str(function))
+    benchmark.group = f"{made.operator} {case}: {what}, as called"
+    timed(benchmark, as_called(made, function, backward="backward" in what))

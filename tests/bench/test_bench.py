@@ -1,0 +1,165 @@
+"""The benchmark end to end on tiny shapes, and its timers on calls of known length."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import m4ov_bench
+from m4ov_bench import cases, machine, measure, memory, peers, report, runner
+from m4ov_kernels.dispatch import native_extension
+
+FAST = measure.Effort(seconds=0.05, each=0.02, fewest=2, most=3)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The short run on tiny shapes."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(measure, "QUICK", FAST)
+    patch.setattr(cases, "NORM", (cases.NormCase(8, 64, quick=True), cases.NormCase(4, 32, residual=True, quick=True)))
+    patch.setattr(cases, "ACTIVATION", (cases.GatedCase(8, 64, quick=True),))
+    patch.setattr(cases, "HEAD", (cases.HeadCase(8, 32, 96, labelled=0.5, quick=True),))
+    patch.setattr(machine, "_COPY_BYTES", 2**16)
+    patch.setattr(machine, "_MATRIX", 128)
+    heard: list[str] = []
+    state = torch.get_rng_state()
+    rows = m4ov_bench.run(quick=True, say=heard.append, allocator="as tested")
+    assert torch.equal(torch.get_rng_state(), state), "run() must leave the caller's random numbers alone"
+    patch.undo()
+    return rows, heard
+
+
+def test_every_family_of_the_short_run_gives_rows(tiny):
+    rows, heard = tiny
+    assert [f for f in dict.fromkeys(row.family for row in rows)][:3] == ["norm", "activation", "head"]
+    assert all(row.green for row in rows), [row.problem for row in rows if not row.green]
+    assert any("kernel" in text for text in heard) == (native_extension()[0] is not None)
+
+
+def test_rows_hold_what_they_promise(tiny):
+    for row in tiny[0]:
+        assert row.seconds is not None
+        assert row.machine.allocator == "as tested"
+        assert row.machine.limits.keys() == {"copy B/s", "bf16 mm FLOP/s", "fp32 mm FLOP/s"}
+        assert row.errors
+        assert max(row.errors.values()) <= 1
+        if row.what.endswith(", kernel"):
+            assert row.fraction > 0
+            assert row.limit
+            assert row.limit_seconds > 0
+            assert row.rate > 0
+            assert row.unit in ("B", "FLOP")
+        if row.what.endswith(", as called"):
+            assert {"eager", "torch.compile"} <= row.peers.keys()
+            assert row.peers["eager"].ratio > 0
+            assert row.peers["torch.compile"].absent
+    called = [row for row in tiny[0] if row.family == "head" and row.what == "forward + backward, as called"]
+    assert {"F.linear_cross_entropy", "Hugging Face"} <= called[0].peers.keys()
+
+
+def test_kernels_are_measured_where_there_are_kernels(tiny):
+    what = {(row.operator, row.what) for row in tiny[0] if row.what.endswith(", kernel")}
+    if native_extension()[0] is None:
+        assert not what
+    else:
+        assert {("rms_norm", "backward, kernel"), ("linear_cross_entropy", "forward + backward, kernel")} <= what
+
+
+def test_json_round_trip_and_table_and_plot(tiny, tmp_path):
+    rows, _ = tiny
+    report.write_json(rows, tmp_path / "bench.json")
+    loaded = json.loads((tmp_path / "bench.json").read_text())
+    assert len(loaded["rows"]) == len(rows)
+    assert loaded["machine"] == json.loads(json.dumps(dataclasses.asdict(rows[0].machine)))
+    assert report.table(rows, "all").row_count == len(rows)
+    report.write_plot(rows, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_unknown_family_lists_the_families():
+    with pytest.raises(ValueError, match="no benchmark is named 'nrm'; there are norm, activation"):
+        m4ov_bench.run(["nrm"])
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, m4ov_bench, m4ov_bench.command; print('torch' in sys.modules, len(m4ov_bench.FAMILIES))"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert child.stdout.split()[0] == "False"
+
+
+@pytest.mark.parametrize("family", runner.FAMILIES)
+def test_every_family_is_a_module(family):
+    import importlib
+
+    assert callable(importlib.import_module(f"m4ov_bench.{family}").benchmark)
+
+
+def test_interleaved_times_and_ratios():
+    times = measure.interleaved(
+        {"short": lambda _: time.sleep(0.002), "long": lambda _: time.sleep(0.006)},
+        measure.Effort(seconds=0.2, each=0.1, fewest=5, most=12),
+    )
+    assert 0.0018 < times["short"].seconds < 0.004
+    assert 1.5 < times["long"].ratio_to(times["short"]) < 4
+    assert times["long"].less(times["short"]) > 0.002
+    assert sum(sample is not None for sample in times["long"].rounds) >= 5
+
+
+def test_disturbed_samples_are_left_out_while_enough_remain():
+    def rounds(*seconds: float, slow: int) -> measure.Times:
+        return measure.Times(tuple(measure.Sample(s, 0, i < slow) for i, s in enumerate(seconds)))
+
+    assert rounds(9, 9, 1, 1, 1, 1, 1, slow=2).seconds == 1
+    assert rounds(9, 9, 9, 1, 1, 1, 1, slow=3).seconds == 1  # too few are calm: all count
+    assert rounds(9, 9, 9, 9, 1, 1, 1, slow=4).seconds == 9
+
+
+def test_inputs_rotate():
+    seen = []
+    measure.interleaved({"a": seen.append}, FAST)
+    assert seen[0] == 0
+    assert len(set(seen)) > 2
+
+
+def test_page_faults_are_counted():
+    times = measure.interleaved({"fresh": lambda _: torch.ones(2**24), "none": lambda _: None}, FAST)
+    assert times["none"].faults == 0
+    assert times["fresh"].faults >= 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the high-water mark of Linux")
+def test_memory_sees_whole_logits_and_the_lack_of_them():
+    case = cases.HeadCase(256, 32, 16384)
+    whole = case.rows * case.vocabulary * 2 / 2**20  # 8 MiB in bf16
+    assert memory.extra_mib("eager", case) >= whole
+    if native_extension()[0] is not None:
+        assert memory.extra_mib("m4ov", case) < whole
+
+
+def test_memory_of_an_unknown_kind_fails_loudly(monkeypatch):
+    monkeypatch.setattr(
+        memory.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, "", "why\nbecause")
+    )
+    with pytest.raises(RuntimeError, match="because"):
+        memory.extra_mib("eager", cases.HeadCase(2, 2, 2))
+
+
+def test_an_absent_peer_says_why(monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    assert peers.linear_cross_entropy(8, False)["Hugging Face"] == "transformers is not installed"
+    assert peers.swiglu("left out")["torch.compile"] == "left out"
+    monkeypatch.setattr(peers.shutil, "which", lambda name: None)
+    assert "compiler" in peers.swiglu(True)["torch.compile"]
+
+
+def test_targets_are_labelled_as_asked():
+    target = cases.targets(cases.HeadCase(100, 8, 50, labelled=0.25))
+    assert int((target != -100).sum()) == 25
+    assert int(target.max()) < 50
