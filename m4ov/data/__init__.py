@@ -1,0 +1,29 @@
+"""Images and questions: where they come from, and the packed batches they become."""
+
+from __future__ import annotations
+
+from m4ov.data.images import ImageError, ImageGeometry, image_processor, patchify
+from m4ov.data.mixture import Mixture
+from m4ov.data.packing import Encoded, Encoder, PackedBatch, mrope_positions, pack
+from m4ov.data.sources import DataError, Sample, Split, digits, easy_vqa
+from m4ov.data.tokenizer import to_hugging_face, train_tokenizer
+
+__all__ = [
+    "DataError",
+    "Encoded",
+    "Encoder",
+    "ImageError",
+    "ImageGeometry",
+    "Mixture",
+    "PackedBatch",
+    "Sample",
+    "Split",
+    "digits",
+    "easy_vqa",
+    "image_processor",
+    "mrope_positions",
+    "pack",
+    "patchify",
+    "to_hugging_face",
+    "train_tokenizer",
+]

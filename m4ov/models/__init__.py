@@ -1,0 +1,3 @@
+"""Single-device model definitions."""
+
+from __future__ import annotations

@@ -1,0 +1,148 @@
+"""The configuration trees that recipes fill: plain dataclasses, checked when they are made. No torch here.
+
+The defaults are those of ``recipes/quickstart.yaml``; a recipe names what it changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+def _require(ok: bool, name: str, expected: str, value: object) -> None:
+    if not ok:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives. The same command on the same folder goes on where it was."""
+
+    folder: str = "runs/quickstart"
+    seed: int = 0
+    threads: int = 0  # of PyTorch; 0: as many as the process may use
+
+
+@dataclass
+class DataConfig:
+    """Questions on pictures of shapes (easy-vqa, "general") and scanned digits (scikit-learn, "domain")."""
+
+    easy_vqa: str = ""  # folder laid out as easy-vqa's data; empty: the installed package
+    on_bad_image: str = "refuse"  # a missing or truncated image: "refuse" to run, or "skip" it with its questions
+    image_size: int = 64  # pixels a side; smaller images are scaled up
+    held_out_digits: int = 360  # of 1,797
+    split_seed: int = 0  # which digits are held out; apart from run.seed, so that runs can be compared
+    vocabulary: int = 512  # at most; byte-level BPE
+    images_per_step: int = 32
+    questions_per_image: int = 4  # asked of one image in one step; they share its features and do not see each other
+    digits_per_step: int = 12
+    flip: bool = True  # mirror half of the shape images; no question is about left or right
+    shift: int = 6  # move digits by up to so many pixels
+
+    def __post_init__(self) -> None:
+        _require(self.on_bad_image in ("refuse", "skip"), "data.on_bad_image", "refuse or skip", self.on_bad_image)
+        for name in ("image_size", "images_per_step", "questions_per_image"):
+            _require(getattr(self, name) > 0, f"data.{name}", "at least 1", getattr(self, name))
+        _require(0 < self.held_out_digits < 1797, "data.held_out_digits", "1 to 1796", self.held_out_digits)
+        _require(self.digits_per_step >= 0, "data.digits_per_step", "at least 0", self.digits_per_step)
+        _require(self.vocabulary >= 300, "data.vocabulary", "at least 300 (256 bytes, 8 special)", self.vocabulary)
+        _require(0 <= self.shift < self.image_size, "data.shift", "0 to image_size - 1", self.shift)
+
+
+@dataclass
+class VisionConfig:
+    hidden_size: int = 128
+    intermediate_size: int = 512
+    layers: int = 4
+    heads: int = 4
+    patch_size: int = 8
+    merge_size: int = 2
+    deepstack_layers: list[int] = field(default_factory=lambda: [1])
+
+
+@dataclass
+class TextConfig:
+    hidden_size: int = 192
+    intermediate_size: int = 512
+    layers: int = 4
+    heads: int = 6
+    key_value_heads: int = 3
+    head_dim: int = 32
+
+
+@dataclass
+class ModelConfig:
+    """A Qwen3-VL from scratch."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        factor = self.text.head_dim
+        _require(factor % 2 == 0, "model.text.head_dim", "an even number", factor)
+        _require(
+            self.vision.hidden_size % (4 * self.vision.heads) == 0,
+            "model.vision.hidden_size",
+            "a multiple of 4 * heads (rotary positions in two dimensions)",
+            self.vision.hidden_size,
+        )
+
+
+@dataclass
+class OptimConfig:
+    """Muon for the weight matrices inside the blocks, AdamW for the rest; linear warm-up, then cosine to zero."""
+
+    muon_lr: float = 0.02
+    lr: float = 2e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    weight_decay: float = 0.05  # of the matrices that Muon trains
+    warmup_steps: int = 50
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 1500
+    precision: str = "bf16"  # of weights in use, activations and gradients; the optimizer keeps float32 weights
+    checkpoint_seconds: float = 30.0  # whichever comes first; 0: never by time
+    checkpoint_steps: int = 0  # 0: never by steps
+    keep_checkpoints: int = 2
+    log_every: int = 10  # steps
+    patch: bool = True  # train with m4ov_kernels.patch
+
+    def __post_init__(self) -> None:
+        _require(self.steps > 0, "train.steps", "at least 1", self.steps)
+        _require(self.precision in ("bf16", "fp32"), "train.precision", "bf16 or fp32", self.precision)
+        _require(self.keep_checkpoints > 0, "train.keep_checkpoints", "at least 1", self.keep_checkpoints)
+        _require(self.log_every > 0, "train.log_every", "at least 1", self.log_every)
+
+
+@dataclass
+class EvaluateConfig:
+    questions_per_batch: int = 256
+    limit: int = 0  # questions of each held-out split; 0: all
+    examples: int = 12  # shown in the report
+
+
+@dataclass
+class CompareConfig:
+    """Patched against unpatched on the same batches."""
+
+    steps: int = 20
+    images_per_step: int = 6
+    digits_per_step: int = 2
+
+
+@dataclass
+class QuickstartConfig:
+    """Everything `m4ov run quickstart` reads."""
+
+    task: str = "quickstart"
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    operators: bool = True  # a short benchmark of the operators, for the report

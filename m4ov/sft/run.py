@@ -1,0 +1,114 @@
+"""A supervised run: a model from scratch, trained on packed batches, saved as Hugging Face saves one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors import SafetensorError
+from torch import Tensor
+
+from m4ov.data import PackedBatch, image_processor, to_hugging_face
+from m4ov.models.qwen3_vl import build, cast_parameters, forward
+from m4ov.recipe import QuickstartConfig
+from m4ov.sft.task import Task
+from m4ov.train import CheckpointError, TrainResult, train
+from m4ov_kernels.patches import patch
+
+
+def loss_of(model: torch.nn.Module, batch: PackedBatch) -> Tensor:
+    """Mean cross entropy of the answers' tokens."""
+    return forward(model, batch).loss
+
+
+def run(config: QuickstartConfig, task: Task, folder: Path, console: Console) -> TrainResult:
+    """Train, or go on training, and write ``folder/model`` when done.
+
+    Args:
+        folder: of the run, claimed by the caller (:class:`m4ov.train.RunFolder`).
+
+    Raises:
+        Interrupted, CheckpointError, TrainingError: see :func:`m4ov.train.train`.
+    """
+    model = build(task.model_config, config.run.seed)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    console.print(
+        f"Qwen3-VL, {parameters / 1e6:.2f} M parameters, {task.tokenizer.get_vocab_size()} tokens in the vocabulary, "
+        f"{config.train.precision}, {torch.get_num_threads()} threads"
+    )
+    if config.train.patch:
+        patch(model)
+    cast_parameters(model, task.dtype)
+    mixture = task.mixture(config.data, config.run.seed)
+    result = train(
+        model, mixture.batch, loss_of, config=config.train, optim=config.optim, folder=folder, console=console
+    )
+    save_model(task, result.weights, folder / "model")
+    return result
+
+
+def fingerprint(config: QuickstartConfig) -> dict[str, Any]:
+    """What the training depends on, flat: key → value. Another folder and other ways of looking at it are not in it."""
+    flat: dict[str, Any] = {}
+
+    def add(prefix: str, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                add(f"{prefix}{name}.", value)
+            else:
+                flat[prefix + name] = value
+
+    tree = dataclasses.asdict(config)
+    add("", {name: tree[name] for name in ("data", "model", "optim")})
+    add("", {"run": {"seed": config.run.seed}, "train": {k: tree["train"][k] for k in ("steps", "precision", "patch")}})
+    return flat
+
+
+def save_model(task: Task, weights: dict[str, Tensor], folder: Path) -> None:
+    """A folder that ``from_pretrained`` loads: weights (float32), configuration, tokenizer, processor.
+
+    Raises:
+        CheckpointError: it cannot be written. What was there before stays.
+    """
+    model = build(task.model_config, 0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+    temporary = folder.with_name(f".writing-{os.getpid()}")
+    try:
+        for left in folder.parent.glob(".writing-*"):
+            shutil.rmtree(left)
+        model.save_pretrained(temporary)
+        tokenizer, processor = to_hugging_face(task.tokenizer), image_processor(task.geometry)
+        tokenizer.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        # Qwen3VLProcessor needs torchvision, for videos; these two files let it load where torchvision is.
+        size = {"shortest_edge": task.geometry.size**2, "longest_edge": task.geometry.size**2}
+        video = {
+            "video_processor_type": "Qwen3VLVideoProcessor",
+            "processor_class": "Qwen3VLProcessor",
+            "patch_size": task.geometry.patch_size,
+            "temporal_patch_size": task.geometry.temporal_patch_size,
+            "merge_size": task.geometry.merge_size,
+            "image_mean": list(processor.image_mean),
+            "image_std": list(processor.image_std),
+            "size": size,
+        }
+        for name, content in (
+            ("video_preprocessor_config.json", video),
+            ("processor_config.json", {"processor_class": "Qwen3VLProcessor"}),
+        ):
+            (temporary / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(f"model {folder}: cannot be written ({reason})") from error
