@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m4ov_bench import cases, gate, measure, peers
+from m4ov_bench import cases, gate, peers
 from m4ov_bench.row import Row
-from m4ov_bench.session import Kernel, Session, Subject, implementation_name, rows
+from m4ov_bench.session import Kernel, Session, Subject, implementation_name, memory_bound, rows
 from m4ov_kernels import swiglu
 from m4ov_kernels.activation import SWIGLU, reference
 from m4ov_kernels.dispatch import Implementation
@@ -96,7 +96,4 @@ def kernels(
     block = plain[0][0].numel() * plain[0][0].element_size()
     moved = {"forward": 3 * block, "backward": 5 * block}  # gate, up → output; gradient, gate, up → two gradients
     calls = {"forward": forward, "backward": backward}
-    return {
-        what: Kernel(call, measure.copy_call(moved[what]), "copy of as many bytes", moved[what], "B")
-        for what, call in calls.items()
-    }
+    return {what: memory_bound(call, moved[what], case.dtype) for what, call in calls.items()}

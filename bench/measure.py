@@ -100,12 +100,18 @@ def interleaved(candidates: Mapping[str, Call], effort: Effort) -> dict[str, Tim
     rounds = max(runs.values())
     stride = {name: max(1, rounds // count) for name, count in runs.items()}
     samples: dict[str, list[Sample | None]] = {name: [] for name in candidates}
-    names = list(candidates)
+    names, index, calm = list(candidates), 0, 0
+    deadline = time.perf_counter() + 3 * effort.seconds
     with _no_collection():
-        for index in range(rounds):
+        # On a busy machine go on until enough rounds were left alone, within reason.
+        while index < rounds or (calm < _ENOUGH < rounds and time.perf_counter() < deadline):
+            ran = []
             for name in names[index % len(names) :] + names[: index % len(names)]:
                 due = index % stride[name] == 0
                 samples[name].append(_timed(candidates[name], index) if due else None)
+                ran.append(samples[name][-1])
+            calm += all(sample is not None and not sample.disturbed for sample in ran)
+            index += 1
     return {name: Times(tuple(values)) for name, values in samples.items()}
 
 
@@ -131,14 +137,14 @@ def _looped(call: Callable[[], object], count: int) -> Call:
     return loop
 
 
-def copy_call(bytes_moved: int, sets: int = 3) -> Call:
-    """A copy that reads and writes ``bytes_moved`` in all (half each), over rotating buffers: the memory's limit.
+def copy_call(bytes_moved: int, dtype: torch.dtype = torch.float64, sets: int = 3) -> Call:
+    """A copy that reads and writes ``bytes_moved`` in all (half each), over rotating buffers.
 
-    PyTorch copies 64-bit elements faster than 16-bit ones on some machines; the limit is the fastest copy, so 64-bit.
+    PyTorch copies 64-bit elements faster than 16-bit ones on some machines, and the limit is the fastest copy.
     """
-    count = max(1, bytes_moved // 16)
-    sources = [torch.ones(count, dtype=torch.float64) for _ in range(sets)]
-    sinks = [torch.zeros(count, dtype=torch.float64) for _ in range(sets)]
+    count = max(1, bytes_moved // 2 // dtype.itemsize)
+    sources = [torch.ones(count, dtype=dtype) for _ in range(sets)]
+    sinks = [torch.zeros(count, dtype=dtype) for _ in range(sets)]
     return lambda index: sinks[index % sets].copy_(sources[index % sets])
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m4ov_bench import cases, gate, measure, peers
+from m4ov_bench import cases, gate, peers
 from m4ov_bench.row import Row
-from m4ov_bench.session import Kernel, Session, Subject, implementation_name, rows
+from m4ov_bench.session import Kernel, Session, Subject, implementation_name, memory_bound, rows
 from m4ov_kernels import rms_norm
 from m4ov_kernels.dispatch import Implementation
 from m4ov_kernels.norm import RMS_NORM, reference
@@ -132,10 +132,7 @@ def kernels(
     # read x (and the residual), write y (and the sum); read dy, x (and the sum's gradient), write dx
     moved = {"forward": block * (4 if case.residual else 2), "backward": block * (4 if case.residual else 3)}
     calls = {"forward": forward, "backward": backward}
-    return {
-        what: Kernel(call, measure.copy_call(moved[what]), "copy of as many bytes", moved[what], "B")
-        for what, call in calls.items()
-    }
+    return {what: memory_bound(call, moved[what], case.dtype) for what, call in calls.items()}
 
 
 def _rstd(hidden_states: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from m4ov_kernels.dispatch import Implementation, native_extension
 
 OURS = "m4ov"
 KERNEL = "kernel, preallocated"
+_LIMIT = "limit"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Kernel:
     """A raw call with preallocated outputs, and the limit it is interleaved with.
 
     ``work``: bytes read and written, or floating-point operations; ``unit``: ``"B"`` or ``"FLOP"``.
+    ``beside``: other calls that move as much, for comparison.
     """
 
     call: measure.Call
@@ -49,6 +51,15 @@ class Kernel:
     limit_name: str
     work: float
     unit: str
+    beside: Mapping[str, measure.Call] = field(default_factory=dict)
+
+
+def memory_bound(call: measure.Call, moved: int, dtype: torch.dtype) -> Kernel:
+    """A kernel that reads and writes ``moved`` bytes: its limit is the fastest copy of as many."""
+    same = f"copy_ of {str(dtype).removeprefix('torch.')}"
+    return Kernel(
+        call, measure.copy_call(moved), "copy of as many bytes", moved, "B", {same: measure.copy_call(moved, dtype)}
+    )
 
 
 @dataclass(frozen=True)
@@ -80,8 +91,8 @@ def rows(session: Session, subject: Subject) -> Iterator[Row]:
         return
     for what, kernel in subject.kernels.items():
         session.say(f"{subject.operator} {subject.case}: {what}, kernel")
-        times = measure.interleaved({OURS: kernel.call, "limit": kernel.limit}, session.effort)
-        ours, limit = times[OURS], times["limit"]
+        times = measure.interleaved({OURS: kernel.call, _LIMIT: kernel.limit, **kernel.beside}, session.effort)
+        ours, limit = times.pop(OURS), times.pop(_LIMIT)
         yield row(
             session,
             subject,
@@ -92,6 +103,7 @@ def rows(session: Session, subject: Subject) -> Iterator[Row]:
             limit=kernel.limit_name,
             limit_seconds=limit.seconds,
             fraction=limit.ratio_to(ours),
+            peers={name: PeerRow(other.seconds, other.ratio_to(ours)) for name, other in times.items()},
         )
     for what, backward in (("forward", False), ("forward + backward", True)):
         session.say(f"{subject.operator} {subject.case}: {what}, as called")
