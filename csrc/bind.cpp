@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <stdexcept>
 #include <string>
 
 #include "common/isa.h"
@@ -109,9 +110,9 @@ void bind_cpu(py::module_& m) {
                                                      columns, logits_stride, first, want_total, dtype, threads});
   });
   m.def("cross_entropy_bwd",
-        [](Address logits, Address target, Address logsumexp, Address grad_loss, int64_t rows, int64_t columns,
+        [](Address logits, Address target, Address normalizer, Address grad_loss, int64_t rows, int64_t columns,
            int64_t logits_stride, int64_t first, float target_weight, float uniform_weight, int dtype, int threads) {
-          run<&Kernels::cross_entropy_bwd>(CrossEntropyBwd{at<void>(logits), at<int64_t>(target), at<float>(logsumexp),
+          run<&Kernels::cross_entropy_bwd>(CrossEntropyBwd{at<void>(logits), at<int64_t>(target), at<float>(normalizer),
                                                            at<float>(grad_loss), rows, columns, logits_stride, first,
                                                            target_weight, uniform_weight, dtype, threads});
         });
@@ -121,6 +122,45 @@ void bind_cpu(py::module_& m) {
         Accumulate{at<float>(accumulator), at<void>(output), at<void>(addend), count, assign, dtype, threads});
   });
 }
+
+#ifdef M4OV_WITH_CUDA
+template <typename Arguments>
+void launch(const char* (*launcher)(const Arguments&, void*), const Arguments& arguments, Address stream) {
+  const char* error;
+  {
+    py::gil_scoped_release release;
+    error = launcher(arguments, at<void>(stream));
+  }
+  if (error) throw std::runtime_error(error);
+}
+
+// The same arguments as on the CPU, with a stream for the number of threads; on the current device.
+void bind_cuda(py::module_& m) {
+  m.def("rms_norm_fwd_cuda",
+        [](Address normed, Address new_residual, Address rstd, Address hidden_states, Address weight, Address residual,
+           int64_t rows, int64_t columns, int64_t hidden_stride, int64_t residual_stride, float eps, int numerics,
+           int dtype, Address stream) {
+          launch(rms_norm_fwd_cuda,
+                 RmsNormFwd{at<void>(normed), at<void>(new_residual), at<float>(rstd), at<void>(hidden_states),
+                            at<void>(weight), at<void>(residual), rows, columns, hidden_stride, residual_stride, eps,
+                            numerics, dtype, 0},
+                 stream);
+        });
+  m.def("rms_norm_bwd_cuda",
+        [](Address grad_hidden_states, Address grad_weight, Address partials, Address grad_normed,
+           Address grad_residual, Address hidden_states, Address weight, Address rstd, int64_t rows, int64_t columns,
+           int64_t grad_stride, int64_t grad_residual_stride, int64_t hidden_stride, int64_t blocks, int dtype,
+           Address stream) {
+          launch(rms_norm_bwd_cuda,
+                 RmsNormBwd{at<void>(grad_hidden_states), at<void>(grad_weight), at<float>(partials),
+                            at<void>(grad_normed), at<void>(grad_residual), at<void>(hidden_states), at<void>(weight),
+                            at<float>(rstd), rows, columns, grad_stride, grad_residual_stride, hidden_stride, blocks,
+                            dtype, 0},
+                 stream);
+        });
+  m.def("rms_norm_bwd_cuda_blocks", rms_norm_bwd_cuda_blocks);
+}
+#endif
 
 py::list supported_isas() {
   py::list names;
@@ -155,4 +195,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("compiler", [] { return M4OV_COMPILER; }, "The compiler that built this module.");
   m.attr("partial_align") = m4ov::kPartialAlign;
   m4ov::bind_cpu(m);
+#ifdef M4OV_WITH_CUDA
+  m4ov::bind_cuda(m);
+#endif
 }

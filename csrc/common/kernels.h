@@ -70,7 +70,7 @@ struct CrossEntropyFwd {
 struct CrossEntropyBwd {
   void* logits;  // overwritten with the gradient
   const int64_t* target;  // a negative target makes the row's gradient zero
-  const float* logsumexp;
+  const float* normalizer;  // [rows, 2]: maximum, log of the sum of exp(x - maximum)
   const float* grad_loss;
   int64_t rows, columns, logits_stride, first;
   float target_weight;   // 1 - label_smoothing

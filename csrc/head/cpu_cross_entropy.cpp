@@ -88,22 +88,26 @@ static void backward(const CrossEntropyBwd& a) {
         memset(logits, 0, a.columns * sizeof(T));
         continue;
       }
-      const float logsumexp_value = canonical(a.logsumexp[row]), scale_value = canonical(a.grad_loss[row]);
-      const Pair logsumexp = both(set1(logsumexp_value)), scale = both(set1(scale_value));
+      // Two steps, x - maximum and then - log_sum: log p is small where p is large, and keeps its precision there.
+      const float maximum_value = canonical(a.normalizer[2 * row]), log_sum_value = canonical(a.normalizer[2 * row + 1]);
+      const float scale_value = canonical(a.grad_loss[row]);
+      const Pair maximum = both(set1(maximum_value)), log_sum = both(set1(log_sum_value));
+      const Pair scale = both(set1(scale_value));
       const int64_t hit = a.target[row] - a.first;
       const bool here = hit >= 0 && hit < a.columns;
-      // The target's own gradient cancels, p - 1: it takes the exact exponential.
+      // The target's own gradient cancels, p - 1: it takes expm1.
       float at_target = 0.0f;
       if (here) {
-        at_target = __builtin_expf(scalar(logits + hit) - logsumexp_value) - a.uniform_weight - a.target_weight;
+        const float log_p = scalar(logits + hit) - maximum_value - log_sum_value;
+        at_target = __builtin_expm1f(log_p) + (1.0f - a.target_weight - a.uniform_weight);
       }
       int64_t i = 0;
       for (; i + kGroup <= a.columns; i += kGroup) {
-        store(logits + i, (exp_for<T>(load(logits + i) - logsumexp) - uniform) * scale);
+        store(logits + i, (exp_for<T>(load(logits + i) - maximum - log_sum) - uniform) * scale);
       }
       if (i < a.columns) {
         const int64_t rest = a.columns - i;
-        store_tail(logits + i, (exp_for<T>(load_tail(logits + i, rest) - logsumexp) - uniform) * scale, rest);
+        store_tail(logits + i, (exp_for<T>(load_tail(logits + i, rest) - maximum - log_sum) - uniform) * scale, rest);
       }
       if (here) store_tail(logits + hit, both(set1(at_target * scale_value)), 1);
     }

@@ -54,7 +54,7 @@ def linear_cross_entropy(
 
     Logits are rounded to the dtype of ``input``, as an unfused model rounds them; softmax, loss and the sum of the
     gradient of ``input`` over chunks are float32. Saves for backward: ``input``, ``linear_weight``, ``target``,
-    ``linear_bias`` and the log-sum-exp, float32 ``[T]``; the backward computes each chunk's logits again. Needs
+    ``linear_bias`` and the log-sum-exp in two parts, float32 ``[T, 2]``; the backward computes each chunk's logits again. Needs
     gradients of neither: nothing is computed for a frozen tensor.
 
     Raises:
@@ -164,7 +164,7 @@ def _fwd_fake(
     num_valid: int | None,
 ) -> tuple[Tensor, Tensor]:
     loss = input.new_empty(target.shape, dtype=torch.float32)
-    return loss, torch.empty_like(loss)
+    return loss, loss.new_empty((*target.shape, 2))
 
 
 def _bwd_fake(
@@ -173,7 +173,7 @@ def _bwd_fake(
     linear_weight: Tensor,
     target: Tensor,
     linear_bias: Tensor | None,
-    logsumexp: Tensor,
+    normalizer: Tensor,
     ignore_index: int,
     label_smoothing: float,
     num_valid: int | None,
@@ -197,14 +197,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, needs: Any, bwd: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     need_input, need_weight, _, need_bias, *_ = needs
-    input, linear_weight, target, linear_bias, logsumexp = ctx.saved_tensors
+    input, linear_weight, target, linear_bias, normalizer = ctx.saved_tensors
     grad_input, grad_weight, grad_bias = bwd(
         grads[0],
         input,
         linear_weight,
         target,
         linear_bias,
-        logsumexp,
+        normalizer,
         *ctx.options,
         need_input,
         need_weight,
@@ -225,9 +225,9 @@ LINEAR_CROSS_ENTROPY = Operator(
     "head",
     _OP,
     fwd_schema="(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, int ignore_index,"
-    " float label_smoothing, SymInt? num_valid) -> (Tensor loss, Tensor logsumexp)",
+    " float label_smoothing, SymInt? num_valid) -> (Tensor loss, Tensor normalizer)",
     bwd_schema="(Tensor grad_loss, Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias,"
-    " Tensor logsumexp, int ignore_index, float label_smoothing, SymInt? num_valid, bool need_input, bool need_weight,"
+    " Tensor normalizer, int ignore_index, float label_smoothing, SymInt? num_valid, bool need_input, bool need_weight,"
     " bool need_bias) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
     fwd_fake=_fwd_fake,
     bwd_fake=_bwd_fake,

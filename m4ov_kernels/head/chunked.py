@@ -34,18 +34,22 @@ class Epilogue(NamedTuple):
     ``reduce(logits, target, first, state, want_total)``: merge the chunk into ``state``, float32 ``[4, T]``: running
     maximum, sum of ``exp(x - maximum)``, the target's logit, and (if ``want_total``) the sum of logits.
 
-    ``differentiate(logits, target, first, logsumexp, grad_loss, target_weight, uniform_weight)``: overwrite ``logits``
-    with ``grad_loss · (exp(logits - logsumexp) - target_weight · [column is target] - uniform_weight)``, and with zero
+    ``differentiate(logits, target, first, normalizer, grad_loss, target_weight, uniform_weight)``: overwrite ``logits``
+    with ``grad_loss · (p - target_weight · [column is target] - uniform_weight)``, and with zero
     in rows whose target is negative.
 
     ``add(accumulator, addend, output, assign)``: ``accumulator += addend`` (``=`` when ``assign``) in float32; with
     ``output`` the sum goes there instead, rounded. ``accumulator``: at least ``addend.numel()`` elements rounded up to
     ``ACCUMULATOR_ALIGN``, in an order that is the epilogue's own.
+
+    ``on_host``: whether the host sees the targets. If not (a GPU, or Triton's interpreter in its place), nothing waits
+    for them: ignored rows are masked or sorted out, and bad targets give NaN and lower the device's error slot.
     """
 
     reduce: Callable[[Tensor, Tensor, int, Tensor, bool], None]
     differentiate: Callable[[Tensor, Tensor, int, Tensor, Tensor, float, float], None]
     add: Callable[[Tensor, Tensor, Tensor | None, bool], None]
+    on_host: bool = True
 
 
 class _Rows(NamedTuple):
@@ -71,8 +75,10 @@ class _Rows(NamedTuple):
         result.index_copy_(0, self.index, values)
 
 
-def _rows(input: Tensor, target: Tensor, vocab_size: int, ignore_index: int, num_valid: int | None) -> _Rows:
-    if target.device.type == "cpu":
+def _rows(
+    input: Tensor, target: Tensor, vocab_size: int, ignore_index: int, num_valid: int | None, on_host: bool
+) -> _Rows:
+    if on_host:
         check_target_values(target, vocab_size, ignore_index)
         kept = target != ignore_index
         if bool(kept.all()):
@@ -84,7 +90,7 @@ def _rows(input: Tensor, target: Tensor, vocab_size: int, ignore_index: int, num
     marked = torch.where(ignored, -1, torch.where(bad, vocab_size, target))
     if num_valid is None:
         return _Rows(input, marked, None, None)
-    order = torch.argsort(ignored, stable=True)
+    order = torch.argsort(ignored.to(torch.uint8), stable=True)
     index = order[:num_valid]
     left_out = ~ignored
     left_out.index_fill_(0, index, False)
@@ -93,7 +99,7 @@ def _rows(input: Tensor, target: Tensor, vocab_size: int, ignore_index: int, num
 
 def _report_bad_targets(target: Tensor, vocab_size: int, ignore_index: int) -> None:
     """Lower the device's error slot to the first target out of range; never waits for the device."""
-    if target.device.type == "cpu" or target.numel() == 0:
+    if target.numel() == 0:
         return
     slot = device_errors.flag(target.device, "linear_cross_entropy")
     bad = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
@@ -102,10 +108,10 @@ def _report_bad_targets(target: Tensor, vocab_size: int, ignore_index: int) -> N
     slot.copy_(torch.minimum(slot, first))
 
 
-def _chunks(rows: int, vocab_size: int, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+def _chunks(rows: int, vocab_size: int, like: Tensor, on_host: bool) -> Iterator[tuple[int, int, Tensor]]:
     """``(first, last, logits buffer [rows, last - first])`` over the vocabulary; one buffer, used again."""
     columns = CPU_COLUMNS
-    if like.device.type != "cpu":
+    if not on_host:
         columns = max(columns, GPU_CHUNK_BYTES // (rows * like.element_size()) // CPU_COLUMNS * CPU_COLUMNS)
     columns = min(columns, vocab_size)
     buffer = like.new_empty(rows * columns)
@@ -133,32 +139,38 @@ def forward(
     num_valid: int | None,
     out: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """``(loss, logsumexp)``, float32 ``[T]`` each; 0 in rows without a loss."""
+    """``(loss, normalizer)``, float32 ``[T]`` and ``[T, 2]``; 0 in rows without a loss.
+
+    The normalizer is the log-sum-exp in two parts, the largest logit and the log of the sum of ``exp(x - largest)``:
+    one float32 for both would cost logits of 60 two decimal digits of their probabilities.
+    """
     loss = output(out and out[0], target.shape, target, torch.float32)
-    logsumexp = output(out and out[1], target.shape, target, torch.float32)
+    normalizer = output(out and out[1], (target.shape[0], 2), target, torch.float32)
     vocab_size = linear_weight.shape[0]
-    _report_bad_targets(target, vocab_size, ignore_index)
-    rows = _rows(input, target, vocab_size, ignore_index, num_valid)
+    if not epilogue.on_host:
+        _report_bad_targets(target, vocab_size, ignore_index)
+    rows = _rows(input, target, vocab_size, ignore_index, num_valid, epilogue.on_host)
     count = rows.target.shape[0]
     state = torch.zeros(4, count, dtype=torch.float32, device=input.device)
     state[0].fill_(-math.inf)
     if count:
-        for first, last, logits in _chunks(count, vocab_size, input):
+        for first, last, logits in _chunks(count, vocab_size, input, epilogue.on_host):
             _project(rows.input, linear_weight, linear_bias, slice(first, last), logits)
             epilogue.reduce(logits, rows.target, first, state, label_smoothing > 0)
     maximum, total_exp, at_target, total = state
-    row_logsumexp = total_exp.log_().add_(maximum)
-    row_loss = row_logsumexp - at_target.mul_(1.0 - label_smoothing)
+    log_total = total_exp.log_()
+    row_loss = maximum - at_target + log_total
     if label_smoothing > 0:
-        row_loss -= total.mul_(label_smoothing / vocab_size)
-    if input.device.type != "cpu":
-        row_logsumexp.masked_fill_(rows.target == vocab_size, math.nan)
+        row_loss += (at_target - total.div_(vocab_size)).mul_(label_smoothing)
+    row_normalizer = torch.stack((maximum, log_total), 1)
+    if not epilogue.on_host:
+        row_normalizer.masked_fill_((rows.target == vocab_size)[:, None], math.nan)
         row_loss.masked_fill_(rows.target == vocab_size, math.nan)
         row_loss.masked_fill_(rows.target < 0, 0.0)
-        row_logsumexp.masked_fill_(rows.target < 0, 0.0)
+        row_normalizer.masked_fill_((rows.target < 0)[:, None], 0.0)
     rows.put(loss, row_loss)
-    rows.put(logsumexp, row_logsumexp)
-    return loss, logsumexp
+    rows.put(normalizer, row_normalizer)
+    return loss, normalizer
 
 
 @torch.no_grad()
@@ -169,7 +181,7 @@ def backward(
     linear_weight: Tensor,
     target: Tensor,
     linear_bias: Tensor | None,
-    logsumexp: Tensor,
+    normalizer: Tensor,
     ignore_index: int,
     label_smoothing: float,
     num_valid: int | None,
@@ -186,23 +198,23 @@ def backward(
         output(out and out[i], shapes[i] if needed[i] else (0,), input, input.dtype) for i in range(3)
     )
     vocab_size = linear_weight.shape[0]
-    rows = _rows(input, target, vocab_size, ignore_index, num_valid)
+    rows = _rows(input, target, vocab_size, ignore_index, num_valid, epilogue.on_host)
     count = rows.target.shape[0]
     if not any(needed) or count == 0:
         for gradient in (grad_input, grad_weight, grad_bias):
             gradient.zero_()
         return grad_input, grad_weight, grad_bias
-    row_grad_loss, row_logsumexp = rows.take(grad_loss), rows.take(logsumexp)
+    row_grad_loss, row_normalizer = rows.take(grad_loss), rows.take(normalizer)
     row_grad_input = grad_input if rows.index is None else torch.empty_like(rows.input) if need_input else grad_input
     sum_chunks = _input_gradient(epilogue, row_grad_input, linear_weight) if need_input else None
-    for first, last, logits in _chunks(count, vocab_size, input):
+    for first, last, logits in _chunks(count, vocab_size, input, epilogue.on_host):
         chunk = slice(first, last)
         _project(rows.input, linear_weight, linear_bias, chunk, logits)
         epilogue.differentiate(
             logits,
             rows.target,
             first,
-            row_logsumexp,
+            row_normalizer,
             row_grad_loss,
             1.0 - label_smoothing,
             label_smoothing / vocab_size,

@@ -29,7 +29,7 @@ def _differentiate(
     logits: Tensor,
     target: Tensor,
     first: int,
-    logsumexp: Tensor,
+    normalizer: Tensor,
     grad_loss: Tensor,
     target_weight: float,
     uniform_weight: float,
@@ -37,7 +37,7 @@ def _differentiate(
     _C.cross_entropy_bwd(
         logits.data_ptr(),
         target.data_ptr(),
-        logsumexp.data_ptr(),
+        normalizer.data_ptr(),
         grad_loss.data_ptr(),
         *logits.shape,
         logits.shape[1],
@@ -75,7 +75,7 @@ def linear_cross_entropy_fwd(
     *,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(loss, logsumexp)``, float32 ``[T]``; see ``chunked.forward``."""
+    """``(loss, normalizer)``; see ``chunked.forward``."""
     return chunked.forward(
         EPILOGUE, input, linear_weight, target, linear_bias, ignore_index, label_smoothing, num_valid, out
     )
@@ -87,7 +87,7 @@ def linear_cross_entropy_bwd(
     linear_weight: Tensor,
     target: Tensor,
     linear_bias: Tensor | None,
-    logsumexp: Tensor,
+    normalizer: Tensor,
     ignore_index: int,
     label_smoothing: float,
     num_valid: int | None,
@@ -105,7 +105,7 @@ def linear_cross_entropy_bwd(
         linear_weight,
         target,
         linear_bias,
-        logsumexp,
+        normalizer,
         ignore_index,
         label_smoothing,
         num_valid,

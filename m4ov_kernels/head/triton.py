@@ -61,7 +61,7 @@ def _cross_entropy_fwd_kernel(
 def _cross_entropy_bwd_kernel(
     logits_ptr,  # [rows, columns], overwritten with its gradient
     target_ptr,  # int64 [rows]; negative: the row's gradient is zero
-    logsumexp_ptr,  # fp32 [rows]
+    normalizer_ptr,  # fp32 [rows, 2]: maximum, log of the sum of exp(x - maximum)
     grad_loss_ptr,  # fp32 [rows]
     columns,
     first,
@@ -77,7 +77,9 @@ def _cross_entropy_bwd_kernel(
     if target >= 0:
         x = tl.load(place, mask=col < columns, other=0.0).to(tl.float32)
         grad_loss = tl.load(grad_loss_ptr + row)
-        probability = tl.exp(x - tl.load(logsumexp_ptr + row))
+        # Two steps: log p is small where p is large, and keeps its precision there.
+        log_probability = x - tl.load(normalizer_ptr + 2 * row) - tl.load(normalizer_ptr + 2 * row + 1)
+        probability = tl.exp(log_probability)
         wanted = tl.where(col == target - first, tl.cast(target_weight, tl.float32), 0.0)
         grad = grad_loss * (probability - wanted - tl.cast(uniform_weight, tl.float32))
         tl.store(place, grad.to(dtype), mask=col < columns)
@@ -118,7 +120,7 @@ def _differentiate(
     logits: Tensor,
     target: Tensor,
     first: int,
-    logsumexp: Tensor,
+    normalizer: Tensor,
     grad_loss: Tensor,
     target_weight: float,
     uniform_weight: float,
@@ -127,7 +129,7 @@ def _differentiate(
     grid = (rows, triton.cdiv(columns, _ROW.constexprs["BLOCK"]))
     with current_device(logits):
         _cross_entropy_bwd_kernel[grid](
-            logits, target, logsumexp, grad_loss, columns, first, target_weight, uniform_weight, **_ROW.options()
+            logits, target, normalizer, grad_loss, columns, first, target_weight, uniform_weight, **_ROW.options()
         )
 
 
@@ -153,7 +155,7 @@ def linear_cross_entropy_fwd(
     *,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(loss, logsumexp)``, float32 ``[T]``; see ``chunked.forward``."""
+    """``(loss, normalizer)``; see ``chunked.forward``."""
     return chunked.forward(
         EPILOGUE, input, linear_weight, target, linear_bias, ignore_index, label_smoothing, num_valid, out
     )
@@ -165,7 +167,7 @@ def linear_cross_entropy_bwd(
     linear_weight: Tensor,
     target: Tensor,
     linear_bias: Tensor | None,
-    logsumexp: Tensor,
+    normalizer: Tensor,
     ignore_index: int,
     label_smoothing: float,
     num_valid: int | None,
@@ -183,7 +185,7 @@ def linear_cross_entropy_bwd(
         linear_weight,
         target,
         linear_bias,
-        logsumexp,
+        normalizer,
         ignore_index,
         label_smoothing,
         num_valid,

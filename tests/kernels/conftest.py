@@ -8,14 +8,22 @@ import secrets
 import zlib
 from collections.abc import Iterator
 
+# A cached graph holds the shapes that an operator's fake gave when it was compiled.
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from m4ov_kernels.dispatch import native_extension
+
+# The `isa` fixture stays the same for all examples of one test, which is what is wanted.
+settings.register_profile("kernels", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.load_profile("kernels")
 
 SEED = int(os.environ.get("M4OV_TEST_SEED") or secrets.randbits(32))
 

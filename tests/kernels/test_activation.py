@@ -27,7 +27,7 @@ def run(function, dtype, numerics, gate, up, grad):
     magnitude=strategies.magnitudes,
     numerics=strategies.numerics,
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_native_forward_and_gradients(isa, shape, dtype, layout, magnitude, numerics):
     gate, up, grad = (strategies.tensor(shape, dtype, layout, scale) for scale in (magnitude, 1.0, 1.0))
     with m4ov_kernels.backend("native"):
@@ -72,7 +72,7 @@ def test_extreme_values(isa):
         for value in (1.0, 0.0, torch.nan, torch.inf):
             up = torch.full_like(gate, value)
             got, expected = swiglu(gate, up), reference.swiglu(gate, up, "hf")
-            torch.testing.assert_close(got, expected, equal_nan=True, msg=lambda m: f"{dtype} up={value}: {m}")
+            torch.testing.assert_close(got, expected, equal_nan=True)
 
 
 def test_gradcheck_of_the_reference():
@@ -89,7 +89,7 @@ def test_gradcheck_of_the_reference():
         ({"up": None}, TypeError, "up must be a tensor; got NoneType"),
         ({"up": torch.ones(4, 8).half()}, TypeError, "up must be torch.float32, as gate; got torch.float16"),
         ({"up": torch.ones(8, 4)}, ValueError, r"up must be \[4, 8\] on cpu, as gate"),
-        ({"up": torch.ones(4, 8, device="meta")}, ValueError, "as gate; got float32 tensor .* on meta"),
+        ({"up": torch.ones(4, 8, device="meta")}, ValueError, "up must be .* as gate; got float32 tensor .* on meta"),
         ({"numerics": "bf16"}, ValueError, "numerics must be one of"),
     ],
 )

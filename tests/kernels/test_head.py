@@ -38,6 +38,19 @@ def plain(hidden, weight, target, bias=None, label_smoothing=0.0, ignore_index=-
     return reference.linear_cross_entropy(hidden, weight, target, bias, ignore_index, label_smoothing)
 
 
+def gradient_terms(hidden, weight, target, bias, grad):
+    """What nearly cancels in each gradient, in float64: the softmax and the target's share, times the other factor."""
+    hidden, weight = hidden.double(), weight.double()
+    keep = target != -100
+    probabilities = F.linear(hidden, weight, None if bias is None else bias.double()).softmax(-1)
+    shares = (probabilities + F.one_hot(target.clamp(min=0), weight.shape[0])) * (keep * grad.double())[:, None]
+    return {
+        "grad_input": shares @ weight.abs(),
+        "grad_weight": shares.t() @ hidden.abs(),
+        "grad_bias": shares.sum(0),
+    }
+
+
 @given(
     rows=st.integers(0, 40),
     width=st.sampled_from((1, 3, 16, 65, 128)),
@@ -49,27 +62,26 @@ def plain(hidden, weight, target, bias=None, label_smoothing=0.0, ignore_index=-
     label_smoothing=st.sampled_from((0.0, 0.1, 1.0)),
     magnitude=st.sampled_from((1.0, 20.0)),
 )
-@settings(max_examples=60, deadline=None)
-def test_native_forward_and_gradients(
-    isa, rows, width, vocab, chunk, dtype, bias, ignored, label_smoothing, magnitude
-):
+@settings(max_examples=60)
+def test_native_forward_and_gradients(isa, rows, width, vocab, chunk, dtype, bias, ignored, label_smoothing, magnitude):
     hidden, weight, target, linear_bias = inputs(rows, width, vocab, dtype, bias, ignored, magnitude)
     grad = torch.rand(rows) + 0.5
     arguments = hidden, weight, target, linear_bias, grad
     with pytest.MonkeyPatch.context() as patch, m4ov_kernels.backend("native"):
-        patch.setattr(chunked, "chunk_size", lambda *_, **__: chunk)
+        patch.setattr(chunked, "CPU_COLUMNS", chunk)
         got = run(ours, dtype, *arguments, label_smoothing=label_smoothing)
     baseline = run(plain, dtype, *arguments, label_smoothing=label_smoothing)
     exact = run(plain, torch.float64, *arguments, label_smoothing=label_smoothing)
     names = ("loss", "grad_input", "grad_weight", "grad_bias")[: 3 + bias]
+    terms = gradient_terms(*arguments)
     for name, *tensors in zip(names, got, baseline, exact, strict=True):
-        assert_accurate(name, *tensors)
+        assert_accurate(name, *tensors, terms.get(name))
 
 
 @pytest.mark.parametrize("dtype", strategies.HALF_AND_SINGLE)
 def test_every_element_of_preallocated_outputs_is_written(isa, dtype):
     hidden, weight, target, bias = inputs(13, 24, 50, dtype, bias=True)
-    out = torch.full((13,), torch.nan), torch.full((13,), torch.nan)
+    out = torch.full((13,), torch.nan), torch.full((13, 2), torch.nan)
     native.linear_cross_entropy_fwd(hidden, weight, target, bias, -100, 0.1, None, out=out)
     assert not out[0].isnan().any()
     assert not out[1][target != -100].isnan().any()
@@ -175,7 +187,7 @@ def test_a_target_out_of_range_names_the_first_position(backend):
             linear_cross_entropy(hidden, weight, target)
     with pytest.raises(ValueError, match=r"target\[3\]"):
         torch.compile(linear_cross_entropy, backend="eager")(hidden, weight, target)
-    assert linear_cross_entropy(hidden, weight, target.clamp(max=9), ignore_index=-1).isfinite()
+    assert linear_cross_entropy(hidden, weight, target.clamp(-1, 9), ignore_index=-1).isfinite()
 
 
 @pytest.mark.parametrize(
@@ -186,7 +198,7 @@ def test_a_target_out_of_range_names_the_first_position(backend):
         ({"target": torch.ones(5, 10)}, TypeError, "target must be an int64 tensor"),
         ({"target": torch.ones(4).long()}, ValueError, r"target must be \[5\], as input's rows; got \[4\]"),
         ({"linear_weight": torch.ones(10, 5)}, ValueError, r"linear_weight must be \[V, 4\]"),
-        ({"linear_weight": torch.ones(0, 4)}, ValueError, "V at least 1"),
+        ({"linear_weight": torch.ones(0, 4)}, ValueError, r"linear_weight must be \[V, 4\] with V at least 1"),
         ({"linear_weight": torch.ones(10, 4, device="meta")}, ValueError, "linear_weight must be on cpu"),
         ({"linear_bias": torch.ones(9)}, ValueError, r"linear_bias must be \[10\]; got \[9\]"),
         ({"weight": torch.ones(10)}, ValueError, r"weight must be None \(class weights are not supported yet\)"),
@@ -195,7 +207,7 @@ def test_a_target_out_of_range_names_the_first_position(backend):
         ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be between 0 and 1"),
         ({"num_items_in_batch": 0}, ValueError, "num_items_in_batch must be greater than 0"),
         ({"num_items_in_batch": 3, "reduction": "sum"}, ValueError, "num_items_in_batch must be None unless"),
-        ({"num_items_in_batch": torch.ones(2)}, ValueError, "a tensor with one element"),
+        ({"num_items_in_batch": torch.ones(2)}, ValueError, "num_items_in_batch must be a number or a tensor with"),
         ({"num_valid": 6}, ValueError, "num_valid must be between 0 and the 5 rows; got 6"),
     ],
 )

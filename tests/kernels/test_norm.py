@@ -48,7 +48,7 @@ def plain(x, weight, residual, numerics):
     numerics=strategies.numerics,
     residual=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_native_forward_and_gradients(isa, shape, dtype, layout, magnitude, numerics, residual):
     x, weight, res = inputs(shape, dtype, layout, magnitude, residual)
     grads = strategies.tensor(shape, dtype, layout), strategies.tensor(shape, dtype)
@@ -57,8 +57,10 @@ def test_native_forward_and_gradients(isa, shape, dtype, layout, magnitude, nume
     baseline = run(plain, dtype, numerics, x, weight, res, grads)
     exact = run(plain, torch.float64, numerics, x, weight, res, grads)
     names = (["y", "sum"] if residual else ["y"]) + ["grad_x", "grad_weight", "grad_residual"][: 2 + residual]
+    x64 = x.double() if res is None else x.double() + res.double()
+    terms = grads[0].double() * weight.double() * torch.rsqrt(x64.square().mean(-1, keepdim=True) + EPS)
     for name, *tensors in zip(names, got, baseline, exact, strict=True):
-        assert_accurate(name, *tensors)
+        assert_accurate(name, *tensors, terms if name in ("grad_x", "grad_residual") else None)
 
 
 @pytest.mark.parametrize("dtype", strategies.HALF_AND_SINGLE)
@@ -94,7 +96,7 @@ def test_bits_depend_neither_on_other_rows_nor_on_threads(isa, dtype):
 
 @pytest.mark.parametrize("numerics", ["hf", "vllm", "fp32"])
 def test_rounding_contract(isa, numerics):
-    """bfloat16 outputs equal the reference's bits, but for the few where the reciprocal root differs in its last bit."""
+    """bfloat16 outputs have the reference's bits, but for a few where the reciprocal root differs in its last bit."""
     x, weight, residual = inputs((64, 1024), torch.bfloat16, residual=True)
     got, total = ours(x, weight, residual, numerics)
     expected, expected_total = plain(x, weight, residual, numerics)
@@ -147,7 +149,7 @@ def test_mixed_dtypes_promote_as_pytorch_does():
         ({"hidden_states": torch.ones(4, 8).int()}, TypeError, "hidden_states must be a bfloat16.*int32 tensor"),
         ({"hidden_states": torch.ones(4, 8).to_sparse()}, TypeError, "hidden_states must be a dense"),
         ({"hidden_states": torch.tensor(1.0)}, ValueError, r"weight must be \[D\]"),
-        ({"hidden_states": torch.ones(4, 0), "weight": torch.ones(0)}, ValueError, "at least 1"),
+        ({"hidden_states": torch.ones(4, 0), "weight": torch.ones(0)}, ValueError, "weight must be .* at least 1"),
         ({"weight": torch.ones(7)}, ValueError, r"weight must be \[8\].*got \[7\]"),
         ({"weight": torch.ones(8, device="meta")}, ValueError, "weight must be on cpu"),
         ({"residual": torch.ones(4, 8).half()}, TypeError, "residual must be torch.float32"),
