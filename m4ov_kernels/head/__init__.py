@@ -54,8 +54,8 @@ def linear_cross_entropy(
 
     Logits are rounded to the dtype of ``input``, as an unfused model rounds them; softmax, loss and the sum of the
     gradient of ``input`` over chunks are float32. Saves for backward: ``input``, ``linear_weight``, ``target``,
-    ``linear_bias`` and the log-sum-exp in two parts, float32 ``[T, 2]``; the backward computes each chunk's logits again. Needs
-    gradients of neither: nothing is computed for a frozen tensor.
+    ``linear_bias`` and the log-sum-exp in two parts, float32 ``[T, 2]``; the backward computes each chunk's logits
+    again, and nothing for a frozen tensor.
 
     Raises:
         TypeError: an argument is not of the kind above.

@@ -39,12 +39,16 @@ def plain(hidden, weight, target, bias=None, label_smoothing=0.0, ignore_index=-
 
 
 def gradient_terms(hidden, weight, target, bias, grad):
-    """What nearly cancels in each gradient, in float64: the softmax and the target's share, times the other factor."""
+    """What nearly cancels, in float64: in the loss the largest logit; in a gradient the softmax, which moves by
+    p · |logit| · eps when logits are rounded, and the target's share, times the other factor."""
     hidden, weight = hidden.double(), weight.double()
     keep = target != -100
-    probabilities = F.linear(hidden, weight, None if bias is None else bias.double()).softmax(-1)
-    shares = (probabilities + F.one_hot(target.clamp(min=0), weight.shape[0])) * (keep * grad.double())[:, None]
+    logits = F.linear(hidden, weight, None if bias is None else bias.double())
+    largest = logits.abs().amax(-1)
+    shares = logits.softmax(-1) * (1 + largest)[:, None] + F.one_hot(target.clamp(min=0), weight.shape[0])
+    shares = shares * (keep * grad.double())[:, None]
     return {
+        "loss": largest * keep,
         "grad_input": shares @ weight.abs(),
         "grad_weight": shares.t() @ hidden.abs(),
         "grad_bias": shares.sum(0),
