@@ -221,7 +221,7 @@ def _demangled(names: list[str]) -> dict[str, str]:
         return {name: name for name in names}
     text = subprocess.run([tool, *names], check=True, capture_output=True, text=True).stdout
     return {
-        name: re.sub(r"\(.*|^void |m4ov::|\(anonymous namespace\)::", "", line)
+        name: re.sub(r"\(anonymous namespace\)::|m4ov::|^void |(?<=>)\(.*", "", line)
         for name, line in zip(names, text.splitlines(), strict=True)
     }
 

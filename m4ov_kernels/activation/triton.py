@@ -84,12 +84,11 @@ def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]
     count, width = inputs[0].numel(), inputs[0].shape[-1] if inputs[0].ndim else 1
     if count == 0:
         return
-    operands: list[Any] = []
     if all(tensor.is_contiguous() for tensor in inputs):
         width = count  # one long row
-    for tensor in inputs:
-        dense, stride = (tensor, count) if width == count else as_rows(tensor)
-        operands += (dense, stride)
+        operands: list[Any] = [operand for tensor in inputs for operand in (tensor, count)]
+    else:
+        operands = [operand for tensor in inputs for operand in as_rows(tensor)]
     rows = count // width
     config = _config(width)
     blocks = triton.cdiv(rows, config.constexprs["BLOCK_ROWS"]) * triton.cdiv(width, config.constexprs["BLOCK_D"])

@@ -341,8 +341,7 @@ def rms_norm_bwd(
     with current_device(hidden_states):
         if whole and (rows or need_weight):
             flags = {"HAS_GRAD_TOTAL": grad_total is not None, "NEED_WEIGHT": need_weight, **config.options()}
-            grid = (programs if need_weight else blocks,)
-            _rms_norm_bwd_kernel[grid](*operands, partial, rows, width, **flags)
+            _rms_norm_bwd_kernel[(programs if need_weight else blocks,)](*operands, partial, rows, width, **flags)
         elif rows:
             flags = {"HAS_GRAD_TOTAL": grad_total is not None, **config.options()}
             _rms_norm_bwd_wide_kernel[(rows,)](*operands, width, **flags)
@@ -351,7 +350,7 @@ def rms_norm_bwd(
             inputs = (grad_normed, grad_stride, hidden_states, hidden_stride, rstd)
             _rms_norm_bwd_weight_kernel[grid](*inputs, partial, rows, width, **_WEIGHT.options())
         if need_weight:
-            grid = (triton.cdiv(width, _REDUCE.constexprs["BLOCK_D"]),)
+            grid = (triton.cdiv(width, _REDUCE.constexprs["BLOCK_D"]), 1)
             _rms_norm_bwd_reduce_kernel[grid](partial, grad_weight, programs, width, **_REDUCE.options())
     return grad_hidden, grad_weight
 

@@ -1,0 +1,262 @@
+"""The Triton kernels against float64: on the GPU where there is one, else interpreted on the CPU.
+
+Interpreted, bfloat16 proves nothing (its stores truncate), so it is tested on a GPU only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import m4ov_kernels
+from m4ov_kernels.activation import reference as activation_reference
+from m4ov_kernels.activation import triton as activation
+from m4ov_kernels.head import chunked
+from m4ov_kernels.head import reference as head_reference
+from m4ov_kernels.head import triton as head
+from m4ov_kernels.norm import reference as norm_reference
+from m4ov_kernels.norm import triton as norm
+
+from . import strategies
+from .numerics import assert_accurate, gradients, leaves, poisoned
+from .test_head import gradient_terms
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else []))
+EPS = 1e-6
+dtypes = st.sampled_from(DTYPES)
+# Interpreted programs take about a millisecond each, so blocks are made small instead of shapes large.
+shapes = st.one_of(
+    st.tuples(st.integers(0, 9), st.sampled_from((1, 2, 7, 16, 33, 128, 130))),
+    st.tuples(st.integers(1, 3), st.integers(0, 3), st.sampled_from((5, 64))),
+)
+
+
+def tensor(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous", magnitude: float = 1.0) -> Tensor:
+    values = strategies.tensor(shape, dtype, magnitude=magnitude).to(DEVICE)
+    return strategies.laid_out(values, layout)
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Wide rows begin at 65 columns, and tiles are small enough that shapes cross them."""
+    monkeypatch.setattr(norm, "_WHOLE_ROW", 64)
+    monkeypatch.setattr(norm, "_WIDE_BLOCK", 32)
+    monkeypatch.setattr(norm, "_WEIGHT", norm.Config({"BLOCK_ROWS": 2, "BLOCK_D": 32}))
+    monkeypatch.setattr(norm, "_REDUCE", norm.Config({"BLOCK_PARTIALS": 2, "BLOCK_D": 32}))
+    monkeypatch.setattr(activation, "_TILE", 64)
+    monkeypatch.setattr(head, "_ROW", head.Config({"BLOCK": 32}))
+    monkeypatch.setattr(head, "_FLAT", head.Config({"BLOCK": 64}))
+    norm._config.cache_clear()
+    activation._config.cache_clear()
+    yield
+    norm._config.cache_clear()
+    activation._config.cache_clear()
+
+
+@given(
+    shape=shapes,
+    dtype=dtypes,
+    layout=strategies.layouts,
+    magnitude=strategies.magnitudes,
+    numerics=strategies.numerics,
+    residual=st.booleans(),
+    need_weight=st.booleans(),
+    programs=st.integers(1, 4),
+)
+@settings(max_examples=60, deadline=None)
+def test_rms_norm(shape, dtype, layout, magnitude, numerics, residual, need_weight, programs):
+    x, other, grad, grad_total = (tensor(shape, dtype, layout, magnitude) for _ in range(4))
+    weight = tensor(shape[-1:], dtype)
+    rows = x.numel() // shape[-1]
+    out = (*poisoned(x, x if residual else x.new_empty(0)), torch.full((rows,), torch.nan, device=DEVICE))
+    normed, total, rstd = norm.rms_norm_fwd(x, weight, other if residual else None, EPS, numerics, out=out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(norm, "_programs", lambda blocks, width: max(1, min(blocks, programs)))
+        grads = norm.rms_norm_bwd(
+            grad,
+            grad_total if residual else None,
+            total if residual else x,
+            weight,
+            rstd,
+            numerics,
+            need_weight,
+            out=(*poisoned(x), *(poisoned(weight) if need_weight else [x.new_empty(0)])),
+        )
+
+    def reference(dtype: torch.dtype) -> list[Tensor]:
+        inputs = leaves(dtype, x, weight, *([other] if residual else []))
+        results = norm_reference.rms_norm(*inputs[:2], EPS, inputs[2] if residual else None, numerics)[: 1 + residual]
+        return [*results, *gradients(results, inputs[:2], [g.to(dtype) for g in (grad, grad_total)[: 1 + residual]])]
+
+    got = [normed, *([total] if residual else []), grads[0], *([grads[1]] if need_weight else [])]
+    terms = grad.double() * weight.double() * rstd.double().view(*shape[:-1], 1)  # the gradient is a difference of them
+    for i, (ours, plain, exact) in enumerate(zip(got, reference(dtype), reference(torch.float64), strict=False)):
+        name = ("normed", "sum", "grad_hidden_states", "grad_weight")[i if residual or i == 0 else i + 1]
+        assert_accurate(name, ours, plain, exact, terms if name == "grad_hidden_states" else None)
+
+
+@given(
+    shape=shapes, dtype=dtypes, layout=strategies.layouts, magnitude=strategies.magnitudes, numerics=strategies.numerics
+)
+@settings(max_examples=40, deadline=None)
+def test_swiglu(shape, dtype, layout, magnitude, numerics):
+    gate, up, grad = tensor(shape, dtype, layout, magnitude), tensor(shape, dtype, layout), tensor(shape, dtype)
+    got = (
+        activation.swiglu_fwd(gate, up, numerics, out=poisoned(gate)[0]),
+        *activation.swiglu_bwd(grad, gate, up, numerics, out=poisoned(gate, up)),
+    )
+
+    def reference(dtype: torch.dtype) -> list[Tensor]:
+        inputs = leaves(dtype, gate, up)
+        result = activation_reference.swiglu(*inputs, numerics)
+        return [result, *gradients(result, inputs, [grad.to(dtype)])]
+
+    for name, *tensors in zip(
+        ("y", "grad_gate", "grad_up"), got, reference(dtype), reference(torch.float64), strict=True
+    ):
+        assert_accurate(name, *tensors)
+
+
+@given(
+    rows=st.integers(0, 9),
+    width=st.sampled_from((1, 16, 33)),
+    vocab=st.sampled_from((1, 31, 64, 150)),
+    chunk=st.sampled_from((32, 64)),
+    dtype=dtypes,
+    bias=st.booleans(),
+    ignored=st.sampled_from((0.0, 0.5, 1.0)),
+    label_smoothing=st.sampled_from((0.0, 0.1, 1.0)),
+    known=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_linear_cross_entropy(rows, width, vocab, chunk, dtype, bias, ignored, label_smoothing, known):
+    hidden, weight = tensor((rows, width), dtype), tensor((vocab, width), dtype, magnitude=width**-0.5)
+    linear_bias = tensor((vocab,), dtype) if bias else None
+    target = torch.randint(vocab, (rows,), device=DEVICE)
+    target[torch.rand(rows, device=DEVICE) < ignored] = -100
+    num_valid = int((target != -100).sum()) if known else None
+    options = (-100, label_smoothing, num_valid)
+    grad_loss = torch.rand(rows, device=DEVICE) + 0.5
+    given_tensors = [hidden, weight, *([linear_bias] if bias else [])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunked, "CPU_COLUMNS", chunk)
+        patch.setattr(chunked, "GPU_CHUNK_BYTES", 0)
+        out = torch.full((rows,), torch.nan, device=DEVICE), torch.full((rows, 2), torch.nan, device=DEVICE)
+        loss, normalizer = head.linear_cross_entropy_fwd(hidden, weight, target, linear_bias, *options, out=out)
+        grads = head.linear_cross_entropy_bwd(
+            *(grad_loss, hidden, weight, target, linear_bias, normalizer, *options, True, True, bias),
+            out=(*poisoned(hidden, weight), *(poisoned(linear_bias) if bias else [hidden.new_empty(0)])),
+        )
+    m4ov_kernels.check()
+
+    def reference(dtype: torch.dtype) -> list[Tensor]:
+        inputs = leaves(dtype, *given_tensors)
+        result = head_reference.linear_cross_entropy(
+            *inputs[:2], target, inputs[2] if bias else None, -100, label_smoothing
+        )
+        return [result, *gradients(result, inputs, [grad_loss.to(result.dtype)])]
+
+    names = ("loss", "grad_input", "grad_weight", "grad_bias")
+    terms = gradient_terms(hidden, weight, target, linear_bias, grad_loss)
+    for name, *tensors in zip(names, (loss, *grads), reference(dtype), reference(torch.float64), strict=False):
+        assert_accurate(name, *tensors, terms.get(name))
+
+
+@pytest.mark.parametrize("num_valid", [None, 5])
+def test_a_target_out_of_range_is_nan_and_found_by_check(num_valid):
+    hidden, weight = tensor((6, 8), torch.float32), tensor((40, 8), torch.float32)
+    target = torch.tensor([3, -100, 40, 39, -1, 0], device=DEVICE)
+    with m4ov_kernels.backend("triton"):
+        loss = m4ov_kernels.linear_cross_entropy(hidden, weight, target, reduction="none", num_valid=num_valid)
+    assert loss.isnan().tolist() == [False, False, True, False, True, False]
+    assert loss[1] == 0
+    with pytest.raises(ValueError, match=r"linear_cross_entropy: target\[2\] is neither ignore_index nor in \[0, voc"):
+        m4ov_kernels.check()
+    m4ov_kernels.check()  # told once
+
+
+def test_rows_beyond_num_valid_are_nan_and_too_large_a_count_is_harmless():
+    hidden, weight = tensor((5, 8), torch.float32), tensor((40, 8), torch.float32)
+    target = torch.tensor([3, -100, 7, 39, 1], device=DEVICE)
+    expected = head_reference.linear_cross_entropy(hidden, weight, target, None, -100, 0.0)
+    for num_valid, left_out in ((5, []), (4, []), (2, [3, 4])):
+        with m4ov_kernels.backend("triton"):
+            loss = m4ov_kernels.linear_cross_entropy(hidden, weight, target, reduction="none", num_valid=num_valid)
+        assert loss.isnan().nonzero().flatten().tolist() == left_out
+        torch.testing.assert_close(loss.nan_to_num(), expected.masked_fill(loss.isnan(), 0.0))
+
+
+def test_nan_and_infinity_propagate_as_in_pytorch():
+    values = torch.tensor([1.0, torch.nan, torch.inf, -torch.inf, 0.0, -88.0, -200.0, 3e38], device=DEVICE)
+    for gate, up in ((values, values.flip(0)), (values, torch.ones_like(values))):
+        got = activation.swiglu_fwd(gate, up, "hf")
+        torch.testing.assert_close(got, activation_reference.swiglu(gate, up, "hf"), equal_nan=True)
+    x = torch.stack([values.roll(i) for i in range(8)] + [torch.zeros_like(values)])
+    got = norm.rms_norm_fwd(x, torch.ones_like(values), None, 0.0, "fp32")[0]
+    expected = norm_reference.rms_norm(x, torch.ones_like(values), 0.0, None, "fp32")[0]
+    torch.testing.assert_close(got, expected, equal_nan=True)
+    logits = torch.stack([values, torch.full_like(values, -torch.inf), torch.zeros_like(values)])
+    state = torch.zeros(4, 3, device=DEVICE)
+    state[0] = -torch.inf
+    head.EPILOGUE.reduce(logits, torch.zeros(3, dtype=torch.int64, device=DEVICE), 0, state, False)
+    logsumexp = state[1].log() + state[0]
+    expected = torch.tensor([torch.nan, -torch.inf, math.log(8)], device=DEVICE)
+    torch.testing.assert_close(logsumexp, expected, equal_nan=True)
+
+
+def test_masked_vocabulary_counts_nothing():
+    """A chunk of -inf logits, before and after finite ones."""
+    chunks = [torch.full((2, 40), -torch.inf), torch.randn(2, 40), torch.full((2, 40), -torch.inf)]
+    state = torch.zeros(4, 2, device=DEVICE)
+    state[0] = -torch.inf
+    target = torch.tensor([41, 79], device=DEVICE)
+    for i, logits in enumerate(chunks):
+        head.EPILOGUE.reduce(logits.to(DEVICE), target, 40 * i, state, False)
+    torch.testing.assert_close((state[1].log() + state[0]).cpu(), chunks[1].logsumexp(-1))
+    assert torch.equal(state[2].cpu(), chunks[1][[0, 1], [1, 39]])
+
+
+@pytest.mark.parametrize("width", [48, 130])
+def test_bits_of_a_row_do_not_depend_on_other_rows(width):
+    x, residual = tensor((7, width), torch.float16), tensor((7, width), torch.float16)
+    weight = tensor((width,), torch.float16)
+    whole = norm.rms_norm_fwd(x, weight, residual, EPS, "hf")
+    part = norm.rms_norm_fwd(x[4:5], weight, residual[4:5], EPS, "hf")
+    for a, b in zip(whole, part, strict=True):
+        assert torch.equal(a[4:5], b)
+    grads = norm.rms_norm_bwd(x, None, whole[1], weight, whole[2], "hf", True)
+    assert torch.equal(grads[0], norm.rms_norm_bwd(x, None, whole[1], weight, whole[2], "hf", False)[0])
+    for a, b in zip(grads, norm.rms_norm_bwd(x, None, whole[1], weight, whole[2], "hf", True), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_outputs_of_the_wrong_shape_or_dtype_are_refused():
+    x, target = tensor((4, 8), torch.float32), torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    for bad in (x[:3], x.half(), x.t().contiguous().t()):
+        with pytest.raises(ValueError, match="out: expected a contiguous"):
+            norm.rms_norm_fwd(x, x[0], None, EPS, "hf", out=(bad, x.new_empty(0), x.new_empty(4)))
+        with pytest.raises(ValueError, match="out: expected a contiguous"):
+            activation.swiglu_fwd(x, x, "hf", out=bad)
+        with pytest.raises(ValueError, match="out: expected a contiguous"):
+            head.linear_cross_entropy_fwd(x, x, target, None, -100, 0.0, None, out=(bad, x.new_empty(4)))
+
+
+def test_autograd_through_the_front_door():
+    hidden, weight = (tensor(shape, torch.float32).requires_grad_() for shape in ((3, 9, 16), (16,)))
+    target = torch.randint(16, (3, 9), device=DEVICE)
+    results = []
+    for name in ("triton", "reference"):
+        with m4ov_kernels.backend(name):
+            normed, total = m4ov_kernels.rms_norm(hidden, weight, eps=EPS, residual=hidden)
+            gated = m4ov_kernels.swiglu(normed, total)
+            loss = m4ov_kernels.linear_cross_entropy(gated, torch.eye(16, device=DEVICE), target)
+        results.append([loss, *torch.autograd.grad(loss, (hidden, weight))])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain)
