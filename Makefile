@@ -38,7 +38,8 @@ sanitize: $(VENV)/.dev ## the native tests under AddressSanitizer and UBSan
 	$(BIN)/python tests/sanitize.py
 
 smoke: $(VENV)/.dev ## a one-minute quickstart
-	$(BIN)/m4ov run quickstart
+	rm -rf runs/smoke
+	$(BIN)/m4ov run quickstart run.folder=runs/smoke train.steps=40 evaluate.limit=256 compare.steps=4 operators=false
 
 test-transformers: $(VENV)/.dev ## the patches on every supported transformers, each in its own environment
 	for version in $(TRANSFORMERS); do \

@@ -7,5 +7,6 @@ from m4ov_kernels.device_errors import check
 from m4ov_kernels.dispatch import backend
 from m4ov_kernels.head import linear_cross_entropy
 from m4ov_kernels.norm import rms_norm
+from m4ov_kernels.patches import patch, unpatch
 
-__all__ = ["backend", "check", "linear_cross_entropy", "rms_norm", "swiglu"]
+__all__ = ["backend", "check", "linear_cross_entropy", "patch", "rms_norm", "swiglu", "unpatch"]
