@@ -95,5 +95,9 @@ def kernels(
 
     block = plain[0][0].numel() * plain[0][0].element_size()
     moved = {"forward": 3 * block, "backward": 5 * block}  # gate, up → output; gradient, gate, up → two gradients
+    copies = {
+        "forward": [[(gates, sink)] for (gates, _), (sink, _) in zip(plain, out, strict=True)],
+        "backward": [list(zip(tensors, sinks, strict=True)) for tensors, sinks in zip(plain, out, strict=True)],
+    }
     calls = {"forward": forward, "backward": backward}
-    return {what: memory_bound(call, moved[what], case.dtype) for what, call in calls.items()}
+    return {what: memory_bound(call, moved[what], copies[what]) for what, call in calls.items()}

@@ -7,6 +7,7 @@ limit. Within a round everything sees the same machine; inputs rotate, so that c
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,7 @@ except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
 _ENOUGH = 5
-Call = Callable[[int], object]  # takes the round, for rotating inputs; what it returns is freed inside the timing
+Call = Callable[[int], object]  # takes a running number, for rotating inputs; its result is freed inside the timing
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def interleaved(candidates: Mapping[str, Call], effort: Effort) -> dict[str, Tim
     stride = {name: max(1, rounds // count) for name, count in runs.items()}
     samples: dict[str, list[Sample | None]] = {name: [] for name in candidates}
     names, index, calm = list(candidates), 0, 0
+    number = itertools.count()  # of every call, so that no call finds what the one before it left in the caches
     deadline = time.perf_counter() + 3 * effort.seconds
     with _no_collection():
         # On a busy machine go on until enough rounds were left alone, within reason.
@@ -108,7 +110,7 @@ def interleaved(candidates: Mapping[str, Call], effort: Effort) -> dict[str, Tim
             ran = []
             for name in names[index % len(names) :] + names[: index % len(names)]:
                 due = index % stride[name] == 0
-                samples[name].append(_timed(candidates[name], index) if due else None)
+                samples[name].append(_timed(candidates[name], next(number)) if due else None)
                 ran.append(samples[name][-1])
             calm += all(sample is not None and not sample.disturbed for sample in ran)
             index += 1
@@ -137,15 +139,12 @@ def _looped(call: Callable[[], object], count: int) -> Call:
     return loop
 
 
-def copy_call(bytes_moved: int, dtype: torch.dtype = torch.float64, sets: int = 3) -> Call:
-    """A copy that reads and writes ``bytes_moved`` in all (half each), over rotating buffers.
-
-    PyTorch copies 64-bit elements faster than 16-bit ones on some machines, and the limit is the fastest copy.
-    """
-    count = max(1, bytes_moved // 2 // dtype.itemsize)
-    sources = [torch.ones(count, dtype=dtype) for _ in range(sets)]
-    sinks = [torch.zeros(count, dtype=dtype) for _ in range(sets)]
-    return lambda index: sinks[index % sets].copy_(sources[index % sets])
+def copy_rate(size: int, effort: Effort) -> float:
+    """B/s (read plus written) of a copy of ``size`` bytes, over rotating buffers."""
+    sources = [torch.ones(size // 8, dtype=torch.float64) for _ in range(3)]
+    sinks = [torch.zeros_like(source) for source in sources]
+    times = interleaved({"copy": lambda index: sinks[index % 3].copy_(sources[index % 3])}, effort)["copy"]
+    return 2 * size / times.seconds
 
 
 def matmul_rate(dtype: torch.dtype, effort: Effort, size: int) -> float:

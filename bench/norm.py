@@ -131,8 +131,12 @@ def kernels(
 
     # read x (and the residual), write y (and the sum); read dy, x (and the sum's gradient), write dx
     moved = {"forward": block * (4 if case.residual else 2), "backward": block * (4 if case.residual else 3)}
+    copies = {
+        "forward": [[(tensors[0], out[0])] for tensors, out in zip(plain, forward_out, strict=True)],
+        "backward": [[(grad[0], out[0])] for grad, out in zip(grads, backward_out, strict=True)],
+    }
     calls = {"forward": forward, "backward": backward}
-    return {what: memory_bound(call, moved[what], case.dtype) for what, call in calls.items()}
+    return {what: memory_bound(call, moved[what], copies[what]) for what, call in calls.items()}
 
 
 def _rstd(hidden_states: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class Kernel:
     """A raw call with preallocated outputs, and the limit it is interleaved with.
 
     ``work``: bytes read and written, or floating-point operations; ``unit``: ``"B"`` or ``"FLOP"``.
-    ``beside``: other calls that move as much, for comparison.
+    ``scale``: how much more work the call has to do than ``limit`` does.
     """
 
     call: measure.Call
@@ -51,15 +51,23 @@ class Kernel:
     limit_name: str
     work: float
     unit: str
-    beside: Mapping[str, measure.Call] = field(default_factory=dict)
+    scale: float = 1.0
 
 
-def memory_bound(call: measure.Call, moved: int, dtype: torch.dtype) -> Kernel:
-    """A kernel that reads and writes ``moved`` bytes: its limit is the fastest copy of as many."""
-    same = f"copy_ of {str(dtype).removeprefix('torch.')}"
-    return Kernel(
-        call, measure.copy_call(moved), "copy of as many bytes", moved, "B", {same: measure.copy_call(moved, dtype)}
-    )
+def memory_bound(call: measure.Call, moved: int, copies: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Kernel:
+    """A kernel that reads and writes ``moved`` bytes: its limit is a copy of as many.
+
+    How fast memory is depends on where the system has put it, so the copy goes through the kernel's own buffers:
+    ``copies`` holds, for every set of inputs, pairs of an input and an output. Its time is scaled to ``moved``.
+    """
+    count = len(copies)
+
+    def copy(index: int) -> None:
+        for source, sink in copies[index % count]:
+            sink.copy_(source)
+
+    copied = sum(2 * source.numel() * source.element_size() for source, _ in copies[0])
+    return Kernel(call, copy, "copy of as many bytes", moved, "B", moved / copied)
 
 
 @dataclass(frozen=True)
@@ -91,8 +99,8 @@ def rows(session: Session, subject: Subject) -> Iterator[Row]:
         return
     for what, kernel in subject.kernels.items():
         session.say(f"{subject.operator} {subject.case}: {what}, kernel")
-        times = measure.interleaved({OURS: kernel.call, _LIMIT: kernel.limit, **kernel.beside}, session.effort)
-        ours, limit = times.pop(OURS), times.pop(_LIMIT)
+        times = measure.interleaved({OURS: kernel.call, _LIMIT: kernel.limit}, session.effort)
+        ours, limit = times[OURS], times[_LIMIT]
         yield row(
             session,
             subject,
@@ -101,9 +109,8 @@ def rows(session: Session, subject: Subject) -> Iterator[Row]:
             rate=kernel.work / ours.seconds,
             unit=kernel.unit,
             limit=kernel.limit_name,
-            limit_seconds=limit.seconds,
-            fraction=limit.ratio_to(ours),
-            peers={name: PeerRow(other.seconds, other.ratio_to(ours)) for name, other in times.items()},
+            limit_seconds=limit.seconds * kernel.scale,
+            fraction=limit.ratio_to(ours) * kernel.scale,
         )
     for what, backward in (("forward", False), ("forward + backward", True)):
         session.say(f"{subject.operator} {subject.case}: {what}, as called")

@@ -34,9 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments is None:
             allocator.ensure()  # does not return where it starts the process again
         return int(options.execute(options, prepared) or 0)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:  # a task may say more
         hint = "; the same command goes on where it was" if options.command == "run" else ""
-        print(f"\nm4ov {options.command}: interrupted{hint}", file=sys.stderr)
+        print(f"\nm4ov {options.command}: {str(interrupt) or 'interrupted' + hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `m4ov doctor | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

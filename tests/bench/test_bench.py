@@ -13,6 +13,7 @@ import torch
 
 import m4ov_bench
 from m4ov_bench import cases, machine, measure, memory, peers, report, runner
+from m4ov_bench.session import memory_bound
 from m4ov_kernels.dispatch import native_extension
 
 FAST = measure.Effort(seconds=0.05, each=0.02, fewest=2, most=3)
@@ -121,11 +122,20 @@ def test_disturbed_samples_are_left_out_while_enough_remain():
     assert rounds(9, 9, 9, 9, 1, 1, 1, slow=4).seconds == 9
 
 
-def test_inputs_rotate():
+def test_inputs_rotate_from_call_to_call():
     seen = []
-    measure.interleaved({"a": seen.append}, FAST)
-    assert seen[0] == 0
-    assert len(set(seen)) > 2
+    measure.interleaved({"a": seen.append, "b": seen.append}, FAST)
+    timed = seen[6:]  # after warm-up and estimate
+    assert timed == list(range(len(timed)))
+    assert len(timed) >= 4
+
+
+def test_a_copy_through_the_kernels_own_buffers_is_scaled_to_its_traffic():
+    source, sink = torch.ones(8), torch.zeros(8)
+    kernel = memory_bound(lambda _: None, 96, [[(source, sink)]])
+    kernel.limit(5)
+    assert torch.equal(source, sink)
+    assert kernel.scale == 1.5  # 32 bytes read, 32 written
 
 
 def test_page_faults_are_counted():

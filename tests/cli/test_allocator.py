@@ -12,6 +12,7 @@ import pytest
 from m4ov import allocator
 
 glibc = pytest.mark.skipif(allocator.unavailable() is not None, reason=str(allocator.unavailable()))
+VARIABLES = {*allocator.ENVIRONMENT, allocator.SWITCH, allocator._RESTARTED, "GLIBC_TUNABLES"}
 REPORT = """
 import json, os, sys
 from m4ov import allocator
@@ -26,7 +27,7 @@ print(json.dumps(seen))
 
 def report(action: str, before: str = "", extra: dict[str, str] | None = None) -> dict:
     """Run Python in a process without the variables, and return what it says about its allocator."""
-    environment = {k: v for k, v in os.environ.items() if k not in allocator.ENVIRONMENT and "M4OV_ALLOC" not in k}
+    environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
     code = REPORT.format(action=action, before=before)
     child = subprocess.run(
         [sys.executable, "-c", code, "an argument", "--flag"],
@@ -52,6 +53,21 @@ def test_ensure_starts_the_command_again_once():
     assert seen["how"] == "environment"
     assert seen["argv"] == ["-c", "an argument", "--flag"]
     assert sorted(seen["set"]) == sorted(allocator.ENVIRONMENT)
+
+
+@glibc
+@pytest.mark.skipif(allocator._glibc_version() < (2, 35), reason="glibc.malloc.hugetlb came with glibc 2.35")
+@pytest.mark.parametrize(
+    ("mine", "then"),
+    [
+        ("", "glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.check=1", "glibc.malloc.check=1:glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+    ],
+)
+def test_huge_pages_are_added_to_what_the_user_tuned(mine, then):
+    seen = report("allocator.ensure()", extra={"GLIBC_TUNABLES": mine})
+    assert seen["reason"].endswith(f"GLIBC_TUNABLES={then}")
 
 
 @glibc

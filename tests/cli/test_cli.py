@@ -119,6 +119,14 @@ def test_interrupt_is_130_and_says_how_to_go_on(recipe, capsys):
     assert "the same command goes on where it was" in capsys.readouterr().err
 
 
+def test_a_task_says_more_about_its_interruption(recipe, capsys):
+    def interrupt(_):
+        raise KeyboardInterrupt("stopped after step 7; the same command goes on from there")
+
+    assert cli.main(["run", recipe(interrupt)]) == 130
+    assert capsys.readouterr().err == "\nm4ov run: stopped after step 7; the same command goes on from there\n"
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ctrl_c_from_outside():
     child = subprocess.Popen(
