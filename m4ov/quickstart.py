@@ -54,7 +54,7 @@ def _run(config: QuickstartConfig, folder: Path, console: Console) -> None:
     results: list[Accuracy] = []
     with console.status("evaluating on the held-out splits") as status:
         for split in task.held_out:
-            asked = options.limit or len(split.samples)
+            status.update(f"evaluating on the {len(split.samples):,} held-out questions of {split.name}")
             results.append(
                 exact_match(
                     model,
@@ -63,9 +63,6 @@ def _run(config: QuickstartConfig, folder: Path, console: Console) -> None:
                     questions_per_batch=options.questions_per_batch,
                     limit=options.limit,
                     dtype=task.dtype,
-                    on_batch=lambda done, name=split.name, asked=asked: status.update(
-                        f"evaluating on {name}: {done} of {asked} questions"
-                    ),
                 )
             )
         shown = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,11 +61,14 @@ def read_image(path: Path) -> Image.Image:
     """An RGB image from a file.
 
     Raises:
-        ImageError: the file is missing, truncated or not an image.
+        ImageError: the file is missing, truncated, damaged or not an image.
     """
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")  # decodes all of it
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            image.verify()  # checksums; decoding alone lets a flipped bit through
+        with Image.open(io.BytesIO(data)) as image:
+            return image.convert("RGB")
     except FileNotFoundError:
         raise ImageError(f"image {path}: no such file") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

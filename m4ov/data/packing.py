@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from m4ov.data.images import ImageGeometry
-from m4ov.data.tokenizer import IMAGE, TURN_END, completion, prompt
+from m4ov.data.tokenizer import IMAGE, TURN_END, completion, prompt, token_id
 
 IGNORE = -100
 
@@ -78,7 +78,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, geometry: ImageGeometry) -> None:
         self.tokenizer, self.geometry = tokenizer, geometry
-        self.image_token, self.end_token = tokenizer.token_to_id(IMAGE), tokenizer.token_to_id(TURN_END)
+        self.image_token, self.end_token = token_id(tokenizer, IMAGE), token_id(tokenizer, TURN_END)
         self._known: dict[tuple[str, str], Encoded] = {}
 
     def __call__(self, question: str, answer: str) -> Encoded:

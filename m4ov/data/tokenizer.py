@@ -58,6 +58,18 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a token.
+
+    Raises:
+        ValueError: the tokenizer has no such token.
+    """
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise ValueError(f"the tokenizer has no token {token}")
+    return found
+
+
 def to_hugging_face(tokenizer: Tokenizer) -> Any:
     """The same as a transformers tokenizer, which ``save_pretrained`` writes and ``AutoTokenizer`` reads."""
     from transformers import PreTrainedTokenizerFast

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +44,6 @@ def exact_match(
     questions_per_batch: int,
     limit: int = 0,
     dtype: torch.dtype = torch.float32,
-    on_batch: Callable[[int], None] = lambda _: None,
 ) -> Accuracy:
     """Ask every question and compare the whole answer, its end token included.
 
@@ -56,7 +55,6 @@ def exact_match(
     Args:
         limit: ask only so many questions, spread evenly over the split; 0: all.
         dtype: of ``pixel_values``.
-        on_batch: called with the number of questions asked so far.
     """
     model.eval()
     samples = split.samples
@@ -73,7 +71,6 @@ def exact_match(
         wrong = torch.zeros(len(batch.lengths), dtype=torch.int64).index_add_(0, owner, (best != labels[where]).long())
         right += (wrong == 0).tolist()
         said += [_text(encoder, best[owner == place].tolist()) for place in range(len(batch.lengths))]
-        on_batch(len(right))
     kinds: dict[str, tuple[int, int]] = {}
     for sample, ok in zip(samples, right, strict=True):
         hits, asked = kinds.get(sample.kind, (0, 0))

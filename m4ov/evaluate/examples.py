@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from m4ov.data import Encoder, Split, patchify
+from m4ov.data import Encoder, Sample, Split, patchify
 from m4ov.data.tokenizer import prompt
 
 
@@ -28,14 +29,21 @@ class Example:
 
 @torch.no_grad()
 def examples(
-    model: torch.nn.Module, split: Split, encoder: Encoder, count: int, *, seed: int, dtype: torch.dtype = torch.float32
+    model: Any,
+    split: Split,
+    encoder: Encoder,
+    count: int,
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Example]:
     """Answers to ``count`` questions of different images, drawn by ``seed``, one kind of question after the other."""
     random = np.random.default_rng(seed)
     kinds = sorted({sample.kind for sample in split.samples})
     shuffled = [split.samples[place] for place in random.permutation(len(split.samples))]
     by_kind = {kind: [sample for sample in shuffled if sample.kind == kind] for kind in kinds}
-    chosen, seen = [], set()
+    chosen: list[Sample] = []
+    seen: set[int] = set()
     while len(chosen) < count and any(by_kind.values()):
         for kind in kinds:
             while by_kind[kind] and by_kind[kind][-1].image in seen:
@@ -52,7 +60,7 @@ def examples(
         answered = model.generate(
             input_ids=asked,
             attention_mask=torch.ones_like(asked),
-            mm_token_type_ids=(asked == encoder.image_token).long(),
+            mm_token_type_ids=asked.eq(encoder.image_token).long(),
             pixel_values=torch.from_numpy(patchify(image[None], geometry)).to(dtype),
             image_grid_thw=torch.tensor([geometry.grid_thw]),
             max_new_tokens=8,

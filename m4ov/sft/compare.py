@@ -135,7 +135,7 @@ def _steps(pipe: Connection, model_config: dict[str, Any], config: QuickstartCon
     from transformers import Qwen3VLConfig
 
     from m4ov.models.qwen3_vl import build, cast_parameters
-    from m4ov.sft.run import loss_of
+    from m4ov.sft.training import loss_of
     from m4ov.train import Optimizer
     from m4ov_kernels.patches import patch
 

@@ -17,6 +17,7 @@ class Metrics:
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read(self.path) if row["step"] <= first_step]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")

@@ -44,7 +44,8 @@ def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum and decoupled weight decay, matrices of one shape updated together.
 
-    The same update as ``torch.optim.Muon`` with ``adjust_lr_fn="original"``, which takes matrix after matrix.
+    The same update as ``torch.optim.Muon`` with ``adjust_lr_fn="original"``, which takes matrix after matrix. A weight
+    of more than two dimensions counts as the matrix of its first by all the others.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
@@ -65,12 +66,12 @@ class Muon(torch.optim.Optimizer):
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        grads = [parameter.grad for parameter in parameters]
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov
-        steps = orthogonalised(torch.stack(updates)).to(parameters[0].dtype).unbind(0)
+        steps = orthogonalised(torch.stack(updates).flatten(2)).to(parameters[0].dtype).view(-1, *shape).unbind(0)
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, list(steps), alpha=-group["lr"] * max(1, shape[0] / shape[1]) ** 0.5)
+        torch._foreach_add_(parameters, list(steps), alpha=-group["lr"] * max(1, shape[0] / shape[1:].numel()) ** 0.5)
 
 
 class Optimizer:
@@ -84,17 +85,20 @@ class Optimizer:
     def __init__(self, model: nn.Module, config: OptimConfig, steps: int) -> None:
         self.config, self.steps = config, steps
         self.names = [name for name, _ in model.named_parameters()]
-        self.used = [parameter for _, parameter in model.named_parameters()]
+        self.used: list[Tensor] = [parameter for _, parameter in model.named_parameters()]
         self.weights = [parameter.detach().float().clone() for parameter in self.used]
-        matrices, others = [], []
+        matrices: list[Tensor] = []
+        others: list[Tensor] = []
         for name, weight in zip(self.names, self.weights, strict=True):
             (matrices if _for_muon(name, weight) else others).append(weight)
         first, second = config.betas
-        self.parts: list[torch.optim.Optimizer] = [
-            Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay),
-            torch.optim.AdamW(others, lr=config.lr, betas=(first, second), weight_decay=0.0, fused=True),
-        ]
-        self.base_lr = [config.muon_lr, config.lr]
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self.parts.append(Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
+        if others:
+            adamw = torch.optim.AdamW(others, lr=config.lr, betas=(first, second), weight_decay=0.0, fused=True)
+            self.parts.append(adamw)
+        self.base_lr = [part.param_groups[0]["lr"] for part in self.parts]
 
     def step(self, step: int) -> Tensor:
         """One update from the gradients of the model's parameters, which it takes away.
@@ -153,5 +157,6 @@ class Optimizer:
 
 
 def _for_muon(name: str, weight: Tensor) -> bool:
-    """Weight matrices inside the blocks; not embeddings, nor the mergers: their square matrix would cost the most."""
-    return weight.ndim == 2 and (".layers." in name or ".blocks." in name)
+    """Weight matrices of the blocks, and the patch embedding, which is one too (a convolution whose patches do not
+    overlap); not token embeddings, nor the mergers: their square matrix would cost the most."""
+    return weight.ndim >= 2 and (".layers." in name or ".blocks." in name or ".patch_embed." in name)

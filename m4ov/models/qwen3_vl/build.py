@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -20,10 +21,16 @@ def qwen3_vl_config(model: ModelConfig, tokenizer: Tokenizer, *, grid: int) -> Q
         tokenizer: gives the special tokens' ids and the vocabulary, which is rounded up to a multiple of 32.
         grid: patches a side of the images; the learned position table has this size, so none is interpolated.
     """
+
+    def token(text: str) -> int:
+        found = tokenizer.token_to_id(text)
+        if found is None:
+            raise ValueError(f"the tokenizer has no token {text}")
+        return found
+
     text, vision = model.text, model.vision
     half = text.head_dim // 2
     side = half * 5 // 16  # the proportions of Qwen3-VL: 24, 20, 20 of 64
-    token = tokenizer.token_to_id
     return Qwen3VLConfig(
         text_config={
             "vocab_size": math.ceil(tokenizer.get_vocab_size() / 32) * 32,
@@ -71,8 +78,9 @@ def build(config: Qwen3VLConfig, seed: int) -> Qwen3VLForConditionalGeneration:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3VLForConditionalGeneration(copy.deepcopy(config))  # a patch changes the configuration it holds
-    model.generation_config.eos_token_id = config.text_config.eos_token_id
-    model.generation_config.pad_token_id = config.text_config.pad_token_id
+    generation: Any = model.generation_config
+    text: Any = config.text_config
+    generation.eos_token_id, generation.pad_token_id = text.eos_token_id, text.pad_token_id
     return model
 
 

@@ -1,0 +1,161 @@
+"""Packed batches against Hugging Face's own positions, and against the same samples one by one."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from m4ov.data import mrope_positions, pack, patchify
+from m4ov.models.qwen3_vl import build, cast_parameters, forward
+from m4ov_kernels.patches import patch
+from tests.tiny_task import mixture_batch, tiny_task
+
+
+def rope_index(types: np.ndarray, grids: list[tuple[int, int, int]]) -> np.ndarray:
+    """Positions of one sample by transformers."""
+    model = build(tiny_task().model_config, 0)
+    ids = torch.zeros(1, len(types), dtype=torch.int64)
+    positions, _ = model.model.get_rope_index(
+        ids, torch.from_numpy(types)[None].int(), image_grid_thw=torch.tensor(grids) if grids else None
+    )
+    return positions[:, 0].numpy()
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_mrope_positions_equal_get_rope_index(data):
+    merge = tiny_task().geometry.merge_size
+    types: list[int] = []
+    grids = []
+    for _ in range(data.draw(st.integers(0, 3))):
+        types += [0] * data.draw(st.integers(1, 5))
+        height, width = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
+        grids.append((1, height * merge, width * merge))
+        types += [1] * (height * width)
+    types += [0] * data.draw(st.integers(1, 5))
+    array = np.array(types, dtype=np.int64)
+    assert np.array_equal(mrope_positions(array, grids, merge), rope_index(array, grids))
+
+
+def test_wrong_numbers_of_image_tokens_are_refused():
+    with pytest.raises(ValueError, match="3 image tokens for an image of 1 x 2 x 2"):
+        mrope_positions(np.array([0, 1, 1, 1, 0]), [(1, 4, 4)], 2)
+    with pytest.raises(ValueError, match="more images than runs"):
+        mrope_positions(np.array([0, 1, 1, 1, 1, 0]), [(1, 4, 4), (1, 4, 4)], 2)
+
+
+def test_encoded_samples_have_labels_on_the_answer_only():
+    encoder = tiny_task().encoder
+    sample = encoder("what color is the circle?", "blue")
+    answered = sample.input_ids[sample.labels != -100]
+    assert encoder.tokenizer.decode(answered.tolist(), skip_special_tokens=False) == "blue<|im_end|>"
+    assert sample.types.sum() == encoder.geometry.tokens
+    assert np.array_equal(sample.labels[sample.labels != -100], answered)
+    assert encoder.tokenizer.decode(sample.input_ids.tolist()) == "what color is the circle?blue"
+
+
+def test_the_encoding_is_what_the_chat_template_says():
+    from m4ov.data import to_hugging_face
+
+    encoder = tiny_task().encoder
+    tokenizer = to_hugging_face(encoder.tokenizer)
+    content = [{"type": "image"}, {"type": "text", "text": "is there a circle?"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "no"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    text = text.replace("<|image_pad|>", "<|image_pad|>" * encoder.geometry.tokens)
+    assert tokenizer(text)["input_ids"] == encoder("is there a circle?", "no").input_ids.tolist()
+
+
+def test_any_text_can_be_encoded():
+    tokenizer = tiny_task().tokenizer
+    text = "Zwölf Boxkämpfer 你好 🙂\n\t"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def each_alone(model, batch):
+    """Logits of each sample by an unpacked call of the unpatched Hugging Face model, with its own positions."""
+    patches = tiny_task().geometry.patches
+    bounds = [0, *itertools.accumulate(batch.lengths)]
+    for place, (start, end) in enumerate(itertools.pairwise(bounds)):
+        image = int(batch.image_of_sample[place])
+        outputs = model(
+            input_ids=batch.input_ids[:, start:end],
+            mm_token_type_ids=batch.mm_token_type_ids[:, start:end],
+            pixel_values=batch.pixel_values[image * patches : (image + 1) * patches],
+            image_grid_thw=batch.image_grid_thw[image : image + 1],
+        )
+        yield slice(start, end), outputs.logits[0]
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_packed_logits_and_loss_equal_unpacked_hugging_face(patched):
+    batch = mixture_batch(0)
+    plain, packed = build(tiny_task().model_config, 1).eval(), build(tiny_task().model_config, 1).eval()
+    if patched:
+        patch(packed)
+    with torch.no_grad():
+        got = forward(packed, batch)
+        expected = torch.empty_like(got.logits[0])
+        for place, logits in each_alone(plain, batch):
+            expected[place] = logits
+    scale = expected.abs().max()
+    assert (got.logits[0] - expected).abs().max() <= 1e-5 * scale
+    loss = torch.nn.functional.cross_entropy(expected[:-1], batch.labels[0, 1:])
+    assert abs(got.loss - loss) <= 1e-5 * loss.abs()
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_sample_does_not_feel_its_neighbours(patched, precision):
+    """Other questions and other images beside a sample leave its logits alone: to the bit when patched."""
+    task = tiny_task(precision)
+    geometry, split = task.geometry, task.training[0]
+    model = build(task.model_config, 2).eval()
+    if patched:
+        patch(model)
+    cast_parameters(model, task.dtype)
+    mine = task.encoder("what shape is in the image?", "circle")
+    length = len(mine.input_ids)
+    seen = []
+    for other, answer in (("is there a red shape?", "no"), ("is no red shape present?", "yes")):
+        neighbours = [task.encoder(other, answer)] * 2
+        for image in (1, 2):
+            pixels = patchify(split.images[[image, 0, image + 4]], geometry)
+            batch = pack([neighbours[0], mine, neighbours[1]], [0, 1, 2], pixels, geometry, task.dtype)
+            with torch.no_grad():
+                logits = forward(model, batch, with_labels=False).logits[0]
+            start = batch.lengths[0]
+            seen.append(logits[start : start + length].float())
+    for logits in seen[1:]:
+        difference = (logits - seen[0]).abs().max()
+        allowed = (1e-5 if precision == "fp32" else 2e-2) * seen[0].abs().max()
+        assert difference <= allowed
+
+
+def test_gradients_reach_an_image_from_all_its_questions():
+    """The vision tower's gradient from one pass over an image equals the sum over its questions one by one."""
+    batch = mixture_batch(0)
+    shared, alone = build(tiny_task().model_config, 3), build(tiny_task().model_config, 3)
+    (forward(shared, batch).loss * batch.num_labels).backward()
+    for place, logits in each_alone(alone, batch):
+        labels = batch.labels[0, place]
+        torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum").backward()
+    ours = dict(shared.model.visual.named_parameters())
+    for name, parameter in alone.model.visual.named_parameters():
+        scale = parameter.grad.abs().max()
+        assert (ours[name].grad - parameter.grad).abs().max() <= 1e-4 * scale + 1e-7, name
+
+
+def test_pack_refuses_an_image_that_is_not_there():
+    task = tiny_task()
+    sample = task.encoder("is there a circle?", "no")
+    pixels = patchify(task.training[0].images[:2], task.geometry)
+    with pytest.raises(ValueError, match="0 to 1; got 2 to 2"):
+        pack([sample], [2], pixels, task.geometry)
+    with pytest.raises(ValueError, match="needs samples"):
+        pack([], [], pixels, task.geometry)

@@ -1,0 +1,93 @@
+"""Exact match against greedy decoding by Hugging Face's generate."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from m4ov.data import Split, patchify
+from m4ov.data.tokenizer import prompt
+from m4ov.evaluate import exact_match, examples
+from m4ov.models.qwen3_vl import build, forward
+from m4ov_kernels.patches import patch
+from tests.tiny_task import tiny_task
+
+
+def few(count: int) -> Split:
+    """Some held-out questions on several images, with the number of questions of an image as it comes."""
+    split = tiny_task().held_out[0]
+    return Split(split.name, split.images, split.samples[5 : 5 + count])
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Trained on a few questions for a moment, so that some answers are right and some are wrong."""
+    task = tiny_task()
+    made = build(task.model_config, 0)
+    optimizer = torch.optim.AdamW(made.parameters(), lr=3e-3)
+    mixture = task.mixture(_data(), 0, images=8)
+    for step in range(25):
+        forward(made, mixture.batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return made.eval()
+
+
+def _data():
+    from tests.tiny_task import tiny_config
+
+    return tiny_config().data
+
+
+def greedy(model, sample, split) -> list[int]:
+    encoder = tiny_task().encoder
+    asked = torch.tensor([encoder.tokenizer.encode(prompt(sample.question, encoder.geometry.tokens)).ids])
+    answered = model.generate(
+        input_ids=asked,
+        attention_mask=torch.ones_like(asked),
+        mm_token_type_ids=(asked == encoder.image_token).long(),
+        pixel_values=torch.from_numpy(patchify(split.images[sample.image][None], encoder.geometry)),
+        image_grid_thw=torch.tensor([encoder.geometry.grid_thw]),
+        max_new_tokens=6,
+        do_sample=False,
+    )
+    return answered[0, asked.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_right_is_what_greedy_decoding_says(model, patched):
+    split, encoder = few(40), tiny_task().encoder
+    if patched:
+        model = build(tiny_task().model_config, 0)
+        patch(model)
+    result = exact_match(model, split, encoder, questions_per_batch=17)
+    assert len(result.right) == 40
+    for sample, ok, said in zip(split.samples, result.right, result.said, strict=True):
+        wanted = encoder.tokenizer.encode(sample.answer + "<|im_end|>").ids
+        assert (greedy(model, sample, split) == wanted) == ok
+        assert ok == (said == sample.answer) or not ok
+    if not patched:
+        assert 0 < sum(result.right) < 40
+    assert sum(asked for _, asked in result.kinds.values()) == 40
+    assert sum(hits for hits, _ in result.kinds.values()) == sum(result.right)
+
+
+def test_accuracy_does_not_depend_on_the_batch(model):
+    split, encoder = few(30), tiny_task().encoder
+    results = [exact_match(model, split, encoder, questions_per_batch=size) for size in (1, 7, 100)]
+    assert results[0] == results[1] == results[2]
+
+
+def test_a_limit_spreads_over_the_split(model):
+    split, encoder = tiny_task().held_out[0], tiny_task().encoder
+    result = exact_match(model, split, encoder, questions_per_batch=50, limit=20)
+    assert len(result.right) == 20
+    assert sum(asked for _, asked in result.kinds.values()) == 20
+
+
+def test_examples_are_of_different_images_and_kinds(model):
+    shown = examples(model, tiny_task().held_out[0], tiny_task().encoder, 6, seed=1)
+    assert len({example.kind for example in shown}) == 6
+    assert len({example.image.tobytes() for example in shown}) == 6
+    assert all(isinstance(example.said, str) and example.image.dtype == np.uint8 for example in shown)

@@ -1,0 +1,121 @@
+"""A supervised run from start to saved model, and the comparison with and without the patch."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Qwen3VLForConditionalGeneration
+
+from m4ov import sft
+from m4ov.data import patchify
+from m4ov.models.qwen3_vl import build, forward
+from m4ov.sft.training import save_model
+from m4ov.train import CheckpointError
+from tests.tiny_task import mixture_batch, quiet, tiny_config, tiny_task
+
+
+def test_the_saved_model_is_the_trained_one(tmp_path):
+    task = tiny_task()
+    result = sft.run(tiny_config(tmp_path, precision="fp32"), task, tmp_path, quiet())
+    assert (result.steps, result.resumed_at) == (6, 0)
+    saved = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "model")
+    for name, parameter in saved.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, result.weights[name]), name
+    first = build(task.model_config, 0)
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), saved.parameters(), strict=True))
+    with torch.no_grad():
+        before, after = (forward(model.eval(), mixture_batch(0)).loss for model in (first, saved))
+    assert after < before
+    assert AutoConfig.from_pretrained(tmp_path / "model").architectures == ["Qwen3VLForConditionalGeneration"]
+    assert not list(tmp_path.glob(".writing-*"))
+
+
+def test_the_saved_tokenizer_and_processor_encode_as_training_did(tmp_path):
+    task = tiny_task()
+    model = build(task.model_config, 0)
+    save_model(task, dict(model.named_parameters()), tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    sample = task.encoder("what color is the circle?", "blue")
+    content = [{"type": "image"}, {"type": "text", "text": "what color is the circle?"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "blue"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    text = text.replace("<|image_pad|>", "<|image_pad|>" * task.geometry.tokens)
+    assert tokenizer(text)["input_ids"] == sample.input_ids.tolist()
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "model", backend="pil")
+    images = task.training[0].images[:2]
+    made = processor(list(images), return_tensors="np")
+    np.testing.assert_allclose(made["pixel_values"], patchify(images, task.geometry), atol=2e-6)
+    for name in ("processor_config.json", "video_preprocessor_config.json"):
+        assert json.loads((tmp_path / "model" / name).read_text())["processor_class"] == "Qwen3VLProcessor"
+
+
+def test_a_model_that_cannot_be_written_is_named(tmp_path):
+    task = tiny_task()
+    weights = dict(build(task.model_config, 0).named_parameters())
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match="model .*model: cannot be written"):
+        save_model(task, weights, tmp_path / "file" / "model")
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from m4ov import sft
+from m4ov.train import CheckpointError
+from tests.tiny_task import quiet, tiny_config, tiny_task
+folder = Path(sys.argv[1])
+task = tiny_task()
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+try:
+    sft.run(tiny_config(folder, precision="fp32", checkpoint_steps=2), task, folder, quiet())
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_ends_the_run_with_the_name_of_the_file(tmp_path):
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    child = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, cwd=_root(), check=True
+    )
+    assert "step-00000002: cannot be written" in child.stdout
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def _root():
+    from pathlib import Path
+
+    return Path(__file__).parents[2]
+
+
+def test_the_comparison_runs_both_sides_on_the_same_batches():
+    config = tiny_config()
+    config.compare.steps, config.compare.images_per_step, config.compare.digits_per_step = 3, 2, 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = sft.compare(config, tiny_task("bf16"))
+    finally:
+        torch.set_num_threads(threads)
+    assert found.steps == len(found.patched.losses) == len(found.unpatched.losses) == 3
+    assert max(map(abs, found.loss_differences)) < 0.02 * max(found.unpatched.losses)
+    assert found.patched.losses[0] != found.patched.losses[1]
+    for side in (found.patched, found.unpatched):
+        assert side.step_seconds > 0
+        assert side.peak_mib is None or side.peak_mib >= side.held_mib > 50
+    assert "rms_norm" in found.patch or "norm" in found.patch
+
+
+def test_a_side_that_fails_says_why():
+    config = tiny_config()
+    config.compare.steps = 1
+    config.train.precision = "fp16"  # no such precision
+    with pytest.raises(RuntimeError, match="patched side: KeyError: 'fp16'"):
+        sft.compare(config, tiny_task())

@@ -1,0 +1,152 @@
+"""A run that was killed or interrupted goes on to the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from m4ov import sft
+from m4ov.recipe import OptimConfig, TrainConfig
+from m4ov.train import Interrupted, TrainingError, train
+from m4ov.train.checkpoint import checkpoints
+from m4ov.train.metrics import read
+from tests.tiny_task import equal_states, quiet, tiny_config, tiny_task
+
+# Trains as `m4ov run` does, and stops for ever behind a step, so that the kill comes at a known place.
+WORKER = """
+import sys, time
+from pathlib import Path
+import torch
+from m4ov import sft
+from m4ov.sft import training as module
+from tests.tiny_task import quiet, tiny_config, tiny_task
+
+torch.set_num_threads(1)
+folder, stop_at = Path(sys.argv[1]), int(sys.argv[2])
+task = tiny_task("bf16")
+steps = 0
+
+def loss_of(model, batch):
+    global steps
+    steps += 1
+    if steps == stop_at:
+        print("here", flush=True)
+        time.sleep(600)
+    return original(model, batch)
+
+original, module.loss_of = module.loss_of, loss_of
+module.run(tiny_config(folder, precision="bf16", checkpoint_steps=2), task, folder, quiet())
+print("done", flush=True)
+"""
+
+
+def start(folder: Path, stop_at: int) -> subprocess.Popen:
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(folder), str(stop_at)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def whole_run(folder: Path) -> None:
+    """The same run without an end in between, in this process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        config = tiny_config(folder, precision="bf16", checkpoint_steps=2)
+        sft.run(config, tiny_task("bf16"), folder, quiet())
+    finally:
+        torch.set_num_threads(threads)
+
+
+def final_state(folder: Path) -> dict[str, torch.Tensor]:
+    newest = checkpoints(folder / "checkpoints")[-1]
+    assert json.loads((newest / "state.json").read_text())["step"] == 6
+    return load_file(newest / "state.safetensors")
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
+    """kill -9 inside the fourth step: the run goes on from the checkpoint behind the second."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = start(killed, stop_at=4)
+    assert process.stdout.readline().strip() == "here"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [path.name for path in checkpoints(killed / "checkpoints")] == ["step-00000002"]
+    whole_run(whole)
+    whole_run(killed)  # goes on
+    assert equal_states(final_state(whole), final_state(killed))
+    model = [load_file(folder / "model" / "model.safetensors") for folder in (whole, killed)]
+    assert equal_states(*model)
+    losses = [[(row["step"], row["loss"]) for row in read(folder / "metrics.jsonl")] for folder in (whole, killed)]
+    assert losses[0] == losses[1]
+    assert [step for step, _ in losses[0]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path):
+    process = start(tmp_path, stop_at=4)
+    assert process.stdout.readline().strip() == "here"
+    process.send_signal(signal.SIGINT)  # noted; the sleep goes on
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() != 0
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
+
+
+class Counter(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(3))
+
+
+class Numbers:
+    tokens = 1
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+
+def train_counter(folder: Path, after_step: int = -1, action: object = None, bad: float = 0.0, steps: int = 6):
+    def loss_of(model: Counter, batch: Numbers) -> torch.Tensor:
+        if batch.step == after_step and callable(action):
+            action()
+        return ((model.weight - batch.step) ** 2).sum() + (bad if batch.step == 3 else 0.0)
+
+    config = TrainConfig(steps=steps, checkpoint_seconds=0.0, log_every=1)
+    return train(Counter(), Numbers, loss_of, config=config, optim=OptimConfig(), folder=folder, console=quiet())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_the_step_that_runs_and_the_run_goes_on(tmp_path, number):
+    whole = train_counter(tmp_path / "whole")
+    handler = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="stopped after step 4"):
+        train_counter(tmp_path / "run", 3, lambda: os.kill(os.getpid(), number))
+    assert signal.getsignal(number) is handler
+    again = train_counter(tmp_path / "run")
+    assert again.resumed_at == 4
+    assert again.tokens == whole.tokens == 6
+    assert equal_states(again.weights, whole.weights)
+    assert train_counter(tmp_path / "run").resumed_at == 6  # nothing left to do
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(TrainingError, match="step 3: loss"):
+            train_counter(tmp_path / str(bad), bad=bad)
+
+
+def test_a_run_folder_with_another_configuration_is_known(tmp_path):
+    same, other = tiny_config(tmp_path), tiny_config("elsewhere", checkpoint_seconds=5.0)
+    assert sft.fingerprint(same) == sft.fingerprint(other)
+    other.optim.lr = 0.5
+    assert sft.fingerprint(same) != sft.fingerprint(other)
