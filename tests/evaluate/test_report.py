@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from html.parser import HTMLParser
 
@@ -96,7 +97,7 @@ def test_the_page_does_without_operators():
 
 
 def test_the_table_says_the_same():
-    console = Console(record=True, width=120, file=open("/dev/null", "w"))
+    console = Console(record=True, width=120, file=io.StringIO())
     print_table(report(), console)
     text = console.export_text()
     for found in ("60.00% of 5", "100.00% of 1", "75.0% of 4", "100 / 300 ms (3.00 ×)", "500 MiB / –", "0.002"):

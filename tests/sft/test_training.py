@@ -60,7 +60,7 @@ def test_a_model_that_cannot_be_written_is_named(tmp_path):
     task = tiny_task()
     weights = dict(build(task.model_config, 0).named_parameters())
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(CheckpointError, match="model .*model: cannot be written"):
+    with pytest.raises(CheckpointError, match=r"model .*model: cannot be written"):
         save_model(task, weights, tmp_path / "file" / "model")
 
 
