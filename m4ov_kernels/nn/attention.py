@@ -49,8 +49,7 @@ def packed_attention(
             f"packed_attention: key and value must be [{batch}, KV, {length}, {head_dim}] with KV dividing {heads}; "
             f"got {list(key.shape)} and {list(value.shape)}"
         )
-    rows = batch * length
-    padded = [packing.pad(x.transpose(1, 2).reshape(rows, -1, head_dim)) for x in (query, key, value)]
+    padded = [packing.pad(x.transpose(1, 2).flatten(0, 1)) for x in (query, key, value)]  # [slots, H | KV, D]
     scale = head_dim**-0.5 if scale is None else scale
     outputs, first = [], 0
     for group in packing.groups:

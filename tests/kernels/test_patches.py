@@ -103,7 +103,8 @@ def test_bf16_keeps_the_numerics_rule(plain, parts, layout):
     patch(ours)
     batch = as_dtype(batch, torch.bfloat16)
     reference, result = step(low, batch, use_cache=False), step(ours, batch, use_cache=False)
-    assert_accurate("loss", result[0], reference[0], exact[0])
+    # float32, but of bf16 hidden states: bf16's rounding is what the rule should allow for.
+    assert_accurate("loss", result[0].bfloat16(), reference[0].bfloat16(), exact[0])
     scales = {name: 1 / gradient.abs().max() for name, gradient in exact[1].items() if "k_proj.bias" not in name}
 
     def together(gradients: dict[str, Tensor]) -> Tensor:
