@@ -15,8 +15,13 @@ M4OV_INLINE Pair add_residual(Pair x, Pair residual) {
   return kResidual && kRounded ? round_to<T>(x) : x;
 }
 
+// Once a row in fp64: one rounding instead of four, in a factor that all elements share.
+static float reciprocal_root(float square_sum, int64_t columns, double eps) {
+  return static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(square_sum) / static_cast<double>(columns) + eps));
+}
+
 template <typename T, bool kResidual, bool kRounded>
-static float mean_square(const T* x, const T* residual, int64_t columns) {
+static float square_sum(const T* x, const T* residual, int64_t columns) {
   const auto at = [&](int64_t i) {
     return add_residual<T, kResidual, kRounded>(load(x + i), kResidual ? load(residual + i) : Pair{});
   };
@@ -37,7 +42,7 @@ static float mean_square(const T* x, const T* residual, int64_t columns) {
                                                            kResidual ? load_tail(residual + i, rest) : Pair{});
     odd = fma(last, last, odd);
   }
-  return lane_sum(even + odd) / static_cast<float>(columns);
+  return lane_sum(even + odd);
 }
 
 template <typename T, bool kRoundTwice>
@@ -81,7 +86,7 @@ static void forward(const RmsNormFwd& a) {
       T* normed = static_cast<T*>(a.normed) + row * a.columns;
       T* new_residual = kResidual ? static_cast<T*>(a.new_residual) + row * a.columns : nullptr;
       const T* weight = static_cast<const T*>(a.weight);
-      const float rstd = 1.0f / __builtin_sqrtf(mean_square<T, kResidual, kRounded>(x, residual, a.columns) + a.eps);
+      const float rstd = reciprocal_root(square_sum<T, kResidual, kRounded>(x, residual, a.columns), a.columns, a.eps);
       a.rstd[row] = rstd;
       if (large && vector_aligned(normed) && vector_aligned(new_residual)) {
         write_row<T, kNumerics, kResidual, true>(normed, new_residual, x, residual, weight, rstd, a.columns,

@@ -1,4 +1,4 @@
-"""``rms_norm`` through the compiled kernels (CPU)."""
+"""``rms_norm`` through the compiled kernels: C++ for CPU tensors, CUDA C++ for CUDA tensors."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from m4ov_kernels import _C
-from m4ov_kernels.gpu import NUMERICS, as_rows, output
+from m4ov_kernels.gpu import NUMERICS, as_rows, current_device, output
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_rms_norm_fwd, _rms_norm_bwd, _get_num_threads = _C.rms_norm_fwd, _C.rms_norm_bwd, torch.get_num_threads
-_empty, _empty_like = torch.empty, torch.empty_like
+_empty_like, _get_num_threads = torch.empty_like, torch.get_num_threads
 # Rows are summed in order within a block, then blocks in order. Enough blocks for many cores, few enough that the
 # partial sums stay small beside the tensors; a function of the number of rows only.
 _BLOCK_ROWS, _MAX_BLOCKS = 32, 64
@@ -28,26 +27,26 @@ def rms_norm_fwd(
     """``(normed, new_residual, rstd)``; ``new_residual`` is empty without ``residual``, ``rstd`` float32 ``[rows]``."""
     columns = hidden_states.shape[-1]
     rows = hidden_states.numel() // columns
+    hidden_stride = residual_stride = columns
+    contiguous = hidden_states.is_contiguous()
     if out is None:
-        normed = output(None, hidden_states.shape, hidden_states, hidden_states.dtype)
+        normed = _empty_like(hidden_states) if contiguous else hidden_states.new_empty(hidden_states.shape)
         new_residual = hidden_states.new_empty(0) if residual is None else _empty_like(normed)
-        rstd = _empty(rows, dtype=torch.float32)
+        rstd = hidden_states.new_empty(rows, dtype=torch.float32)
     else:
         total_shape = (0,) if residual is None else hidden_states.shape
         normed = output(out[0], hidden_states.shape, hidden_states, hidden_states.dtype)
         new_residual = output(out[1], total_shape, hidden_states, hidden_states.dtype)
         rstd = output(out[2], (rows,), hidden_states, torch.float32)
-    hidden_stride = residual_stride = columns
-    if not hidden_states.is_contiguous():
+    if not contiguous:
         hidden_states, hidden_stride = as_rows(hidden_states)
     residual_address = 0
     if residual is not None:
-        if not residual.is_contiguous():
-            residual, residual_stride = as_rows(residual)
+        residual, residual_stride = as_rows(residual)
         residual_address = residual.data_ptr()
     if not weight.is_contiguous():
         weight = weight.contiguous()
-    _rms_norm_fwd(
+    arguments = (
         normed.data_ptr(),
         new_residual.data_ptr(),
         rstd.data_ptr(),
@@ -61,8 +60,12 @@ def rms_norm_fwd(
         eps,
         NUMERICS[numerics],
         _DTYPES[normed.dtype],
-        _get_num_threads(),
     )
+    if normed.is_cuda:
+        with current_device(normed):
+            _C.rms_norm_fwd_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
+    else:
+        _C.rms_norm_fwd(*arguments, _get_num_threads())
     return normed, new_residual, rstd
 
 
@@ -86,11 +89,14 @@ def rms_norm_bwd(
     rows = hidden_states.numel() // columns
     grad_hidden_states = output(out and out[0], hidden_states.shape, hidden_states, dtype)
     grad_weight = output(out and out[1], weight.shape if need_weight else (0,), hidden_states, dtype)
-    blocks = min(_MAX_BLOCKS, (rows + _BLOCK_ROWS - 1) // _BLOCK_ROWS)
+    if hidden_states.is_cuda:
+        blocks = _C.rms_norm_bwd_cuda_blocks(rows, columns)
+    else:
+        blocks = min(_MAX_BLOCKS, (rows + _BLOCK_ROWS - 1) // _BLOCK_ROWS)
     grad_weight_address = partials_address = residual_address = residual_stride = 0
     if need_weight:
         padded = (columns + _C.partial_align - 1) // _C.partial_align * _C.partial_align
-        partials = _empty(blocks * padded, dtype=torch.float32)
+        partials = hidden_states.new_empty(blocks * padded, dtype=torch.float32)
         grad_weight_address, partials_address = grad_weight.data_ptr(), partials.data_ptr()
     grad_normed, grad_stride = as_rows(grad_normed)
     hidden_states, hidden_stride = as_rows(hidden_states)
@@ -99,7 +105,7 @@ def rms_norm_bwd(
         residual_address = grad_residual.data_ptr()
     if not weight.is_contiguous():
         weight = weight.contiguous()
-    _rms_norm_bwd(
+    arguments = (
         grad_hidden_states.data_ptr(),
         grad_weight_address,
         partials_address,
@@ -115,6 +121,10 @@ def rms_norm_bwd(
         hidden_stride,
         blocks,
         _DTYPES[dtype],
-        _get_num_threads(),
     )
+    if grad_hidden_states.is_cuda:
+        with current_device(grad_hidden_states):
+            _C.rms_norm_bwd_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
+    else:
+        _C.rms_norm_bwd(*arguments, _get_num_threads())
     return grad_hidden_states, grad_weight

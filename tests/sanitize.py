@@ -1,0 +1,79 @@
+"""Build the extension with AddressSanitizer and UBSan into build/sanitize, and run the native tests with it.
+
+``python tests/sanitize.py [pytest arguments]``; by default, the tests of every operator that has compiled kernels. By
+hand, after one run of this script::
+
+    LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so) \
+        $(g++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
+        PYTHONPATH=build/sanitize pytest --import-mode=append tests/kernels/test_norm.py
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TARGET = ROOT / "build" / "sanitize"
+TESTS = [f"tests/kernels/test_{family}.py" for family in ("norm", "activation", "head")]
+# PyTorch is not built for it: it leaks at exit, and its libraries allocate and free by different means.
+ASAN_OPTIONS = "detect_leaks=0:alloc_dealloc_mismatch=0:abort_on_error=0:exitcode=66"
+
+# Reads past the end of both inputs: shows that the sanitizer sees PyTorch's allocations.
+OVERRUN = """
+import torch
+from m4ov_kernels import _C
+x, y = torch.ones(1000), torch.empty(2000)
+_C.swiglu_fwd(y.data_ptr(), x.data_ptr(), x.data_ptr(), 1, 1001, 1001, 1001, 0, 0, 1)
+"""
+RUN = """
+import sys
+import pytest, torch
+from m4ov_kernels import _C
+assert _C.__file__.startswith(sys.argv[1]), _C.__file__
+sys.exit(pytest.main(sys.argv[2:]))
+"""
+
+
+def build() -> None:
+    environment = {**os.environ, "M4OV_SANITIZE": "1", "M4OV_CUDA": "0", "M4OV_BUILD": "1"}
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "--target", str(TARGET), str(ROOT)]
+    subprocess.run(pip, env=environment, check=True)
+
+
+def environment() -> dict[str, str]:
+    compiler = shlex.split(os.environ.get("CXX") or "g++")
+
+    def library(name: str) -> str:
+        found = subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        return found.stdout.strip()
+
+    return {
+        **os.environ,
+        # libstdc++ too: the sanitizer looks for its exceptions when it starts, before PyTorch brings them.
+        "LD_PRELOAD": " ".join(map(library, ("libasan.so", "libubsan.so", "libstdc++.so.6"))),
+        "ASAN_OPTIONS": ASAN_OPTIONS,
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+        "PYTHONPATH": str(TARGET),
+    }
+
+
+def main(arguments: list[str]) -> int:
+    build()
+    overrun = subprocess.run(
+        [sys.executable, "-c", OVERRUN], env=environment(), cwd=TARGET, capture_output=True, text=True
+    )
+    if overrun.returncode != 66 or "heap-buffer-overflow" not in overrun.stderr:
+        print(overrun.stderr, f"the sanitizer missed a read out of bounds (status {overrun.returncode})", sep="\n")
+        return 1
+    tests = arguments or [str(ROOT / test) for test in TESTS]
+    options = ["--import-mode=append", f"--rootdir={ROOT}", f"--config-file={ROOT / 'pyproject.toml'}"]
+    command = [sys.executable, "-c", RUN, str(TARGET), *options, "-p", "no:cacheprovider", *tests]
+    return subprocess.run(command, env=environment(), cwd=TARGET).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
