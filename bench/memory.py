@@ -34,8 +34,8 @@ def extra_mib(name: str, case: cases.HeadCase) -> float | None:
         return None
     arguments = [str(getattr(case, field)) for field in _FIELDS] + [str(case.dtype).removeprefix("torch.")]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(64 * _KIB), "MALLOC_TRIM_THRESHOLD_": str(64 * _KIB)}
-    for name in ("THP_MEM_ALLOC_ENABLE", "GLIBC_TUNABLES"):  # huge pages would round every block up to 2 MiB
-        environment.pop(name, None)
+    for variable in ("THP_MEM_ALLOC_ENABLE", "GLIBC_TUNABLES"):  # huge pages would round every block up to 2 MiB
+        environment.pop(variable, None)
     command = [sys.executable, "-W", "ignore", "-m", "m4ov_bench.memory", name, *arguments]
     child = subprocess.run(command, capture_output=True, text=True, env=environment)
     if child.returncode:

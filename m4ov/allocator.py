@@ -5,10 +5,10 @@ tensor of 32 MiB is then 8,192 page faults, which cost more than a fast kernel d
 with 32,000 words took a third longer. Huge pages on top of that (glibc 2.35) took another 4% off the step and some 10%
 off kernels that are bound by memory, for no more memory.
 
-The thresholds must be set before the memory is first used, and glibc reads the environment before ``main``; so a command
-of m4ov starts itself again with the variables set (:func:`ensure`). A program that cannot do this sets them itself, or
-calls :func:`tune_in_process` before it imports torch. The price: a freed block serves the next tensors, not other
-processes, until the process ends.
+The thresholds must be set before the memory is first used, and glibc reads the environment before ``main``; so a
+command of m4ov starts itself again with the variables set (:func:`ensure`). A program that cannot do this sets them
+itself, or calls :func:`tune_in_process` before it imports torch. The price: a freed block serves the next tensors, not
+other processes, until the process ends.
 
 Only the standard library is imported here.
 """
