@@ -7,7 +7,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-FLOAT_DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
+FLOAT_DTYPES = frozenset((torch.bfloat16, torch.float32, torch.float16, torch.float64))
+_STRIDED = torch.strided
 NUMERICS = ("hf", "vllm", "fp32")
 
 
@@ -24,12 +25,13 @@ def describe(value: Any) -> str:
 
 def float_tensor(operator: str, argument: str, value: Any) -> None:
     """Refuse anything but a dense floating-point tensor of a dtype that the operators know."""
+    if isinstance(value, Tensor) and value.dtype in FLOAT_DTYPES and value.layout is _STRIDED:
+        return
     if not isinstance(value, Tensor):
         refuse(TypeError, operator, argument, "a tensor", describe(value))
     if value.dtype not in FLOAT_DTYPES:
         refuse(TypeError, operator, argument, "a bfloat16, float16, float32 or float64 tensor", describe(value))
-    if value.layout is not torch.strided:
-        refuse(TypeError, operator, argument, "a dense (strided) tensor", f"layout {value.layout}")
+    refuse(TypeError, operator, argument, "a dense (strided) tensor", f"layout {value.layout}")
 
 
 def one_of(operator: str, argument: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -30,6 +30,9 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
+is_compiling = torch.compiler.is_compiling
+_is_grad_enabled, _functorch_is_active = torch.is_grad_enabled, torch._C._are_functorch_transforms_active
+
 _library = torch.library.Library("m4ov", "DEF")
 
 
@@ -95,9 +98,11 @@ class Operator:
             of the same names, plus ``out=`` for preallocated outputs.
         fwd_schema, bwd_schema: ``torch.library`` schemas without a name.
         fwd_fake, bwd_fake: shape functions.
+        results: how many of the forward's outputs, the first ones, are handed on, as a function of its inputs; the
+            others are for the backward only. (Each tensor that autograd wraps costs a microsecond.)
         setup_context: ``(ctx, inputs, output)``, saves what the backward needs.
-        backward: ``(ctx, needs, bwd, *grad_outputs)`` → one gradient (or ``None``) per forward input; ``needs`` says
-            which inputs want one.
+        backward: ``(ctx, needs, bwd, *grad_results)`` → one gradient (or ``None``) per forward input; ``needs`` says
+            which inputs want one. ``grad_results`` may be followed by gradients of the other outputs, to be ignored.
         native: devices for which ``native.py`` has kernels.
     """
 
@@ -110,12 +115,13 @@ class Operator:
         bwd_schema: str,
         fwd_fake: Callable[..., Any],
         bwd_fake: Callable[..., Any],
+        results: Callable[..., int],
         setup_context: Callable[..., None],
         backward: Callable[..., tuple[Tensor | None, ...]],
         native: tuple[str, ...] = ("cpu",),
     ) -> None:
         self.family, self.name = family, name
-        self.setup_context, self.backward = setup_context, backward
+        self.results, self.setup_context, self.backward = results, setup_context, backward
         self.native_devices = native
         self._table: dict[Any, Implementation | None] = {}
         for kind, schema, fake in (("fwd", fwd_schema, fwd_fake), ("bwd", bwd_schema, bwd_fake)):
@@ -148,9 +154,11 @@ class Operator:
     def select(self, device: torch.device, dtype: torch.dtype | None) -> Implementation | None:
         """The raw pair that serves tensors of this device and dtype (``None``: mixed dtypes); ``None``: reference."""
         key = (device, dtype, _thread.override)
-        if key not in self._table:
-            self._table[key] = self._resolve(device, dtype, _thread.override)
-        return self._table[key]
+        try:
+            return self._table[key]
+        except KeyError:
+            self._table[key] = found = self._resolve(*key)
+            return found
 
     def _resolve(self, device: torch.device, dtype: torch.dtype | None, override: str | None) -> Implementation | None:
         for name in (override,) if override else _ORDER.get(device.type, ("reference",)):
@@ -188,15 +196,18 @@ class Operator:
         return None
 
     def __call__(self, implementation: Implementation, *inputs: Any) -> Any:
-        """Run a raw forward by whichever road this call needs; inputs in the order of the forward schema."""
-        if torch.compiler.is_compiling() or type(inputs[0]) not in _PLAIN_TENSORS:
+        """Run a raw forward by whichever road this call needs; inputs in the order of the forward schema.
+
+        Returns what the raw forward returns; of a tuple, at least the first ``results`` outputs.
+        """
+        if is_compiling() or type(inputs[0]) not in _PLAIN_TENSORS:
             return self.registered_fwd(*inputs)
-        if torch._C._are_functorch_transforms_active():
+        if _functorch_is_active():
             raise RuntimeError(f"{self.name}: torch.func transforms work under m4ov_kernels.backend('reference') only")
-        if torch.is_grad_enabled():
+        if _is_grad_enabled():
             for value in inputs:
                 if isinstance(value, Tensor) and value.requires_grad:
-                    return _Differentiable.apply(self, implementation, *inputs)
+                    return _apply(self, implementation, *inputs)
         return implementation.fwd(*inputs)
 
 
@@ -207,10 +218,9 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, operator: Operator, implementation: Implementation, *inputs: Any) -> Any:  # type: ignore[override]
         ctx.operator, ctx.implementation = operator, implementation
-        ctx.set_materialize_grads(False)
         outputs = implementation.fwd(*inputs)
         operator.setup_context(ctx, inputs, outputs)
-        return outputs
+        return outputs[: operator.results(*inputs)] if type(outputs) is tuple else outputs
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
@@ -234,3 +244,7 @@ class _DoubleBackward(torch.autograd.Function):
         raise RuntimeError(
             f"{ctx.name} is differentiable once; for a double backward run it under m4ov_kernels.backend('reference')"
         )
+
+
+# Function.apply in Python also looks for torch.func transforms, which Operator.__call__ has done, and costs 2 µs.
+_apply = super(torch.autograd.Function, _Differentiable).apply

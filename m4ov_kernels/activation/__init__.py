@@ -75,6 +75,7 @@ SWIGLU = Operator(
     bwd_schema="(Tensor grad_output, Tensor gate, Tensor up, str numerics) -> (Tensor grad_gate, Tensor grad_up)",
     fwd_fake=_fwd_fake,
     bwd_fake=_bwd_fake,
+    results=lambda *_: 1,
     setup_context=_setup_context,
     backward=_backward,
 )

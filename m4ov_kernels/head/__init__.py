@@ -78,7 +78,7 @@ def linear_cross_entropy(
             flat_input, linear_weight, flat_target, linear_bias, ignore_index, label_smoothing
         )
     else:
-        loss, _ = LINEAR_CROSS_ENTROPY(
+        loss, *_ = LINEAR_CROSS_ENTROPY(
             implementation,
             flat_input,
             linear_weight,
@@ -191,7 +191,6 @@ def _bwd_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     input, linear_weight, target, linear_bias, *ctx.options = inputs
-    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(input, linear_weight, target, linear_bias, output[1])
 
 
@@ -231,6 +230,7 @@ LINEAR_CROSS_ENTROPY = Operator(
     " bool need_bias) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
     fwd_fake=_fwd_fake,
     bwd_fake=_bwd_fake,
+    results=lambda *_: 1,
     setup_context=_setup_context,
     backward=_backward,
 )

@@ -52,17 +52,17 @@ def rms_norm(
     dtype = hidden_states.dtype
     implementation = RMS_NORM.select(hidden_states.device, dtype if weight.dtype is dtype else None)
     if implementation is None:
-        normed, total = reference.rms_norm(hidden_states, weight, eps, residual, numerics)
+        outputs = reference.rms_norm(hidden_states, weight, eps, residual, numerics)
     else:
-        normed, total, _ = RMS_NORM(implementation, hidden_states, weight, residual, eps, numerics)
-    return normed if residual is None else (normed, total)
+        outputs = RMS_NORM(implementation, hidden_states, weight, residual, eps, numerics)
+    return outputs[0] if residual is None else outputs[:2]
 
 
 def _check(hidden_states: Tensor, weight: Tensor, eps: float, residual: Tensor | None, numerics: str) -> None:
     checks.float_tensor("rms_norm", "hidden_states", hidden_states)
     checks.float_tensor("rms_norm", "weight", weight)
     shape = hidden_states.shape
-    if not shape or weight.shape != shape[-1:] or shape[-1] == 0:
+    if not shape or weight.shape != (shape[-1],) or shape[-1] == 0:
         expected = f"[{shape[-1] if shape else 'D'}], the size of the last dimension of hidden_states, at least 1"
         checks.refuse(ValueError, "rms_norm", "weight", expected, f"{list(weight.shape)} for {list(shape)}")
     if weight.device != hidden_states.device:
@@ -104,20 +104,19 @@ def _bwd_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden_states, weight, residual, _, numerics = inputs
     _, total, rstd = output
-    ctx.save_for_backward(hidden_states if residual is None else total, weight, rstd)
-    ctx.mark_non_differentiable(rstd)
-    ctx.set_materialize_grads(False)
     ctx.numerics, ctx.has_residual = numerics, residual is not None
+    if residual is None:
+        ctx.save_for_backward(hidden_states, weight, rstd)
+    else:
+        ctx.save_for_backward(total, weight, rstd)
+        ctx.set_materialize_grads(False)  # one of the two results may be unused
 
 
 def _backward(ctx: Any, needs: Any, bwd: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_normed, grad_total, _ = grads
     x, weight, rstd = ctx.saved_tensors
-    if grad_normed is None:  # only the returned sum was used
-        grad_normed = torch.zeros_like(x)
-    grad_x, grad_weight = bwd(
-        grad_normed, grad_total if ctx.has_residual else None, x, weight, rstd, ctx.numerics, needs[1]
-    )
+    grad_normed = torch.zeros_like(x) if grads[0] is None else grads[0]  # None: only the returned sum was used
+    grad_total = grads[1] if ctx.has_residual else None
+    grad_x, grad_weight = bwd(grad_normed, grad_total, x, weight, rstd, ctx.numerics, needs[1])
     return (
         grad_x if needs[0] else None,
         grad_weight if needs[1] else None,
@@ -136,6 +135,7 @@ RMS_NORM = Operator(
     " str numerics, bool need_weight) -> (Tensor grad_hidden_states, Tensor grad_weight)",
     fwd_fake=_fwd_fake,
     bwd_fake=_bwd_fake,
+    results=lambda hidden_states, weight, residual, *_: 1 if residual is None else 2,
     setup_context=_setup_context,
     backward=_backward,
     native=("cpu", "cuda"),
