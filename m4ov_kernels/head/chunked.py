@@ -57,7 +57,7 @@ class _Rows(NamedTuple):
 
     input: Tensor
     target: Tensor
-    index: Tensor | None  # their positions, or None: all of them
+    index: Tensor | None  # type: ignore[assignment]  # their positions, or None: all of them
     left_out: Tensor | None  # device rows that count but did not fit in num_valid
 
     def take(self, values: Tensor) -> Tensor:

@@ -54,15 +54,15 @@ def packed_attention(
     outputs, first = [], 0
     for group in packing.groups:
         slots = slice(first, first + group.count * group.length)
-        states = [x[slots].view(group.count, group.length, -1, head_dim) for x in padded]  # [N, L, H | KV, D]
+        q, k, v = (x[slots].view(group.count, group.length, -1, head_dim) for x in padded)  # [N, L, H | KV, D]
         valid = None
         if not (group.even or is_causal) and packing.valid is not None:
             valid = packing.valid[slots].view(group.count, group.length)
         short = query.device.type == "cpu" and group.length <= _SHORT and not dropout
         if short:
-            output = _short(*states, valid, is_causal, scale)
+            output = _short(q, k, v, valid, is_causal, scale)
         else:
-            output = _long(*states, valid, group, is_causal, scale, dropout)
+            output = _long(q, k, v, valid, group, is_causal, scale, dropout)
         outputs.append(output.reshape(-1, heads, head_dim))
         first = slots.stop
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs) if outputs else query.new_empty(0, heads, head_dim)

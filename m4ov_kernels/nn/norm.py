@@ -34,6 +34,8 @@ class RMSNorm(nn.Module):
         if residual is not None and residual.dtype is not hidden_states.dtype:
             total = hidden_states + residual
             return rms_norm(total, self.weight, eps=self.variance_epsilon, numerics=self.numerics), total
+        if residual is None:
+            return rms_norm(hidden_states, self.weight, eps=self.variance_epsilon, numerics=self.numerics)
         return rms_norm(
             hidden_states, self.weight, eps=self.variance_epsilon, residual=residual, numerics=self.numerics
         )

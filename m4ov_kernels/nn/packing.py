@@ -18,7 +18,7 @@ _CHEAP_PADDING = 256
 class Group(NamedTuple):
     """Sequences that are computed together: ``count`` rows of ``length`` slots; ``even``: no slot is padding."""
 
-    count: int
+    count: int  # type: ignore[assignment]
     length: int
     even: bool
 

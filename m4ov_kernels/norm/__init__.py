@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,14 @@ from m4ov_kernels.norm import reference
 __all__ = ["rms_norm"]
 
 
+@overload
+def rms_norm(
+    hidden_states: Tensor, weight: Tensor, *, eps: float, residual: None = None, numerics: str = "hf"
+) -> Tensor: ...
+@overload
+def rms_norm(
+    hidden_states: Tensor, weight: Tensor, *, eps: float, residual: Tensor, numerics: str = "hf"
+) -> tuple[Tensor, Tensor]: ...
 def rms_norm(
     hidden_states: Tensor,
     weight: Tensor,

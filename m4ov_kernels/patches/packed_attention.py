@@ -50,7 +50,7 @@ AttentionInterface.register(VISION_ATTENTION, vision_attention)
 AttentionMaskInterface.register(TEXT_ATTENTION, sdpa_mask)
 
 
-def pack_text(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
+def pack_text(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
     """Before the language model: finds the samples of packed rows and asks for no mask."""
     if module.config._attn_implementation != TEXT_ATTENTION:
         return args, kwargs
@@ -60,7 +60,7 @@ def pack_text(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     packing = None
     if cu_seqlens is not None and embeds is not None:
         packing = _from_cu_seqlens(cu_seqlens, embeds)
-    elif _says_text_positions(position_ids, kwargs):
+    elif position_ids is not None and _says_text_positions(position_ids, kwargs):
         packing = PackedSequences.from_position_ids(position_ids[0])
     if packing is not None:
         for name in ("past_key_values", "attention_mask"):
@@ -72,12 +72,11 @@ def pack_text(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return args, kwargs
 
 
-def _says_text_positions(position_ids: Tensor | None, kwargs: dict[str, Any]) -> bool:
+def _says_text_positions(position_ids: Tensor, kwargs: dict[str, Any]) -> bool:
     # The same condition under which transformers looks for packed rows, except that it is met when `use_cache` comes
     # from the configuration. When compiling, transformers' mask serves: what the positions say is not known.
     return (
-        position_ids is not None
-        and position_ids.ndim == 3
+        position_ids.ndim == 3
         and position_ids.shape[0] == 4
         and kwargs.get("attention_mask") is None
         and kwargs.get("past_key_values") is None
@@ -98,7 +97,7 @@ def _from_cu_seqlens(cu_seqlens: Tensor, embeds: Tensor) -> PackedSequences:
     return PackedSequences.from_cu_seqlens(cu_seqlens, tokens=embeds.shape[:2].numel(), device=embeds.device)
 
 
-def pack_images(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
+def pack_images(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
     """Before the vision tower: the images, once for all its layers; the text's packing is none of its business."""
     kwargs = {name: value for name, value in kwargs.items() if name not in _VARLEN}
     if module.config._attn_implementation == VISION_ATTENTION:
@@ -109,7 +108,7 @@ def pack_images(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def install(
-    model: nn.Module, text: nn.Module, vision: nn.Module
+    model: Any, text: nn.Module, vision: nn.Module
 ) -> tuple[list[Replacement], list[Replacement], list[tuple[str, str]]]:
     """Put both attention functions and hooks in place of ``sdpa``: what was replaced, what already was, what not."""
     replaced: list[Replacement] = []
@@ -129,7 +128,7 @@ def install(
     return replaced, already, skipped
 
 
-def remove(model: nn.Module, text: nn.Module, vision: nn.Module) -> list[Replacement]:
+def remove(model: Any, text: nn.Module, vision: nn.Module) -> list[Replacement]:
     """Put ``sdpa`` back, and take the hooks off."""
     restored, wanted = [], {}
     for key, part, name, hook in _parts(text, vision):
@@ -143,7 +142,7 @@ def remove(model: nn.Module, text: nn.Module, vision: nn.Module) -> list[Replace
     return restored
 
 
-def _parts(text: nn.Module, vision: nn.Module) -> tuple[tuple[str, nn.Module, str, Any], ...]:
+def _parts(text: nn.Module, vision: nn.Module) -> tuple[tuple[str, Any, str, Any], ...]:
     return (
         ("text_config", text, TEXT_ATTENTION, pack_text),
         ("vision_config", vision, VISION_ATTENTION, pack_images),

@@ -52,7 +52,7 @@ from m4ov_kernels.patches.report import PatchReport, Replacement
 GROUPS = ("norm", "mlp", "loss", "patch_embed", "attention")
 
 
-class Qwen3VLTextRMSNorm(RMSNorm, hf.Qwen3VLTextRMSNorm):
+class Qwen3VLTextRMSNorm(RMSNorm, hf.Qwen3VLTextRMSNorm):  # type: ignore[misc]
     """transformers' module with the operator's forward."""
 
 
@@ -119,7 +119,9 @@ class Qwen3VLForConditionalGeneration(hf.Qwen3VLForConditionalGeneration):
     """transformers' model; in training, with labels, the loss is computed without logits."""
 
     @wraps(hf.Qwen3VLForConditionalGeneration.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(  # type: ignore[override]
+        self, *args: Any, **kwargs: Any
+    ) -> Any:
         kwargs.update(zip(_FORWARD_PARAMETERS, args, strict=False))
         num_valid = kwargs.pop("num_valid", None)
         wanted = self.training and kwargs.get("labels") is not None
@@ -155,7 +157,7 @@ _HEAD_CLASSES: dict[type, type] = {nn.Linear: LMHead}
 _LOSSES = ("transformers.ForCausalLMLoss", "m4ov_kernels.linear_cross_entropy")
 
 
-def patch(model: nn.Module, groups: tuple[str, ...]) -> PatchReport:
+def patch(model: Any, groups: tuple[str, ...]) -> PatchReport:
     """Replace the given groups. All is checked before anything is changed."""
     swaps: list[Swap] = []
     already: list[Replacement] = []
@@ -184,12 +186,12 @@ def patch(model: nn.Module, groups: tuple[str, ...]) -> PatchReport:
         (already if model.loss_function is causal_lm_loss_function else replaced).append(entry)
         model.loss_function = causal_lm_loss_function
     if "attention" in groups:
-        new, old, unfit = packed_attention.install(model, model.model.language_model, model.model.visual)
-        replaced, already, skipped = replaced + new, already + old, skipped + unfit
+        attention = packed_attention.install(model, model.model.language_model, model.model.visual)
+        replaced, already, skipped = (a + b for a, b in zip((replaced, already, skipped), attention, strict=True))  # type: ignore
     return PatchReport(type(model).__name__, tuple(replaced), tuple(already), tuple(skipped))
 
 
-def unpatch(model: nn.Module) -> PatchReport:
+def unpatch(model: Any) -> PatchReport:
     """Restore every class, hook and setting. All is checked before anything is changed."""
     classes = {
         new: old for table in (*_LAYER_CLASSES.values(), _MODEL_CLASSES, _HEAD_CLASSES) for old, new in table.items()
@@ -208,7 +210,7 @@ def unpatch(model: nn.Module) -> PatchReport:
     return PatchReport(type(model).__name__, tuple(restored), restored=True)
 
 
-def _unfit(model: nn.Module, group: str) -> str | None:
+def _unfit(model: Any, group: str) -> str | None:
     """Why a group cannot be replaced in this model, if so."""
     if group == "mlp" and model.config.text_config.hidden_act not in ("silu", "swish"):
         return f"hidden_act is {model.config.text_config.hidden_act!r}, not 'silu'"
