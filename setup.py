@@ -39,6 +39,7 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-
 # GCC's own intrinsics headers use uninitialised variables on purpose.
 KERNEL_FLAGS = ["-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-O1", "-g"]
+WITHOUT_KERNELS = "M4OV_BUILD=0 installs without compiled kernels."
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--cudart=static"]
 # Machine code for Ampere, Hopper and Blackwell, and PTX that any later driver can compile.
 CUDA_RELEASE = {
@@ -66,10 +67,11 @@ def target_machine() -> str:
     return sysconfig.get_platform().rsplit("-", 1)[-1] if sys.platform == "linux" else platform.machine()
 
 
-def run(command: list[str]) -> None:
+def run(command: list[str], remedy: str = "") -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        raise SystemExit(f"{shlex.join(command)}\n{done.stdout}{done.stderr}\nfailed with status {done.returncode}")
+        failed = f"failed with status {done.returncode}. {remedy}"
+        raise SystemExit(f"{shlex.join(command)}\n{done.stdout}{done.stderr}\nm4ov: this command {failed}")
     if done.stderr.strip():
         print(done.stderr.strip(), file=sys.stderr)
 
@@ -91,26 +93,30 @@ def find_cxx() -> list[str]:
 
 
 def cuda_plan() -> tuple[str, dict[str, str]]:
-    """``nvcc`` and the targets to compile for; no targets: no CUDA kernels."""
+    """``nvcc`` and the targets to compile for, with its ``-gencode`` arguments; no targets: no CUDA kernels."""
     mode = switch("M4OV_CUDA", "auto|0|1", "auto")
-    nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or ""
-    if not nvcc and Path("/usr/local/cuda/bin/nvcc").exists():
-        nvcc = "/usr/local/cuda/bin/nvcc"
-    if mode == "0" or (mode == "auto" and not visible_gpu()):
-        return "", {}
-    if not nvcc:
-        if mode == "1":
-            raise SystemExit("m4ov: M4OV_CUDA=1 needs nvcc: install the CUDA toolkit or name nvcc in NVCC")
-        print("m4ov: a GPU but no nvcc: CUDA kernels are left out, Triton serves the GPU", file=sys.stderr)
-        return "", {}
-    return nvcc, CUDA_RELEASE if mode == "1" else {"native": "arch=native"}
+    nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc") or ""
+    targets = {"1": CUDA_RELEASE, "0": {}}.get(mode)
+    if targets is None:
+        targets = visible_gpus()
+        if targets and not nvcc:
+            print("m4ov: a GPU but no nvcc: CUDA kernels are left out, Triton serves the GPU", file=sys.stderr)
+            targets = {}
+    if targets and not nvcc:
+        raise SystemExit("m4ov: M4OV_CUDA=1 needs nvcc: install the CUDA toolkit or name nvcc in NVCC")
+    return (nvcc, targets) if targets else ("", {})
 
 
-def visible_gpu() -> bool:
-    if glob.glob("/dev/nvidia[0-9]*"):
-        return True
+def visible_gpus() -> dict[str, str]:
+    """Targets for the GPUs of this machine; "native" (nvcc looks for itself) where their kind cannot be asked for."""
     smi = shutil.which("nvidia-smi")
-    return smi is not None and subprocess.run([smi, "-L"], capture_output=True).stdout.startswith(b"GPU ")
+    if smi is not None:
+        query = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True).stdout.split()
+        capabilities = sorted({line.replace(".", "") for line in found if line.replace(".", "").isdigit()})
+        if capabilities:
+            return {f"sm_{value}": f"arch=compute_{value},code=sm_{value}" for value in capabilities}
+    return {"native": ""} if glob.glob("/dev/nvidia[0-9]*") else {}
 
 
 class BuildExtension(build_ext):
@@ -138,7 +144,7 @@ class BuildExtension(build_ext):
                 command = [*cxx, *flags, *KERNEL_FLAGS, *isa_flags, f"-DM4OV_VARIANT={name}"]
                 jobs.append((source, f"{source.stem}.{name}", command))
         for source in sorted(ROOT.glob("csrc/*/*.cu")) if targets else ():
-            generate = [f"-gencode={target}" if "," in target else "-arch=native" for target in targets.values()]
+            generate = [f"-gencode={target}" if target else "-arch=native" for target in targets.values()]
             jobs.append((source, f"{source.stem}.cuda", [nvcc, *CUDA_FLAGS, "-ccbin", cxx[0], *generate]))
 
         # Slowest first, on as many cores as this process may use.
@@ -146,13 +152,13 @@ class BuildExtension(build_ext):
             objects = list(pool.map(self.compile_object, *zip(*jobs, strict=True)))
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        link = [*cxx, "-shared", "-fopenmp", "-Wl,--exclude-libs,ALL", "-Wl,-O1", *map(str, objects), "-o", str(output)]
-        if sanitize:
-            link += SANITIZE_FLAGS[:1]
-        if targets:
-            libraries = Path(shutil.which(nvcc) or nvcc).resolve().parent.parent / "lib64"
-            link += [f"-L{libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        run(link)
+        if targets:  # nvcc knows where its static runtime lies
+            link = [nvcc, "-shared", "--cudart=static", "-ccbin", cxx[0], "-Xcompiler=-fopenmp"]
+            link += ["-Xlinker=--exclude-libs", "-Xlinker=ALL"]
+        else:
+            link = [*cxx, "-shared", "-fopenmp", "-Wl,--exclude-libs,ALL", *(SANITIZE_FLAGS[:1] if sanitize else [])]
+        link += [*map(str, objects), "-o", str(output)]
+        run(link, WITHOUT_KERNELS)
 
     def compile_object(self, source: Path, name: str, command: list[str]) -> Path:
         """Compile one object, unless it is newer than all it was made from, by the same command."""
@@ -165,7 +171,8 @@ class BuildExtension(build_ext):
             newest = max((os.path.getmtime(path) if os.path.exists(path) else float("inf")) for path in made_from)
             if newest < output.stat().st_mtime:
                 return output
-        run(command)
+        cuda = source.suffix == ".cu"
+        run(command, "M4OV_CUDA=0 leaves the CUDA kernels out; Triton serves the GPU." if cuda else WITHOUT_KERNELS)
         stamp.write_text(signature)
         return output
 

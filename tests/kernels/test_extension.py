@@ -231,11 +231,17 @@ def test_a_wrong_switch_is_refused(setup_script, monkeypatch, switch):
         setup_script.switch(switch, "auto|0|1" if switch == "M4OV_CUDA" else "0|1", "1")
 
 
-def test_cuda_needs_a_gpu_or_the_switch(setup_script, monkeypatch):
-    monkeypatch.setenv("M4OV_CUDA", "0")
-    assert setup_script.cuda_plan() == ("", {})
-    monkeypatch.setenv("M4OV_CUDA", "auto")
-    assert bool(setup_script.cuda_plan()[1]) <= setup_script.visible_gpu()
+def test_cuda_is_built_for_what_is_there_or_for_everything_or_not_at_all(setup_script, monkeypatch):
+    monkeypatch.setenv("NVCC", "nvcc")
+    plans = {}
+    for mode in ("0", "auto", "1"):
+        monkeypatch.setenv("M4OV_CUDA", mode)
+        plans[mode] = list(setup_script.cuda_plan()[1])
+    assert plans == {
+        "0": [],
+        "auto": list(setup_script.visible_gpus()),
+        "1": ["sm_80", "sm_90a", "sm_100f", "compute_80"],
+    }
 
 
 def install(target: Path, **environment: str) -> None:
