@@ -21,7 +21,7 @@ try:
 except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
-_ENOUGH = 5
+_ENOUGH, _SHORT = 5, 0.1  # rounds, seconds
 Call = Callable[[int], object]  # takes a running number, for rotating inputs; its result is freed inside the timing
 
 
@@ -103,7 +103,8 @@ def interleaved(candidates: Mapping[str, Call], effort: Effort) -> dict[str, Tim
     samples: dict[str, list[Sample | None]] = {name: [] for name in candidates}
     names, index, calm = list(candidates), 0, 0
     number = itertools.count()  # of every call, so that no call finds what the one before it left in the caches
-    deadline = time.perf_counter() + 3 * effort.seconds
+    # A long call is always disturbed a little, and a little of a long call is nothing: only short ones are repeated.
+    deadline = time.perf_counter() + (3 * effort.seconds if sum(estimate.values()) < _SHORT else 0)
     with _no_collection():
         # On a busy machine go on until enough rounds were left alone, within reason.
         while index < rounds or (calm < _ENOUGH < rounds and time.perf_counter() < deadline):
