@@ -4,8 +4,8 @@ Hidden 512, 4 layers of 4 heads of 128 (2 for keys) as Qwen3-VL has them, MLP 15
 layers 256 wide, two 512×512 images, 1,024 tokens of which a quarter has a label, bf16, AdamW. Same weights, same batch,
 the two steps by turns, each allocator setting in a process of its own.
 
-Where the time goes (profile of two Zen 4 cores, allocator set up): unpatched 1,080 ms: matrix products 680, attention
-285, softmax of the head 65, zero fills 25; patched 815 ms: matrix products 450, attention 285, all our kernels 25.
+Where the time goes (profile on two Zen 4 cores, allocator set up, a variant with 8 text heads of 64): unpatched: matrix
+products 48%, attention 21%, the head's softmax 12%, zero fills 5%; patched: 52%, attention 33%, our passes 2%.
 """
 
 from __future__ import annotations
