@@ -161,42 +161,55 @@ def compile_build(build: Build, target: str) -> Report:
     return Report(build.name, target, facts["vgpr_count"], local, shared, fp64, len(compiled.asm["hsaco"]))
 
 
-def _cached(key: str, directory: Path | None) -> Report | None:
-    path = directory / f"{key}.json" if directory else None
-    return Report(**json.loads(path.read_text())) if path and path.exists() else None
-
-
-def _check_build(module: str, index: int, target: str, cache: Path | None) -> tuple[Report, list[str]]:
+def _cache_key(build: Build, target: str) -> str:
     import triton
 
-    build: Build = importlib.import_module(module).KERNELS[index]
     this_file = Path(__file__).read_text()  # reads the machine code: a change here makes old reports void
-    facts = (_source(build).hash(), target, build.num_warps, build.num_stages, FP_FUSION, triton.__version__, this_file)
-    key = hashlib.sha256(repr((build.name, *facts)).encode()).hexdigest()
-    report = _cached(key, cache)
-    if report is None:
-        report = compile_build(build, target)
-        if cache:
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=cache, delete=False) as file:
-                json.dump(asdict(report), file)
-            os.replace(file.name, cache / f"{key}.json")
-    return report, report.violations(build.hot, TARGETS[target][1])
+    facts = (build.name, _source(build).hash(), target, build.num_warps, build.num_stages, FP_FUSION)
+    return hashlib.sha256(repr((*facts, triton.__version__, this_file)).encode()).hexdigest()
+
+
+def _compile_job(module: str, index: int, target: str) -> Report:
+    return compile_build(importlib.import_module(module).KERNELS[index], target)
 
 
 def check_triton(
     modules: Sequence[str], targets: Iterable[str], cache: Path | None
 ) -> tuple[list[tuple[Report, list[str]]], list[str]]:
     """Every report with its violations, and errors that are no compilation's (a kernel that nobody declared)."""
-    jobs, errors = [], []
+    jobs: list[tuple[str, int, str]] = []
+    errors = []
     for name in modules:
         module = importlib.import_module(name)
         errors += [f"{name}: {kernel} is not in KERNELS" for kernel in undeclared(module)]
-        jobs += [(name, i, target, cache) for i in range(len(getattr(module, "KERNELS", ()))) for target in targets]
-    workers = max(1, min(len(jobs), len(os.sched_getaffinity(0))))
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        results = list(pool.map(_check_build, *zip(*jobs, strict=True))) if jobs else []
+        jobs += [(name, i, target) for i in range(len(getattr(module, "KERNELS", ()))) for target in targets]
+    builds = [importlib.import_module(name).KERNELS[i] for name, i, _ in jobs]
+    paths = [
+        cache / f"{_cache_key(build, job[2])}.json" if cache else None for job, build in zip(jobs, builds, strict=True)
+    ]
+    reports = [Report(**json.loads(path.read_text())) if path and path.exists() else None for path in paths]
+    missing = [i for i, report in enumerate(reports) if report is None]
+    if missing:
+        workers = min(len(missing), len(os.sched_getaffinity(0)))
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            futures = {i: pool.submit(_compile_job, *jobs[i]) for i in missing}
+            for i, future in futures.items():
+                reports[i] = future.result()
+                _write(paths[i], future.result())
+    results = []
+    for (_, _, target), build, report in zip(jobs, builds, reports, strict=True):
+        assert report is not None
+        results.append((report, report.violations(build.hot, TARGETS[target][1])))
     return results, errors
+
+
+def _write(path: Path | None, report: Report) -> None:
+    """Store a report, whole or not at all."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(asdict(report), file)
+        os.replace(file.name, path)
 
 
 def compile_cuda(source: Path, target: str, nvcc: str) -> list[tuple[Report, list[str]]]:

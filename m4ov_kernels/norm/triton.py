@@ -367,10 +367,11 @@ def _declared() -> list[Build]:
     rows_of = "*T/16 i32/16"
     fwd = f"{rows_of} {rows_of} *T/16 *T/16 *T/16 *fp32/16"
     bwd = f"{rows_of} {rows_of} {rows_of} *T/16 *fp32/16 *T/16"
-    shipped = [("bf16", width) for width in (128, 1024, 4096, 8192)] + [("fp32", 1024), ("fp16", 4096), ("fp32", 8192)]
-    for dtype, width in shipped:
+    shipped = [("bf16", 128, (False,)), ("bf16", 1024, (True,)), ("bf16", 4096, (False, True)), ("bf16", 8192, (True,))]
+    shipped += [("fp32", 1024, (True,)), ("fp16", 4096, (True,)), ("fp32", 8192, (True,))]
+    for dtype, width, residuals in shipped:
         config = _config(width)
-        for residual in (False, True) if dtype == "bf16" else (True,):
+        for residual in residuals:
             note = f"D {width}" + ", residual" * residual
             flags = {"NUMERICS": 0, "HAS_RESIDUAL": residual}
             declare(_rms_norm_fwd_kernel, dtype, f"{fwd} i32 i32/16 fp32", config, note, **flags)

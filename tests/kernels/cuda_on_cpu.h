@@ -1,7 +1,8 @@
 // Runs CUDA C++ on the CPU, one thread of a block after the other, so that index arithmetic, barriers and rounding of a
-// kernel can be tested where there is no GPU. Threads are fibers that run up to their next barrier or shuffle, in an
-// order drawn anew each time (a missing barrier shows); a barrier or shuffle that not all threads reach ends the program
-// (on a GPU it would be undefined). What it cannot show: races within a warp, memory ordering, speed.
+// kernel can be tested where there is no GPU. Threads are fibers that run up to their next barrier or shuffle; which
+// warps get a turn, and in what order their threads take it, is drawn each time, so that warps drift apart and a missing
+// barrier shows. A barrier or shuffle that not all threads reach ends the program (on a GPU it would be undefined). What
+// it cannot show: races within a warp, memory ordering, speed.
 #pragma once
 
 #include <stdint.h>
@@ -104,11 +105,11 @@ inline void run_fiber() {
 
 // Releases the warps whose 32 lanes all stand at a shuffle, else the block if all its threads stand at a barrier.
 inline bool release() {
-  bool shuffled = false;
-  size_t at_barrier = 0, done = 0;
+  size_t runnable = 0, at_barrier = 0, done = 0;
   for (size_t warp = 0; warp < fibers.size(); warp += 32) {
     size_t shuffling = 0;
     for (size_t i = warp; i < warp + 32; ++i) {
+      runnable += fibers[i].state == kRunnable;
       shuffling += fibers[i].state == kShuffling;
       at_barrier += fibers[i].state == kAtBarrier;
       done += fibers[i].state == kDone;
@@ -117,9 +118,9 @@ inline bool release() {
     if (shuffling != 32) fail("a shuffle that not all lanes reach");
     for (size_t i = warp; i < warp + 32; ++i) fibers[i].received = fibers[warp + ((i - warp) ^ fibers[i].lane_mask)].given;
     for (size_t i = warp; i < warp + 32; ++i) fibers[i].state = kRunnable;
-    shuffled = true;
+    runnable += 32;
   }
-  if (shuffled) return true;
+  if (runnable) return true;
   if (done == fibers.size()) return false;
   if (at_barrier != fibers.size()) fail("a barrier that not all threads reach");
   for (Fiber& fiber : fibers) fiber.state = kRunnable;
@@ -132,6 +133,7 @@ inline void run_block(dim3 block) {
   fibers.assign(count, Fiber());
   stacks.resize(count * kStack);
   std::vector<size_t> turns(count);
+  std::vector<bool> chosen(count / 32);
   for (size_t i = 0; i < count; ++i) {
     turns[i] = i;
     getcontext(&fibers[i].context);
@@ -142,8 +144,9 @@ inline void run_block(dim3 block) {
   }
   do {
     std::shuffle(turns.begin(), turns.end(), order);
+    for (size_t warp = 0; warp < chosen.size(); ++warp) chosen[warp] = order() % 2;
     for (size_t i : turns) {
-      if (fibers[i].state != kRunnable) continue;
+      if (!chosen[i / 32] || fibers[i].state != kRunnable) continue;
       current = i;
       threadIdx = dim3(i % block.x, i / block.x);
       swapcontext(&scheduler, &fibers[i].context);

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from m4ov_kernels.norm import reference
 
-from .numerics import assert_accurate, gradients, leaves
+from .numerics import assert_accurate, gradients, leaves, rms_norm_terms
 
 HERE = Path(__file__).parent
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -187,7 +187,7 @@ def test_forward_and_gradients(library, rows, columns, dtype):
         plain = expected(dtype, x, weight, residual, (grad, grad_added), numerics)
         exact = expected(torch.float64, x, weight, residual, (grad, grad_added), numerics)
         names = (["normed", "sum"] if has_residual else ["normed"]) + ["grad_hidden_states", "grad_weight"]
-        terms = grad.double() * weight.double() * rstd.double()[:, None]  # what the gradient is a difference of
+        terms = rms_norm_terms(grad, normalised, weight, rstd)
         for name, *tensors in zip(names, (*outputs, *grads), plain, exact, strict=True):
             assert_accurate(name, *tensors, terms if name == "grad_hidden_states" else None)
 

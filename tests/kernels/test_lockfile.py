@@ -27,21 +27,11 @@ def _float64_kernel(x_ptr, scale, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _spilling_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
-    """Too many values alive at once for one warp."""
+def _spilling_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    """256 values alive in each thread of one warp, which has 255 registers."""
     place = tl.arange(0, BLOCK)
-    total = tl.load(x_ptr + place)
-    for i in range(0, n):
-        rank = tl.sum(total) + i
-        total = tl.where(place < rank, total * rank, tl.load(x_ptr + place * rank.to(tl.int32)))
-    tl.store(y_ptr + place, total)
-
-
-@triton.jit
-def _shared_kernel(x_ptr, y_ptr, N: tl.constexpr):
-    i = tl.arange(0, N)
-    place = i[:, None] * N + i[None, :]
-    tl.store(y_ptr + place, tl.dot(tl.load(x_ptr + place), tl.trans(tl.load(y_ptr + place))))
+    values = tl.load(x_ptr + place)
+    tl.store(y_ptr + place, values * tl.sum(values))
 
 
 @triton.jit
@@ -56,8 +46,8 @@ def _forgotten_kernel(x_ptr):
 
 KERNELS = [
     Build(_float64_kernel, "fp32", "*T/16 fp64", {"BLOCK": 128}, num_warps=4),
-    Build(_spilling_kernel, "fp32", "*T/16 *T/16 i32", {"BLOCK": 16384}, num_warps=1),
-    Build(_spilling_kernel, "fp32", "*T/16 *T/16 i32", {"BLOCK": 16384}, num_warps=1, hot=False, note="cold"),
+    Build(_spilling_kernel, "fp32", "*T/16 *T/16", {"BLOCK": 8192}, num_warps=1),
+    Build(_spilling_kernel, "fp32", "*T/16 *T/16", {"BLOCK": 8192}, num_warps=1, hot=False, note="cold"),
 ]
 '''
 
@@ -110,11 +100,10 @@ def test_the_check_can_fail(tmp_path):
     failures = done.stderr
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
         assert f"float64_kernel[fp32] on {target}: " in failures
-        assert f"spilling_kernel[fp32] on {target}: " in failures
+        assert (f"spilling_kernel[fp32] on {target}: " in failures) == (target != "gfx942")  # 512 registers there
     assert "float64 instructions" in failures
     assert "bytes of local memory a thread (spills) in a hot kernel" in failures
     assert "bad_kernels: _forgotten_kernel is not in KERNELS" in failures
-    assert "bad_kernels: _shared_kernel is not in KERNELS" in failures
     assert "cold" not in failures
     assert "good_kernels" not in failures
     assert "scale_kernel" not in failures

@@ -24,7 +24,7 @@ from m4ov_kernels.norm import reference as norm_reference
 from m4ov_kernels.norm import triton as norm
 
 from . import strategies
-from .numerics import assert_accurate, gradients, leaves, poisoned
+from .numerics import assert_accurate, gradients, leaves, poisoned, rms_norm_terms
 from .test_head import gradient_terms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -96,7 +96,7 @@ def test_rms_norm(shape, dtype, layout, magnitude, numerics, residual, need_weig
         return [*results, *gradients(results, inputs[:2], [g.to(dtype) for g in (grad, grad_total)[: 1 + residual]])]
 
     got = [normed, *([total] if residual else []), grads[0], *([grads[1]] if need_weight else [])]
-    terms = grad.double() * weight.double() * rstd.double().view(*shape[:-1], 1)  # the gradient is a difference of them
+    terms = rms_norm_terms(grad, total if residual else x, weight, rstd)
     for i, (ours, plain, exact) in enumerate(zip(got, reference(dtype), reference(torch.float64), strict=False)):
         name = ("normed", "sum", "grad_hidden_states", "grad_weight")[i if residual or i == 0 else i + 1]
         assert_accurate(name, ours, plain, exact, terms if name == "grad_hidden_states" else None)
