@@ -68,12 +68,14 @@ def test_every_image_is_visited_once_an_epoch():
     assert sum(visits.values()) == steps * 7
 
 
-def test_questions_about_shape_and_colour_are_asked_equally_often():
+def test_the_four_groups_of_questions_are_asked_equally_often():
     mixture = tiny_task().mixture(tiny_config().data, 0)
     random = np.random.default_rng()
-    kinds: Counter[bool] = Counter()
-    for known in mixture._of_image[:400]:
+    kinds: Counter[tuple[bool, bool]] = Counter()
+    images = mixture._of_image[:1000]
+    for known in images:
         asked = mixture._asked(known, random)
         assert len(set(asked)) == len(asked) == min(2, len(known))
-        kinds.update(sample.kind.endswith("shape") for sample in asked)
-    assert abs(kinds[True] - kinds[False]) < 0.15 * 800
+        kinds.update((sample.kind.endswith("shape"), sample.kind.startswith("yes/no")) for sample in asked)
+    assert len(kinds) == 4
+    assert min(kinds.values()) > 0.15 * 2 * len(images)

@@ -10,7 +10,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from m4ov import sft
 from m4ov.data import patchify
@@ -48,7 +49,7 @@ def test_the_saved_tokenizer_and_processor_encode_as_training_did(tmp_path):
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     text = text.replace("<|image_pad|>", "<|image_pad|>" * task.geometry.tokens)
     assert tokenizer(text)["input_ids"] == sample.input_ids.tolist()
-    processor = AutoImageProcessor.from_pretrained(tmp_path / "model", backend="pil")
+    processor = Qwen2VLImageProcessorPil.from_pretrained(tmp_path / "model")
     images = task.training[0].images[:2]
     made = processor(list(images), return_tensors="np")
     np.testing.assert_allclose(made["pixel_values"], patchify(images, task.geometry), atol=2e-6)
