@@ -1,4 +1,4 @@
-"""What every family's ``triton.py`` shares: row layout, device guard, and the declaration of its kernels.
+"""What every family's ``triton.py`` shares: launch configurations, device guard, and the declaration of its kernels.
 
 A family declares its kernels in one table, ``KERNELS``: a list of :class:`Build`, one per shipped configuration.
 ``m4ov_kernels.lockfile`` compiles each of them for every target without a GPU and holds them to budgets.
@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-NUMERICS = {"hf": 0, "vllm": 1, "fp32": 2}
 
 # Passed to every launch. A multiply and an add that the compiler fuses round once instead of twice, so fusing would
 # make the rounding contracts depend on the compiler; Triton 3.10 flips its default. These kernels wait for memory.
@@ -59,37 +57,8 @@ class Config:
         return {**self.constexprs, "num_warps": self.num_warps, "enable_fp_fusion": FP_FUSION}
 
 
-def as_rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """``tensor`` ``[..., D]`` and the distance of its rows in elements, or a contiguous copy where its last dimension
-    is not dense or its rows are not evenly spaced."""
-    width = tensor.shape[-1]
-    if tensor.is_contiguous():
-        return tensor, width
-    if width > 1 and tensor.stride(-1) != 1:
-        return tensor.contiguous(), width
-    distance, span = None, 1
-    for size, stride in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
-        if size == 1:
-            continue
-        if distance is None:
-            distance = stride
-        elif stride != distance * span:
-            return tensor.contiguous(), width
-        span *= size
-    return tensor, width if distance is None else distance
-
-
 def current_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Makes the device of ``tensor`` the current one, which is where Triton launches."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return _HERE
     return torch.cuda.device(tensor.device)
-
-
-def output(given: Tensor | None, shape: tuple[int, ...] | torch.Size, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """A fresh contiguous tensor, or the preallocated one that a raw function was given, checked."""
-    if given is None:
-        return torch.empty(shape, dtype=dtype, device=like.device)
-    if given.shape != shape or given.dtype != dtype or given.device != like.device or not given.is_contiguous():
-        raise ValueError(f"out: expected a contiguous {dtype} tensor {list(shape)} on {like.device}")
-    return given

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from m4ov_kernels import _C
-from m4ov_kernels.gpu import NUMERICS, as_rows, output
+from m4ov_kernels.layout import DTYPES, NUMERICS, as_rows, output
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _swiglu_fwd, _swiglu_bwd, _get_num_threads = _C.swiglu_fwd, _C.swiglu_bwd, torch.get_num_threads
 _empty_like, _contiguous = torch.empty_like, torch.contiguous_format
 
@@ -36,7 +35,7 @@ def swiglu_fwd(gate: Tensor, up: Tensor, numerics: str, *, out: Tensor | None = 
         gate_stride,
         up_stride,
         NUMERICS[numerics],
-        _DTYPES[gate.dtype],
+        DTYPES[gate.dtype],
         _get_num_threads(),
     )
     return out
@@ -66,7 +65,7 @@ def swiglu_bwd(
         grad_stride,
         gate_stride,
         up_stride,
-        _DTYPES[gate.dtype],
+        DTYPES[gate.dtype],
         _get_num_threads(),
     )
     return grad_gate, grad_up

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m4ov_kernels.gpu import NUMERICS, Build, Config, as_rows, current_device, output
+from m4ov_kernels.gpu import Build, Config, current_device
+from m4ov_kernels.layout import NUMERICS, as_rows, output
 
 _TILE = 2048  # elements of one program: 16 per thread with 4 warps
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from m4ov_kernels import device_errors
-from m4ov_kernels.gpu import output
 from m4ov_kernels.head.targets import check_target_values
+from m4ov_kernels.layout import output
 
 # On the CPU a fixed width: no row's bits depend on how many other rows there are. 2048 columns are wide enough for
 # oneDNN, and narrow enough that a chunk of 1024 rows (4 MiB in bf16) is still cached when the epilogue reads it.

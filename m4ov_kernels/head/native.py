@@ -7,8 +7,7 @@ from torch import Tensor
 
 from m4ov_kernels import _C
 from m4ov_kernels.head import chunked
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from m4ov_kernels.layout import DTYPES
 
 
 def _reduce(logits: Tensor, target: Tensor, first: int, state: Tensor, want_total: bool) -> None:
@@ -20,7 +19,7 @@ def _reduce(logits: Tensor, target: Tensor, first: int, state: Tensor, want_tota
         logits.shape[1],
         first,
         want_total,
-        _DTYPES[logits.dtype],
+        DTYPES[logits.dtype],
         torch.get_num_threads(),
     )
 
@@ -44,7 +43,7 @@ def _differentiate(
         first,
         target_weight,
         uniform_weight,
-        _DTYPES[logits.dtype],
+        DTYPES[logits.dtype],
         torch.get_num_threads(),
     )
 
@@ -56,7 +55,7 @@ def _add(accumulator: Tensor, addend: Tensor, output: Tensor | None, assign: boo
         addend.data_ptr(),
         addend.numel(),
         assign,
-        _DTYPES[addend.dtype],
+        DTYPES[addend.dtype],
         torch.get_num_threads(),
     )
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from m4ov_kernels import _C
-from m4ov_kernels.gpu import NUMERICS, as_rows, current_device, output
+from m4ov_kernels.gpu import current_device
+from m4ov_kernels.layout import DTYPES, NUMERICS, as_rows, output
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _empty_like, _get_num_threads = torch.empty_like, torch.get_num_threads
 # Rows are summed in order within a block, then blocks in order. Enough blocks for many cores, few enough that the
 # partial sums stay small beside the tensors; a function of the number of rows only.
@@ -59,7 +59,7 @@ def rms_norm_fwd(
         residual_stride,
         eps,
         NUMERICS[numerics],
-        _DTYPES[normed.dtype],
+        DTYPES[normed.dtype],
     )
     if normed.is_cuda:
         with current_device(normed):
@@ -120,7 +120,7 @@ def rms_norm_bwd(
         residual_stride,
         hidden_stride,
         blocks,
-        _DTYPES[dtype],
+        DTYPES[dtype],
     )
     if grad_hidden_states.is_cuda:
         with current_device(grad_hidden_states):

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m4ov_kernels.gpu import NUMERICS, Build, Config, as_rows, current_device, output
+from m4ov_kernels.gpu import Build, Config, current_device
+from m4ov_kernels.layout import NUMERICS, as_rows, output
 
 _WHOLE_ROW = 8192  # 16 float32 values of each operand per thread with 16 warps; more does not fit in registers
 _WIDE_BLOCK = 4096

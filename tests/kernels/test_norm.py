@@ -12,7 +12,7 @@ from m4ov_kernels import rms_norm
 from m4ov_kernels.norm import native, reference
 
 from . import strategies
-from .numerics import assert_accurate, gradients, leaves, poisoned
+from .numerics import assert_accurate, gradients, leaves, poisoned, rms_norm_terms
 
 EPS = 1e-6
 
@@ -58,9 +58,12 @@ def test_native_forward_and_gradients(isa, shape, dtype, layout, magnitude, nume
     exact = run(plain, torch.float64, numerics, x, weight, res, grads)
     names = (["y", "sum"] if residual else ["y"]) + ["grad_x", "grad_weight", "grad_residual"][: 2 + residual]
     x64 = x.double() if res is None else x.double() + res.double()
-    terms = grads[0].double() * weight.double() * torch.rsqrt(x64.square().mean(-1, keepdim=True) + EPS)
+    rstd = torch.rsqrt(x64.square().mean(-1, keepdim=True) + EPS)
+    to_x = rms_norm_terms(grads[0], x64, weight, rstd)
+    to_weight = (grads[0].double() * x64 * rstd).abs().reshape(-1, shape[-1]).sum(0)
+    terms = {"grad_x": to_x, "grad_residual": to_x, "grad_weight": to_weight}
     for name, *tensors in zip(names, got, baseline, exact, strict=True):
-        assert_accurate(name, *tensors, terms if name in ("grad_x", "grad_residual") else None)
+        assert_accurate(name, *tensors, terms.get(name))
 
 
 @pytest.mark.parametrize("dtype", strategies.HALF_AND_SINGLE)
