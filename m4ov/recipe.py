@@ -32,8 +32,8 @@ class DataConfig:
     held_out_digits: int = 360  # of 1,797
     split_seed: int = 0  # which digits are held out; apart from run.seed, so that runs can be compared
     vocabulary: int = 512  # at most; byte-level BPE
-    images_per_step: int = 32
-    questions_per_image: int = 4  # asked of one image in one step; they share its features and do not see each other
+    images_per_step: int = 48
+    questions_per_image: int = 2  # asked of one image in one step; they share its features and do not see each other
     digits_per_step: int = 12
     flip: bool = True  # mirror half of the shape images; no question is about left or right
     shift: int = 6  # move digits by up to so many pixels
@@ -75,7 +75,7 @@ class ModelConfig:
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    initializer_range: float = 0.02
+    initializer_range: float = 0.06
 
     def __post_init__(self) -> None:
         factor = self.text.head_dim
@@ -92,7 +92,7 @@ class ModelConfig:
 class OptimConfig:
     """Muon for the weight matrices inside the blocks, AdamW for the rest; linear warm-up, then cosine to zero."""
 
-    muon_lr: float = 0.02
+    muon_lr: float = 0.012
     lr: float = 2e-3
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     weight_decay: float = 0.05  # of the matrices that Muon trains
@@ -102,7 +102,7 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    steps: int = 1500
+    steps: int = 900
     precision: str = "bf16"  # of weights in use, activations and gradients; the optimizer keeps float32 weights
     checkpoint_seconds: float = 30.0  # whichever comes first; 0: never by time
     checkpoint_steps: int = 0  # 0: never by steps
