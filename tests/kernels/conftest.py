@@ -1,5 +1,4 @@
-"""Kernel tests: fresh random values in every run (the seed is printed), every ISA this machine has, and Triton's
-interpreter where there is no GPU."""
+"""Kernel tests: fresh random values in every run (the seed is printed), and every ISA that this machine has."""
 
 from __future__ import annotations
 
@@ -11,12 +10,8 @@ from collections.abc import Iterator
 # A cached graph holds the shapes that an operator's fake gave when it was compiled.
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from m4ov_kernels.dispatch import native_extension

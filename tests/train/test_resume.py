@@ -98,7 +98,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path):
     process.send_signal(signal.SIGINT)  # noted; the sleep goes on
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    assert process.wait() != 0
+    assert process.wait(timeout=60) != 0
     assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
 
 

@@ -1,0 +1,15 @@
+"""What holds for all tests: Triton interprets where there is no GPU, and Ctrl-C means what it does at a terminal."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # triton must find it when it is first imported
+
+# A shell starts background jobs with SIGINT ignored, and the processes that tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
