@@ -7,9 +7,6 @@ import secrets
 import zlib
 from collections.abc import Iterator
 
-# A cached graph holds the shapes that an operator's fake gave when it was compiled.
-os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
-
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
