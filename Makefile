@@ -42,7 +42,7 @@ smoke: $(VENV)/.dev ## a one-minute quickstart
 	rm -rf runs/smoke
 	$(BIN)/m4ov run quickstart run.folder=runs/smoke train.steps=40 evaluate.limit=256 compare.steps=4 operators=false
 
-test-transformers: $(VENV)/.dev ## the patches on every supported transformers, each in its own environment
+test-transformers: ## the patches on every supported transformers, each in its own environment
 	for version in $(TRANSFORMERS); do \
 	  $(MAKE) --no-print-directory $(VENV)-transformers-$$version/.ready || exit 1; \
 	  $(VENV)-transformers-$$version/bin/python -m pytest tests/kernels/test_patches.py || exit 1; \
