@@ -137,7 +137,8 @@ def forward(
     ignore_index: int,
     label_smoothing: float,
     num_valid: int | None,
-    out: tuple[Tensor, Tensor] | None,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(loss, normalizer)``, float32 ``[T]`` and ``[T, 2]``; 0 in rows without a loss.
 
@@ -188,7 +189,8 @@ def backward(
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
-    out: tuple[Tensor, Tensor, Tensor] | None,
+    *,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(grad_input, grad_weight, grad_bias)``; an empty tensor for each that is not needed."""
     need_bias = need_bias and linear_bias is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -62,54 +64,6 @@ def _add(accumulator: Tensor, addend: Tensor, output: Tensor | None, assign: boo
 
 EPILOGUE = chunked.Epilogue(_reduce, _differentiate, _add)
 
-
-def linear_cross_entropy_fwd(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    num_valid: int | None,
-    *,
-    out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``(loss, normalizer)``; see ``chunked.forward``."""
-    return chunked.forward(
-        EPILOGUE, input, linear_weight, target, linear_bias, ignore_index, label_smoothing, num_valid, out
-    )
-
-
-def linear_cross_entropy_bwd(
-    grad_loss: Tensor,
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    normalizer: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    num_valid: int | None,
-    need_input: bool,
-    need_weight: bool,
-    need_bias: bool,
-    *,
-    out: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(grad_input, grad_weight, grad_bias)``, an empty tensor for each not needed; see ``chunked.backward``."""
-    return chunked.backward(
-        EPILOGUE,
-        grad_loss,
-        input,
-        linear_weight,
-        target,
-        linear_bias,
-        normalizer,
-        ignore_index,
-        label_smoothing,
-        num_valid,
-        need_input,
-        need_weight,
-        need_bias,
-        out,
-    )
+# chunked.forward and chunked.backward with these passes; see there for arguments and results.
+linear_cross_entropy_fwd = partial(chunked.forward, EPILOGUE)
+linear_cross_entropy_bwd = partial(chunked.backward, EPILOGUE)
