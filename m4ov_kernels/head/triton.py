@@ -60,7 +60,8 @@ def _cross_entropy_fwd_kernel(
 
 @triton.jit(do_not_specialize=["first"])
 def _cross_entropy_bwd_kernel(
-    logits_ptr,  # [rows, columns], overwritten with its gradient
+    logits_ptr,  # [rows, columns]
+    gradient_ptr,  # [rows, columns]; may be the logits
     target_ptr,  # int64 [rows]; negative: the row's gradient is zero
     normalizer_ptr,  # fp32 [rows, 2]: maximum, log of the sum of exp(x - maximum)
     grad_loss_ptr,  # fp32 [rows]
@@ -72,20 +73,20 @@ def _cross_entropy_bwd_kernel(
 ):
     row = tl.cast(tl.program_id(0), tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    place = logits_ptr + row * columns + col
+    place = row * columns + col
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
     target = tl.load(target_ptr + row)
     if target >= 0:
-        x = tl.load(place, mask=col < columns, other=0.0).to(tl.float32)
+        x = tl.load(logits_ptr + place, mask=col < columns, other=0.0).to(tl.float32)
         grad_loss = tl.load(grad_loss_ptr + row)
         # Two steps: log p is small where p is large, and keeps its precision there.
         log_probability = x - tl.load(normalizer_ptr + 2 * row) - tl.load(normalizer_ptr + 2 * row + 1)
         probability = tl.exp(log_probability)
         wanted = tl.where(col == target - first, tl.cast(target_weight, tl.float32), 0.0)
         grad = grad_loss * (probability - wanted - tl.cast(uniform_weight, tl.float32))
-        tl.store(place, grad.to(dtype), mask=col < columns)
+        tl.store(gradient_ptr + place, grad.to(dtype), mask=col < columns)
     else:
-        tl.store(place, tl.zeros([BLOCK], dtype), mask=col < columns)
+        tl.store(gradient_ptr + place, tl.zeros([BLOCK], dtype), mask=col < columns)
 
 
 @triton.jit
@@ -119,6 +120,7 @@ def _reduce(logits: Tensor, target: Tensor, first: int, state: Tensor, want_tota
 
 def _differentiate(
     logits: Tensor,
+    gradient: Tensor,
     target: Tensor,
     first: int,
     normalizer: Tensor,
@@ -130,7 +132,16 @@ def _differentiate(
     grid = (rows, triton.cdiv(columns, _ROW.constexprs["BLOCK"]))
     with current_device(logits):
         _cross_entropy_bwd_kernel[grid](
-            logits, target, normalizer, grad_loss, columns, first, target_weight, uniform_weight, **_ROW.options()
+            logits,
+            gradient,
+            target,
+            normalizer,
+            grad_loss,
+            columns,
+            first,
+            target_weight,
+            uniform_weight,
+            **_ROW.options(),
         )
 
 
@@ -160,7 +171,7 @@ def _declared() -> list[Build]:
         for total in (False, True) if dtype == "bf16" else (False,):
             note = "label smoothing" if total else ""
             declare(_cross_entropy_fwd_kernel, dtype, forward, _ROW, note, WANT_TOTAL=total)
-        backward = "*T/16 *i64/16 *fp32/16 *fp32/16 i32/16 i32 fp32 fp32"
+        backward = "*T/16 *T/16 *i64/16 *fp32/16 *fp32/16 i32/16 i32 fp32 fp32"
         declare(_cross_entropy_bwd_kernel, dtype, backward, _ROW, "")
     accumulate = "*fp32/16 *T/16 *T/16 i32/16"
     for assign, last in ((True, False), (False, False), (False, True)):

@@ -134,9 +134,10 @@ def test_swiglu(shape, dtype, layout, magnitude, numerics):
     ignored=st.sampled_from((0.0, 0.5, 1.0)),
     label_smoothing=st.sampled_from((0.0, 0.1, 1.0)),
     known=st.booleans(),
+    kept=st.sampled_from((0, 1000, 1 << 20)),
 )
 @settings(max_examples=40, deadline=None)
-def test_linear_cross_entropy(rows, width, vocab, chunk, dtype, bias, ignored, label_smoothing, known):
+def test_linear_cross_entropy(rows, width, vocab, chunk, dtype, bias, ignored, label_smoothing, known, kept):
     hidden, weight = tensor((rows, width), dtype), tensor((vocab, width), dtype, magnitude=width**-0.5)
     linear_bias = tensor((vocab,), dtype) if bias else None
     target = torch.randint(vocab, (rows,), device=DEVICE)
@@ -148,10 +149,11 @@ def test_linear_cross_entropy(rows, width, vocab, chunk, dtype, bias, ignored, l
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked, "CPU_COLUMNS", chunk)
         patch.setattr(chunked, "GPU_CHUNK_BYTES", 0)
-        out = torch.full((rows,), torch.nan, device=DEVICE), torch.full((rows, 2), torch.nan, device=DEVICE)
-        loss, normalizer = head.linear_cross_entropy_fwd(hidden, weight, target, linear_bias, *options, out=out)
+        whole = head.linear_cross_entropy_fwd(hidden, weight, target, linear_bias, *options, kept)
+        out = [torch.full_like(tensor, torch.nan) for tensor in whole]
+        loss, *saved = head.linear_cross_entropy_fwd(hidden, weight, target, linear_bias, *options, kept, out=out)
         grads = head.linear_cross_entropy_bwd(
-            *(grad_loss, hidden, weight, target, linear_bias, normalizer, *options, True, True, bias),
+            *(grad_loss, hidden, weight, target, linear_bias, *saved, *options, True, True, bias),
             out=(*poisoned(hidden, weight), *(poisoned(linear_bias) if bias else [hidden.new_empty(0)])),
         )
     m4ov_kernels.check()
@@ -245,7 +247,7 @@ def test_outputs_of_the_wrong_shape_or_dtype_are_refused():
         with pytest.raises(ValueError, match="out: expected a contiguous"):
             activation.swiglu_fwd(x, x, "hf", out=bad)
         with pytest.raises(ValueError, match="out: expected a contiguous"):
-            head.linear_cross_entropy_fwd(x, x, target, None, -100, 0.0, None, out=(bad, x.new_empty(4)))
+            head.linear_cross_entropy_fwd(x, x, target, None, -100, 0.0, None, 0, out=(bad, *[x.new_empty(4)] * 2))
 
 
 def test_autograd_through_the_front_door():
