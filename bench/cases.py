@@ -42,20 +42,23 @@ class GatedCase:
 
 @dataclass(frozen=True)
 class HeadCase:
-    """``labelled``: the share of rows that have a target; the others hold ``ignore_index``."""
+    """``labelled``: the share of rows that have a target; the others hold ``ignore_index``. ``kept``: logits that the
+    forward may keep for the backward, in bytes; ``None``: as many as the operator keeps by itself."""
 
     rows: int
     width: int
     vocabulary: int
     dtype: torch.dtype = torch.bfloat16
     labelled: float = 1.0
+    kept: int | None = None
     quick: bool = False
     compiled: bool = False
     memory: bool = False
 
     def __str__(self) -> str:
         share = f", {self.labelled:.0%} labelled" if self.labelled < 1 else ""
-        return f"M {self.rows}, D {self.width}, V {self.vocabulary} {_dtype_name(self.dtype)}{share}"
+        kept = "" if self.kept is None else f", {self.kept >> 20} MiB of logits kept"
+        return f"M {self.rows}, D {self.width}, V {self.vocabulary} {_dtype_name(self.dtype)}{share}{kept}"
 
 
 NORM = (
@@ -71,6 +74,7 @@ ACTIVATION = (
 )
 HEAD = (
     HeadCase(1024, 1024, 32000, compiled=True, memory=True),
+    HeadCase(1024, 1024, 32000, kept=64 << 20, memory=True),
     HeadCase(1024, 1024, 32000, labelled=0.25),
     HeadCase(256, 1024, 32000, quick=True),
 )

@@ -1,13 +1,13 @@
 """``linear_cross_entropy``: bound by matrix products; the limit is those products alone, by chunks of the vocabulary.
 
 Without whole logits, forward and backward take four products: logits, logits again, and a gradient each for the hidden
-states and the weight.
+states and the weight; with logits kept from one to the other, three.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from m4ov_bench.session import OURS, Kernel, Session, Subject, implementation_na
 from m4ov_kernels import linear_cross_entropy
 from m4ov_kernels.dispatch import Implementation
 from m4ov_kernels.head import LINEAR_CROSS_ENTROPY, reference
+from m4ov_kernels.head.chunked import CPU_KEPT_BYTES
 
 CPU = torch.device("cpu")
 IGNORE = -100
@@ -35,6 +36,7 @@ def subject(session: Session, case: cases.HeadCase) -> Subject:
     implementation = LINEAR_CROSS_ENTROPY.select(CPU, case.dtype)
     inputs = [_inputs(case) for _ in range(2)]
     others = peers.linear_cross_entropy(case.rows, session.compiled if case.compiled else False, session.quick)
+    ours = partial(linear_cross_entropy, keep_logits_bytes=case.kept)
     used: dict[str, float | None] = {}
     if case.memory and not session.quick:
         for name in (OURS, *(name for name, peer in others.items() if not isinstance(peer, peers.Absent))):
@@ -45,8 +47,8 @@ def subject(session: Session, case: cases.HeadCase) -> Subject:
         operator="linear_cross_entropy",
         case=str(case),
         implementation=implementation_name(implementation),
-        gate=check(case, linear_cross_entropy, implementation, inputs[0]),
-        ours=linear_cross_entropy,
+        gate=check(case, ours, implementation, inputs[0]),
+        ours=ours,
         peers=others,
         inputs=inputs,
         kernels={} if implementation is None else kernels(session, case, implementation, inputs),
@@ -85,12 +87,14 @@ def check(
     if implementation is None:
         return result
     input, weight = input.detach(), weight.detach()
-    loss, normalizer = gate.poisoned(torch.empty(case.rows), torch.empty(case.rows, 2))
-    implementation.fwd(input, weight, target, None, IGNORE, 0.0, None, out=(loss, normalizer))
+    kept = CPU_KEPT_BYTES if case.kept is None else case.kept
+    shaped = implementation.fwd(input, weight, target, None, IGNORE, 0.0, None, kept)
+    loss, *saved = gate.poisoned(*shaped)
+    implementation.fwd(input, weight, target, None, IGNORE, 0.0, None, kept, out=(loss, *saved))
     out = (*gate.poisoned(input, weight), input.new_empty(0))
     grad_loss = torch.where(target == IGNORE, 0.0, 1.0 / labelled)
     options = (IGNORE, 0.0, None, True, True, False)
-    implementation.bwd(grad_loss, input, weight, target, None, normalizer, *options, out=out)
+    implementation.bwd(grad_loss, input, weight, target, None, *saved, *options, out=out)
     with torch.no_grad():
         plain[0], exact[0] = rows_of(input, weight, target), rows_of(input.double(), weight.double(), target)
     return result + gate.compare_all([f"{name} (out=)" for name in names], [loss, *out[:2]], plain, exact)
@@ -101,18 +105,20 @@ def kernels(
 ) -> dict[str, Kernel]:
     plain = [tuple(tensor.detach() for tensor in tensors) for tensors in inputs]
     count, first = len(plain), plain[0]
-    forward_out = implementation.fwd(*first, None, IGNORE, 0.0, None)
+    kept = CPU_KEPT_BYTES if case.kept is None else case.kept
+    forward_out = implementation.fwd(*first, None, IGNORE, 0.0, None, 0)
+    training_out = implementation.fwd(*first, None, IGNORE, 0.0, None, kept)
     backward_out = (torch.zeros_like(first[0]), torch.zeros_like(first[1]), first[0].new_empty(0))
     grad_loss = [torch.where(target == IGNORE, 0.0, 1.0 / case.rows) for *_, target in plain]
     options = (IGNORE, 0.0, None, True, True, False)
 
     def forward(index: int) -> None:
-        implementation.fwd(*plain[index % count], None, IGNORE, 0.0, None, out=forward_out)
+        implementation.fwd(*plain[index % count], None, IGNORE, 0.0, None, 0, out=forward_out)
 
     def both(index: int) -> None:
-        forward(index)
         loss_grad, tensors = grad_loss[index % count], plain[index % count]
-        implementation.bwd(loss_grad, *tensors, None, forward_out[1], *options, out=backward_out)
+        implementation.fwd(*tensors, None, IGNORE, 0.0, None, kept, out=training_out)
+        implementation.bwd(loss_grad, *tensors, None, *training_out[1:], *options, out=backward_out)
 
     rows_left = max(1, int((first[2] != IGNORE).sum()))
     chunk = _fastest_chunk(rows_left, case.width, case.vocabulary, case.dtype, session.quick)

@@ -110,11 +110,12 @@ void bind_cpu(py::module_& m) {
                                                      columns, logits_stride, first, want_total, dtype, threads});
   });
   m.def("cross_entropy_bwd",
-        [](Address logits, Address target, Address normalizer, Address grad_loss, int64_t rows, int64_t columns,
-           int64_t logits_stride, int64_t first, float target_weight, float uniform_weight, int dtype, int threads) {
-          run<&Kernels::cross_entropy_bwd>(CrossEntropyBwd{at<void>(logits), at<int64_t>(target), at<float>(normalizer),
-                                                           at<float>(grad_loss), rows, columns, logits_stride, first,
-                                                           target_weight, uniform_weight, dtype, threads});
+        [](Address gradient, Address logits, Address target, Address normalizer, Address grad_loss, int64_t rows,
+           int64_t columns, int64_t logits_stride, int64_t first, float target_weight, float uniform_weight, int dtype,
+           int threads) {
+          run<&Kernels::cross_entropy_bwd>(CrossEntropyBwd{
+              at<void>(gradient), at<void>(logits), at<int64_t>(target), at<float>(normalizer), at<float>(grad_loss),
+              rows, columns, logits_stride, first, target_weight, uniform_weight, dtype, threads});
         });
   m.def("accumulate", [](Address accumulator, Address output, Address addend, int64_t count, bool assign, int dtype,
                          int threads) {

@@ -68,11 +68,12 @@ struct CrossEntropyFwd {
 };
 
 struct CrossEntropyBwd {
-  void* logits;  // overwritten with the gradient
+  void* gradient;  // may be the logits
+  const void* logits;
   const int64_t* target;  // a negative target makes the row's gradient zero
   const float* normalizer;  // [rows, 2]: maximum, log of the sum of exp(x - maximum)
   const float* grad_loss;
-  int64_t rows, columns, logits_stride, first;
+  int64_t rows, columns, logits_stride, first;  // the stride is the gradient's too
   float target_weight;   // 1 - label_smoothing
   float uniform_weight;  // label_smoothing / vocabulary size
   int dtype, threads;

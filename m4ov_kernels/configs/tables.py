@@ -26,6 +26,7 @@ from m4ov_kernels.gpu import Config
 DEFAULT = "default"
 FOLDER = Path(__file__).resolve().parent
 _ANY = "any"
+_FIELDS = {"kernel", "dtype", "width", "blocks", "num_warps", "num_stages"}
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,10 @@ def read(path: Path) -> Table:
     data = json.loads(path.read_text())
     rows = []
     for number, entry in enumerate(data["rows"]):
-        try:
-            config = Config(entry["blocks"], entry["num_warps"], entry["num_stages"])
-            rows.append(Row(entry["kernel"], entry["dtype"], entry["width"], config))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path.name}: row {number}: expected a configuration, got {entry} ({error})") from None
+        if set(entry) != _FIELDS:
+            raise ValueError(f"{path.name}: row {number}: expected {', '.join(sorted(_FIELDS))}; got {entry}")
+        config = Config(entry["blocks"], entry["num_warps"], entry["num_stages"])
+        rows.append(Row(entry["kernel"], entry["dtype"], entry["width"], config))
     _check(path.name, rows)
     return Table(data["measured"], tuple(rows))
 

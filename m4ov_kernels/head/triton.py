@@ -14,8 +14,8 @@ from m4ov_kernels import configs
 from m4ov_kernels.gpu import SIZES, Build, Work, current_device
 from m4ov_kernels.head import chunked
 
-# A row's bits do not depend on the chunking, as long as chunks are multiples of the forward's block: configurations have
-# at most chunked.CPU_COLUMNS there.
+# A row's bits do not depend on the chunking, as long as chunks are multiples of the forward's block, which is therefore
+# at most chunked.CPU_COLUMNS in every configuration.
 
 
 @triton.jit(do_not_specialize=["rows", "first"])
@@ -60,7 +60,8 @@ def _cross_entropy_fwd_kernel(
 
 @triton.jit(do_not_specialize=["first"])
 def _cross_entropy_bwd_kernel(
-    logits_ptr,  # [rows, columns], overwritten with its gradient
+    logits_ptr,  # [rows, columns]
+    gradient_ptr,  # [rows, columns]; may be the logits
     target_ptr,  # int64 [rows]; negative: the row's gradient is zero
     normalizer_ptr,  # fp32 [rows, 2]: maximum, log of the sum of exp(x - maximum)
     grad_loss_ptr,  # fp32 [rows]
@@ -72,20 +73,20 @@ def _cross_entropy_bwd_kernel(
 ):
     row = tl.cast(tl.program_id(0), tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    place = logits_ptr + row * columns + col
+    place = row * columns + col
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
     target = tl.load(target_ptr + row)
     if target >= 0:
-        x = tl.load(place, mask=col < columns, other=0.0).to(tl.float32)
+        x = tl.load(logits_ptr + place, mask=col < columns, other=0.0).to(tl.float32)
         grad_loss = tl.load(grad_loss_ptr + row)
         # Two steps: log p is small where p is large, and keeps its precision there.
         log_probability = x - tl.load(normalizer_ptr + 2 * row) - tl.load(normalizer_ptr + 2 * row + 1)
         probability = tl.exp(log_probability)
         wanted = tl.where(col == target - first, tl.cast(target_weight, tl.float32), 0.0)
         grad = grad_loss * (probability - wanted - tl.cast(uniform_weight, tl.float32))
-        tl.store(place, grad.to(dtype), mask=col < columns)
+        tl.store(gradient_ptr + place, grad.to(dtype), mask=col < columns)
     else:
-        tl.store(place, tl.zeros([BLOCK], dtype), mask=col < columns)
+        tl.store(gradient_ptr + place, tl.zeros([BLOCK], dtype), mask=col < columns)
 
 
 @triton.jit
@@ -120,6 +121,7 @@ def _reduce(logits: Tensor, target: Tensor, first: int, state: Tensor, want_tota
 
 def _differentiate(
     logits: Tensor,
+    gradient: Tensor,
     target: Tensor,
     first: int,
     normalizer: Tensor,
@@ -132,7 +134,16 @@ def _differentiate(
     grid = (rows, triton.cdiv(columns, config.constexprs["BLOCK"]))
     with current_device(logits):
         _cross_entropy_bwd_kernel[grid](
-            logits, target, normalizer, grad_loss, columns, first, target_weight, uniform_weight, **config.options()
+            logits,
+            gradient,
+            target,
+            normalizer,
+            grad_loss,
+            columns,
+            first,
+            target_weight,
+            uniform_weight,
+            **config.options(),
         )
 
 
@@ -170,7 +181,7 @@ def _declared() -> list[Build]:
             work = Work(problem, count * size + rows * (8 + 4 * (8 if total else 6)), count * (5 if total else 4))
             note = "label smoothing" if total else ""
             declare(_cross_entropy_fwd_kernel, dtype, forward, "cross_entropy_fwd", note, work, WANT_TOTAL=total)
-        backward = "*T/16 *i64/16 *fp32/16 *fp32/16 i32/16 i32 fp32 fp32"
+        backward = "*T/16 *T/16 *i64/16 *fp32/16 *fp32/16 i32/16 i32 fp32 fp32"
         work = Work(problem, 2 * count * size + rows * (8 + 3 * 4), 6 * count)
         declare(_cross_entropy_bwd_kernel, dtype, backward, "cross_entropy_bwd", "", work)
         accumulate, count = "*fp32/16 *T/16 *T/16 i32/16", rows * 4096

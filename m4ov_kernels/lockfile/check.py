@@ -71,9 +71,7 @@ def cuda_kernels(declared: Declared, targets: Iterable[str], cache: Path | None,
     for folder, builds in declared.cuda.items():
         files = [(file, target) for file in sorted(folder.glob("*.cu")) for target in targets]
         facts = (version, tuple(compilers.NVCC_FLAGS), headers)
-        jobs = [
-            _Job(compilers.compile_cuda, (file, target), _key(file.name, target, *facts)) for file, target in files
-        ]
+        jobs = [_Job(compilers.compile_cuda, (file, target), _key(file.name, target, *facts)) for file, target in files]
         seen: set[str] = set()
         for report in (report for reports in _run(jobs, cache) for report in reports):
             build = next((b for b in builds if fnmatch.fnmatchcase(report.kernel, b.pattern)), None)

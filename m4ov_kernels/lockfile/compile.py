@@ -92,7 +92,9 @@ def compile_cuda(file: Path, target: str) -> list[Report]:
         cubin = out.read_bytes()
     found = read_cubin(cubin)
     names = _demangled(list(found))
-    chip_reserves = chip(target).shared_reserved if chip(target).triton[1] != 80 else 0  # from sm_90 on it is counted in
+    chip_reserves = (
+        chip(target).shared_reserved if chip(target).triton[1] != 80 else 0
+    )  # from sm_90 on it is counted in
     return [
         Report.of(names[name], target, code, code.threads or _MOST_THREADS, code.shared - chip_reserves)
         for name, code in found.items()

@@ -79,11 +79,15 @@ def differences(old: dict[Key, Entry], new: dict[Key, Entry], targets: Sequence[
             continue
         before, after = old.get(key), new.get(key)
         if before is None or after is None:
-            found.append(Difference(*key, "kernel", "—" if before is None else "here", "—" if after is None else "here"))
+            found.append(
+                Difference(*key, "kernel", "—" if before is None else "here", "—" if after is None else "here")
+            )
             continue
-        for name in dict.fromkeys((*before, *after)):
-            if before.get(name) != after.get(name):
-                found.append(Difference(*key, name, _text(before.get(name)), _text(after.get(name))))
+        found += [
+            Difference(*key, name, _text(before.get(name)), _text(after.get(name)))
+            for name in dict.fromkeys((*before, *after))
+            if before.get(name) != after.get(name)
+        ]
     return found
 
 

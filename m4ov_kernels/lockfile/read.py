@@ -13,7 +13,7 @@ from pathlib import Path
 
 FP64_SASS = re.compile(r"\b(?:D(?:ADD|MUL|FMA|SETP|MNMX|MMA)\b|MUFU\.\w*64\w*|[FI]2[FI][.\w]*\.F64|HMMA[.\w]*\.F64)")
 _FP64_AMD = re.compile(r"^\s*v_\w*f64\w*", re.MULTILINE)
-# Ampere's HMMA, IMMA, ...; Hopper's wgmma is HGMMA, QGMMA, IGMMA, BGMMA; Blackwell's tcgen05.mma is UTCHMMA, UTCQMMA, ...
+# Ampere: HMMA, IMMA, ...; Hopper's wgmma: HGMMA, QGMMA, IGMMA, BGMMA; Blackwell's tcgen05.mma: UTCHMMA, UTCQMMA, ...
 _MATRIX_SASS = re.compile(r"\b(UTC[A-Z]*MMA|[BHIQO]GMMA|[BHIQOD]MMA)\b")
 _MATRIX_AMD = re.compile(r"^\s*(v_(?:mfma|smfmac)_\w+)", re.MULTILINE)
 _LOCAL_SASS = re.compile(r"\b(?:LDL|STL)\b")
@@ -99,7 +99,9 @@ def _sections(elf: bytes) -> dict[str, bytes]:
         raise ValueError("binary: expected a 64-bit little-endian ELF file")
     (table,) = struct.unpack_from("<Q", elf, 0x28)
     size, count, names = struct.unpack_from("<HHH", elf, 0x3A)
-    headers = [struct.unpack_from("<IIQQQQ", elf, table + i * size) for i in range(count)]  # name, type, -, -, offset, size
+    headers = [
+        struct.unpack_from("<IIQQQQ", elf, table + i * size) for i in range(count)
+    ]  # name, type, -, -, offset, size
     offset = headers[names][4]
     found = {}
     for name, kind, _, _, start, length in headers:

@@ -148,7 +148,9 @@ def _declared() -> list[Build | CudaBuild]:
     """Every row of the tables for every dtype, with a residual; what else a call may ask for at some of them."""
     builds: list[Build | CudaBuild] = []
 
-    def declare(kernel: Any, dtype: str, signature: str, row: configs.Row, targets: tuple[str, ...], **rest: Any) -> None:
+    def declare(
+        kernel: Any, dtype: str, signature: str, row: configs.Row, targets: tuple[str, ...], **rest: Any
+    ) -> None:
         config, flags = row.config, rest.pop("flags", {})
         constexprs = {**flags, **config.constexprs}
         builds.append(
@@ -172,16 +174,16 @@ def _declared() -> list[Build | CudaBuild]:
                 declare(_rms_norm_fwd_kernel, dtype, signature, row, targets, flags=flags, note=note, work=work)
         for row, targets in configs.shipped("rms_norm_bwd", dtype):
             width = row.width or 0
-            variants = [(True, True)]
+            needs = [(True, True)]
             if dtype == "bf16" and width in (128, 4096):
-                variants += [(False, True), (True, False)]
-            for residual, need_weight in variants:
+                needs += [(False, True), (True, False)]
+            for residual, need_weight in needs:
                 note = f"D {width}" + ", residual" * residual + ", frozen weight" * (not need_weight)
-                flags = {"HAS_GRAD_TOTAL": residual, "NEED_WEIGHT": need_weight}
+                switches = {"HAS_GRAD_TOTAL": residual, "NEED_WEIGHT": need_weight}
                 blocks = triton.cdiv(_ROWS, row.config.constexprs["BLOCK_ROWS"])
                 work = _backward_work(width, dtype, residual, _programs(blocks, width, True) if need_weight else 0)
                 signature = f"{bwd} *fp32/16 i32 i32/16"
-                declare(_rms_norm_bwd_kernel, dtype, signature, row, targets, flags=flags, note=note, work=work)
+                declare(_rms_norm_bwd_kernel, dtype, signature, row, targets, flags=switches, note=note, work=work)
         for row, targets in configs.shipped("rms_norm_fwd_wide", dtype):
             flags = {"NUMERICS": 0, "HAS_RESIDUAL": True}
             rest = {"hot": False, "work": _forward_work(_WIDE, dtype, True), "note": "wide", "flags": flags}

@@ -86,17 +86,17 @@ RAW_SAMPLES = {
     "swiglu_fwd": [(torch.randn(3, 8), torch.randn(3, 8), "hf")],
     "swiglu_bwd": [(torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 8), "fp32")],
     "linear_cross_entropy_fwd": [
-        (torch.randn(4, 8), torch.randn(11, 8), torch.tensor([0, -100, 10, 3]), None, -100, 0.0, None),
-        (torch.randn(2, 8), torch.randn(11, 8), torch.tensor([0, 1]), torch.randn(11), -100, 0.1, None),
+        (torch.randn(4, 8), torch.randn(11, 8), torch.tensor([0, -100, 10, 3]), None, -100, 0.0, None, 0),
+        (torch.randn(2, 8), torch.randn(11, 8), torch.tensor([0, 1]), torch.randn(11), -100, 0.1, None, 1 << 20),
     ],
     "linear_cross_entropy_bwd": [
         (
             *(torch.rand(2), torch.randn(2, 8), torch.randn(11, 8), torch.tensor([0, 1]), torch.randn(11)),
-            *(torch.rand(2, 2) + 2, -100, 0.1, None, True, True, True),
+            *(torch.rand(2, 2) + 2, torch.randn(22), -100, 0.1, None, True, True, True),
         ),
         (
             *(torch.rand(2), torch.randn(2, 8), torch.randn(11, 8), torch.tensor([0, -100]), None),
-            *(torch.rand(2, 2) + 2, -100, 0.0, None, False, True, False),
+            *(torch.rand(2, 2) + 2, torch.randn(0), -100, 0.0, None, False, True, False),
         ),
     ],
 }

@@ -65,15 +65,18 @@ def gradient_terms(hidden, weight, target, bias, grad):
     ignored=st.sampled_from((0.0, 0.5, 1.0)),
     label_smoothing=st.sampled_from((0.0, 0.1, 1.0)),
     magnitude=st.sampled_from((1.0, 20.0)),
+    kept=st.sampled_from((None, 0, 5000)),
 )
 @settings(max_examples=60)
-def test_native_forward_and_gradients(isa, rows, width, vocab, chunk, dtype, bias, ignored, label_smoothing, magnitude):
+def test_native_forward_and_gradients(
+    isa, rows, width, vocab, chunk, dtype, bias, ignored, label_smoothing, magnitude, kept
+):
     hidden, weight, target, linear_bias = inputs(rows, width, vocab, dtype, bias, ignored, magnitude)
     grad = torch.rand(rows) + 0.5
     arguments = hidden, weight, target, linear_bias, grad
     with pytest.MonkeyPatch.context() as patch, m4ov_kernels.backend("native"):
         patch.setattr(chunked, "CPU_COLUMNS", chunk)
-        got = run(ours, dtype, *arguments, label_smoothing=label_smoothing)
+        got = run(ours, dtype, *arguments, label_smoothing=label_smoothing, keep_logits_bytes=kept)
     baseline = run(plain, dtype, *arguments, label_smoothing=label_smoothing)
     exact = run(plain, torch.float64, *arguments, label_smoothing=label_smoothing)
     names = ("loss", "grad_input", "grad_weight", "grad_bias")[: 3 + bias]
@@ -85,14 +88,16 @@ def test_native_forward_and_gradients(isa, rows, width, vocab, chunk, dtype, bia
 @pytest.mark.parametrize("dtype", strategies.HALF_AND_SINGLE)
 def test_every_element_of_preallocated_outputs_is_written(isa, dtype):
     hidden, weight, target, bias = inputs(13, 24, 50, dtype, bias=True)
-    out = torch.full((13,), torch.nan), torch.full((13, 2), torch.nan)
-    native.linear_cross_entropy_fwd(hidden, weight, target, bias, -100, 0.1, None, out=out)
+    rows = int((target != -100).sum())
+    out = torch.full((13,), torch.nan), torch.full((13, 2), torch.nan), hidden.new_full((13 * 50,), torch.nan)
+    native.linear_cross_entropy_fwd(hidden, weight, target, bias, -100, 0.1, None, 1 << 20, out=out)
     assert not out[0].isnan().any()
     assert not out[1][target != -100].isnan().any()
+    assert not out[2][: rows * 50].isnan().any()
     grads = [torch.full_like(tensor, torch.nan) for tensor in (hidden, weight, bias)]
     ones = torch.ones(13)
     native.linear_cross_entropy_bwd(
-        ones, hidden, weight, target, bias, out[1], -100, 0.1, None, True, True, True, out=grads
+        ones, hidden, weight, target, bias, *out[1:], -100, 0.1, None, True, True, True, out=grads
     )
     assert not any(tensor.isnan().any() for tensor in grads)
     assert not grads[0][target == -100].any()
@@ -175,6 +180,48 @@ def test_bits_do_not_depend_on_threads(isa):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", strategies.HALF_AND_SINGLE)
+def test_kept_logits_change_no_bit_and_survive_a_backward(isa, monkeypatch, dtype):
+    monkeypatch.setattr(chunked, "CPU_COLUMNS", 128)
+    hidden, weight, target, bias = inputs(21, 24, 700, dtype, bias=True)
+    rows = int((target != -100).sum())
+    again = run(ours, dtype, hidden, weight, target, bias, torch.ones(21), keep_logits_bytes=0)
+    for kept in (rows * 128 * hidden.element_size(), 1 << 20):  # one chunk of six; all
+        tensors = leaves(dtype, hidden, weight, bias)
+        loss = ours(tensors[0], tensors[1], target, tensors[2], keep_logits_bytes=kept)
+        for _ in range(2):
+            grads = torch.autograd.grad(loss.sum(), tensors, retain_graph=True)
+            for a, b in zip(again, (loss, *grads), strict=True):
+                assert torch.equal(a, b)
+
+
+def test_logits_are_kept_as_far_as_they_are_wanted_and_only_for_a_backward(monkeypatch):
+    monkeypatch.setattr(chunked, "CPU_COLUMNS", 128)
+    hidden, weight, target, _ = inputs(10, 8, 300, torch.float32)
+    target[:] = torch.arange(10)
+    chunk = 10 * 128 * 4
+    project = chunked._project
+    projected = []
+    monkeypatch.setattr(chunked, "_project", lambda *a: projected.append(a[3]) or project(*a))
+
+    def kept(wanted):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
+            loss = ours(hidden.requires_grad_(), weight, target, keep_logits_bytes=wanted).sum()
+        projected.clear()
+        loss.backward()
+        assert saved[-1] <= wanted
+        return 3 - len(projected)
+
+    assert [kept(wanted) for wanted in (0, chunk - 1, chunk, 2 * chunk, 10**9)] == [0, 0, 1, 2, 3]
+    rooms = []
+    monkeypatch.setattr(chunked, "room_for_logits", lambda *a: rooms.append(a[-1]) or 0)
+    with torch.no_grad():
+        ours(hidden, weight, target)
+    ours(hidden.detach(), weight, target)
+    assert rooms == [0, 0]
+
+
 def test_gradcheck_of_the_reference():
     hidden, weight, target, bias = inputs(5, 4, 7, torch.float32, bias=True)
     tensors = leaves(torch.float64, hidden, weight, bias)
@@ -212,6 +259,11 @@ def test_a_target_out_of_range_names_the_first_position(backend):
         ({"num_items_in_batch": 0}, ValueError, "num_items_in_batch must be greater than 0"),
         ({"num_items_in_batch": 3, "reduction": "sum"}, ValueError, "num_items_in_batch must be None unless"),
         ({"num_items_in_batch": torch.ones(2)}, ValueError, "num_items_in_batch must be a number or a tensor with"),
+        (
+            {"keep_logits_bytes": -1},
+            ValueError,
+            "keep_logits_bytes must be a number of bytes, 0 or more, or None; got -1",
+        ),
         ({"num_valid": 6}, ValueError, "num_valid must be between 0 and the 5 rows; got 6"),
     ],
 )
