@@ -55,12 +55,12 @@ def _compile(options: argparse.Namespace) -> int:
     from m4ov_kernels.lockfile import check, compile, families, locked
     from m4ov_kernels.lockfile.targets import TARGETS
 
-    if os.environ.get("TRITON_INTERPRET", "0") == "1":
-        raise ValueError("TRITON_INTERPRET=1 is set: Triton would interpret, not compile; unset it")
     only = getattr(options, "target", None)
     for target in only or ():
         if target not in TARGETS:
             raise ValueError(f"--target: unknown target {target}; known: {', '.join(TARGETS)}")
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        raise ValueError("TRITON_INTERPRET=1 is set: Triton would interpret, not compile; unset it")
     if options.module and options.action == "lock" and options.locks is None:
         raise ValueError("--locks: expected a folder, because the package's lock holds every family")
     cache = None if options.no_cache else check.default_cache()

@@ -113,6 +113,12 @@ def table(architecture: str) -> Table:
     return read(path) if path.exists() else Table({}, ())
 
 
+def forget() -> None:
+    """Read the tables again when they are next asked for."""
+    table.cache_clear()
+    _lookup.cache_clear()
+
+
 def read(path: Path) -> Table:
     """Raises ``ValueError`` that names the file and the row which is not one."""
     data = json.loads(path.read_text())

@@ -17,8 +17,7 @@ class Target:
     the multiprocessor, the most that a block may ask for, what the system adds to each block, and the unit.
 
     NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", and cuda_occupancy.h of CUDA
-    13.0, against which a test holds the result. AMD: CDNA 3 ISA reference and LLVM's AMDGPU target (whose own estimate
-    of the registers' part a test compares).
+    13.0, against which a test holds the result. AMD: CDNA 3 ISA reference and LLVM's AMDGPU target.
     """
 
     triton: tuple[str, int | str, int]
@@ -46,9 +45,9 @@ class Target:
         by_registers = self.schedulers * min(self.warps, self.registers // per_warp) // warps
         by_warps = self.schedulers * self.warps // warps
         block_shared = -(-(shared + self.shared_reserved) // self.shared_unit) * self.shared_unit
-        by_shared = self.shared_multiprocessor // block_shared if block_shared else self.blocks
         # A workgroup of one wave needs no barrier on AMD, and is not limited by their number.
         most = self.blocks if self.triton[0] == "cuda" or warps > 1 else self.schedulers * self.warps
+        by_shared = self.shared_multiprocessor // block_shared if block_shared else most
         return min(most, by_warps, by_registers, by_shared) * warps / (self.schedulers * self.warps)
 
 
