@@ -229,7 +229,7 @@ def _rms_norm_bwd_weight_kernel(
     tl.store(partial_ptr + tl.cast(program, tl.int64) * width + col, partial, mask=col < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _rms_norm_bwd_reduce_kernel(
     partial_ptr,  # fp32 [count, width]
     grad_weight_ptr,  # [width]
