@@ -72,12 +72,14 @@ def write(path: Path, held: dict[Key, Entry]) -> None:
 
 
 def differences(old: dict[Key, Entry], new: dict[Key, Entry], targets: Sequence[str] | None = None) -> list[Difference]:
-    """Field by field; a kernel that is only in one of them is one difference. ``targets``: only these."""
+    """Field by field; a kernel that is only in one of them is one difference. ``targets``: only these were compiled."""
     found = []
     for key in dict.fromkeys((*old, *new)):
         if targets is not None and key[1] not in targets:
             continue
         before, after = old.get(key), new.get(key)
+        if targets is not None and key[1] == MODEL and after is None:
+            continue  # of a configuration that ships for another target
         if before is None or after is None:
             found.append(
                 Difference(*key, "kernel", "—" if before is None else "here", "—" if after is None else "here")

@@ -132,11 +132,12 @@ def _forward_work(width: int, dtype: str, residual: bool) -> Work:
     return Work(f"[{_ROWS}, {width}]", moved, count * (5 if residual else 4))
 
 
-def _backward_work(width: int, dtype: str, residual: bool, programs: int) -> Work:
-    """Reads grad_normed, hidden_states (and the sum's gradient), weight and rstd, writes grad_hidden and partials."""
+def _backward_work(width: int, dtype: str, residual: bool, need_weight: bool) -> Work:
+    """Reads grad_normed, hidden_states (and the sum's gradient), weight and rstd, writes grad_hidden and, in float32,
+    at least one partial gradient of the weight: how many, a configuration says, and a floor does not depend on it."""
     count = _ROWS * width
-    moved = (count * (4 if residual else 3) + width) * SIZES[dtype] + 4 * _ROWS + 4 * programs * width
-    return Work(f"[{_ROWS}, {width}]", moved, count * (8 + residual + 2 * (programs > 0)))
+    moved = (count * (4 if residual else 3) + width) * SIZES[dtype] + 4 * _ROWS + 4 * width * need_weight
+    return Work(f"[{_ROWS}, {width}]", moved, count * (8 + residual + 2 * need_weight))
 
 
 def _reduce_work(width: int, dtype: str) -> Work:
@@ -180,8 +181,7 @@ def _declared() -> list[Build | CudaBuild]:
             for residual, need_weight in needs:
                 note = f"D {width}" + ", residual" * residual + ", frozen weight" * (not need_weight)
                 switches = {"HAS_GRAD_TOTAL": residual, "NEED_WEIGHT": need_weight}
-                blocks = triton.cdiv(_ROWS, row.config.constexprs["BLOCK_ROWS"])
-                work = _backward_work(width, dtype, residual, _programs(blocks, width, True) if need_weight else 0)
+                work = _backward_work(width, dtype, residual, need_weight)
                 signature = f"{bwd} *fp32/16 i32 i32/16"
                 declare(_rms_norm_bwd_kernel, dtype, signature, row, targets, flags=switches, note=note, work=work)
         for row, targets in configs.shipped("rms_norm_fwd_wide", dtype):
@@ -190,7 +190,7 @@ def _declared() -> list[Build | CudaBuild]:
             declare(_rms_norm_fwd_wide_kernel, dtype, f"{fwd} i32/16 fp32", row, targets, **rest)
         for row, targets in configs.shipped("rms_norm_bwd_wide", dtype):
             flags = {"HAS_GRAD_TOTAL": True}
-            rest = {"hot": False, "work": _backward_work(_WIDE, dtype, True, 0), "note": "wide", "flags": flags}
+            rest = {"hot": False, "work": _backward_work(_WIDE, dtype, True, False), "note": "wide", "flags": flags}
             declare(_rms_norm_bwd_wide_kernel, dtype, f"{bwd} i32/16", row, targets, **rest)
         for row, targets in configs.shipped("rms_norm_bwd_weight", dtype):
             count = _ROWS * _WIDE
@@ -205,7 +205,7 @@ def _declared() -> list[Build | CudaBuild]:
     for dtype, name in (("bf16", "__nv_bfloat16"), ("fp16", "__half"), ("fp32", "float")):
         # The residual's presence is an argument there, so the model is of the smaller call.
         builds.append(CudaBuild(f"rms_norm_fwd_kernel<{name}, *>", dtype, work=_forward_work(4096, dtype, False)))
-        work = _backward_work(4096, dtype, False, 256)
+        work = _backward_work(4096, dtype, False, True)
         builds.append(CudaBuild(f"rms_norm_bwd_kernel<{name}, *>", dtype, work=work))
         builds.append(CudaBuild(f"rms_norm_bwd_reduce_kernel<{name}>", dtype, work=_reduce_work(4096, dtype)))
     return builds
