@@ -19,7 +19,7 @@ from m4ov_bench.session import OURS, Kernel, Session, Subject, implementation_na
 from m4ov_kernels import linear_cross_entropy
 from m4ov_kernels.dispatch import Implementation
 from m4ov_kernels.head import LINEAR_CROSS_ENTROPY, reference
-from m4ov_kernels.head.chunked import CPU_KEPT_BYTES
+from m4ov_kernels.head.chunked import CPU_KEPT_BYTES, room_for_logits
 
 CPU = torch.device("cpu")
 IGNORE = -100
@@ -88,8 +88,8 @@ def check(
         return result
     input, weight = input.detach(), weight.detach()
     kept = CPU_KEPT_BYTES if case.kept is None else case.kept
-    shaped = implementation.fwd(input, weight, target, None, IGNORE, 0.0, None, kept)
-    loss, *saved = gate.poisoned(*shaped)
+    room = room_for_logits(case.rows, case.vocabulary, input.element_size(), None, kept)
+    loss, *saved = gate.poisoned(torch.empty(case.rows), torch.empty(case.rows, 2), input.new_empty(room))
     implementation.fwd(input, weight, target, None, IGNORE, 0.0, None, kept, out=(loss, *saved))
     out = (*gate.poisoned(input, weight), input.new_empty(0))
     grad_loss = torch.where(target == IGNORE, 0.0, 1.0 / labelled)

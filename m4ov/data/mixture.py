@@ -12,9 +12,9 @@ from m4ov.data.images import mirror, patchify, shift
 from m4ov.data.packing import Encoded, Encoder, PackedBatch, pack
 from m4ov.data.sources import Sample, Split
 
-
 # How readily a group of questions is asked, by (about the shape, yes/no). easy-vqa asks for shapes half as often as for
-# colours, but colours are learnt in a few hundred steps, shapes and above all yes/no questions about them take the time.
+# colours; but colours are learnt in a few hundred steps, and shapes, above all yes/no questions about them, take time:
+# asked equally often, these stayed at the prior (69%) for 900 steps; so, they reach 99%.
 _WEIGHTS = {(False, False): 1.0, (True, False): 2.0, (False, True): 2.0, (True, True): 3.0}
 
 
