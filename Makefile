@@ -8,7 +8,15 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help run bench test lint types pytest cuda sanitize smoke test-transformers clean
+RESULTS ?= bench/results
+MINUTES ?= 8
+# Installs with the Python that is there, from nothing but this checkout, into a folder; then runs the stages from it.
+define gpu_suite
+	$(1) bench/gpu/install.py build/$(2)/site build/$(2)/build.json
+	PYTHONPATH=$(CURDIR)/build/$(2)/site $(1) -m m4ov_bench.gpu --work build/$(2)/work --build build/$(2)/build.json $(3)
+endef
+
+.PHONY: help run bench test lint types pytest cuda sanitize smoke gpu gpu-dry test-transformers clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -19,7 +27,7 @@ run: $(VENV)/.quickstart ## train, evaluate and compare a tiny Qwen3-VL on real 
 bench: $(VENV)/.dev ## operators against the machine's limit and against their peers
 	$(BIN)/m4ov bench --json runs/bench/bench.json --plot runs/bench/bench.png
 
-test: lint types pytest cuda sanitize smoke ## the whole suite
+test: lint types pytest cuda sanitize smoke gpu-dry ## the whole suite
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -41,6 +49,12 @@ sanitize: $(VENV)/.dev ## the native tests under AddressSanitizer and UBSan
 smoke: $(VENV)/.dev ## a one-minute quickstart
 	rm -rf runs/smoke
 	$(BIN)/m4ov run quickstart run.folder=runs/smoke train.steps=40 evaluate.limit=256 compare.steps=4 operators=false
+
+gpu: ## on a CUDA machine, without a network: build, check, measure; writes RESULTS (bench/results)
+	$(call gpu_suite,$(PYTHON),gpu,--results $(RESULTS) --minutes $(MINUTES))
+
+gpu-dry: $(VENV)/.dev ## the same script on the CPU, interpreted, tiny shapes: proves the script, measures nothing
+	$(call gpu_suite,$(BIN)/python,gpu-dry,--results runs/gpu-dry --minutes 5 --dry-run)
 
 test-transformers: ## the patches on every supported transformers, each in its own environment
 	for version in $(TRANSFORMERS); do \

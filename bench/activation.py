@@ -15,8 +15,6 @@ from m4ov_kernels import swiglu
 from m4ov_kernels.activation import SWIGLU, reference
 from m4ov_kernels.dispatch import Implementation
 
-CPU = torch.device("cpu")
-
 
 def benchmark(session: Session) -> Iterator[Row]:
     for case in cases.ACTIVATION:
@@ -25,7 +23,8 @@ def benchmark(session: Session) -> Iterator[Row]:
 
 
 def subject(case: cases.GatedCase, compiled: peers.Compiled) -> Subject:
-    implementation = SWIGLU.select(CPU, case.dtype)
+    """One case, on PyTorch's default device."""
+    implementation = SWIGLU.select(torch.get_default_device(), case.dtype)
     sets = 3
     inputs = [tuple(_random(case).requires_grad_() for _ in range(2)) for _ in range(sets)]
     grads = [(_random(case),) for _ in range(sets)]

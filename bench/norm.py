@@ -16,7 +16,6 @@ from m4ov_kernels.dispatch import Implementation
 from m4ov_kernels.norm import RMS_NORM, reference
 
 EPS = 1e-6
-CPU = torch.device("cpu")
 
 
 def benchmark(session: Session) -> Iterator[Row]:
@@ -26,7 +25,8 @@ def benchmark(session: Session) -> Iterator[Row]:
 
 
 def subject(case: cases.NormCase, compiled: peers.Compiled) -> Subject:
-    implementation = RMS_NORM.select(CPU, case.dtype)
+    """One case, on PyTorch's default device."""
+    implementation = RMS_NORM.select(torch.get_default_device(), case.dtype)
     sets = 3
     inputs = [_inputs(case) for _ in range(sets)]
     grads = [tuple(torch.randn_like(inputs[0][0]) for _ in range(1 + case.residual)) for _ in range(sets)]

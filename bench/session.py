@@ -23,15 +23,17 @@ _LIMIT = "limit"
 
 @dataclass(frozen=True)
 class Session:
-    """``quick``: the short run: few cases and rounds, no compiled peers, no memory."""
+    """``quick``: the short run: few cases and rounds, no compiled peers, no memory. ``interleaved``: the timer."""
 
     machine: Machine
     quick: bool = False
     say: Callable[[str], None] = lambda _: None
+    interleaved: Callable[[Mapping[str, measure.Call], measure.Effort], dict[str, measure.Times]] = measure.interleaved
+    given_effort: measure.Effort | None = None  # instead of that of a full or a short run
 
     @property
     def effort(self) -> measure.Effort:
-        return measure.QUICK if self.quick else measure.FULL
+        return self.given_effort or (measure.QUICK if self.quick else measure.FULL)
 
     @property
     def compiled(self) -> Compiled:
@@ -99,7 +101,7 @@ def rows(session: Session, subject: Subject) -> Iterator[Row]:
         return
     for what, kernel in subject.kernels.items():
         session.say(f"{subject.operator} {subject.case}: {what}, kernel")
-        times = measure.interleaved({OURS: kernel.call, _LIMIT: kernel.limit}, session.effort)
+        times = session.interleaved({OURS: kernel.call, _LIMIT: kernel.limit}, session.effort)
         ours, limit = times[OURS], times[_LIMIT]
         yield row(
             session,
@@ -132,7 +134,7 @@ def _called(session: Session, subject: Subject, what: str, backward: bool) -> Ro
     kernel = _joined(subject.kernels, what)
     if kernel is not None:
         calls[KERNEL] = kernel
-    times = measure.interleaved(calls, session.effort)
+    times = session.interleaved(calls, session.effort)
     ours = times.pop(OURS)
     memory = subject.memory if backward else {}
     peers = {n: PeerRow(t.seconds, t.ratio_to(ours), memory.get(n)) for n, t in times.items()}
