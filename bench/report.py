@@ -69,6 +69,9 @@ def _calm(row: Row) -> str:
 
 def _peer(name: str, peer: Peer) -> str:
     memory = "" if peer.memory_mib is None else f", +{peer.memory_mib:.0f} MiB"
+    if peer.seconds is not None and peer.ratio is None:
+        error = "" if peer.error is None else f"{peer.error:.3g} × the allowed error"
+        return f"[yellow]{name}: {duration(peer.seconds)} for a wrong result: {error}{memory}[/yellow]"
     if peer.seconds is None or peer.ratio is None:
         return f"[dim]{name}: {escape(str(peer.absent))}{memory}[/dim]"
     return f"{name}: {duration(peer.seconds)} ({peer.ratio:.2f} ×{memory})"

@@ -27,6 +27,8 @@ class Inference:
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         tensors = tuple(tensor.detach() for tensor in tensors)
+        if any(tensor.device.type != "cpu" for tensor in tensors):
+            raise ValueError("called here for CPU tensors only")
         key = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
         if key not in self._compiled:
             self._compiled[key] = self._prepare(*tensors)

@@ -133,7 +133,7 @@ def test_inputs_rotate_from_call_to_call():
 
 def test_a_copy_through_the_kernels_own_buffers_is_scaled_to_its_traffic():
     source, sink = torch.ones(8), torch.zeros(8)
-    kernel = memory_bound(lambda _: None, 96, [[(source, sink)]])
+    kernel = memory_bound(lambda _: None, 96, 0.0, [[(source, sink)]])
     kernel.limit(5)
     assert torch.equal(source, sink)
     assert kernel.scale == 1.5  # 32 bytes read, 32 written
