@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from m4ov_bench.against import Comparison
 from m4ov_bench.row import Machine, Peer, Row
 
 _UNITS = {"B": "GB/s", "FLOP": "GFLOP/s"}
@@ -100,8 +102,32 @@ def as_json(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def write_json(rows: Sequence[Row], path: Path) -> None:
+    write(path, as_json(rows))
+
+
+def write(path: Path, value: Any) -> None:
+    """JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(as_json(rows), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    new.replace(path)
+
+
+def comparison(rows: Sequence[Comparison], revision: str) -> Table:
+    """Two commits, one line for each row; the ratio is then over now, with the smallest and the largest round."""
+    made = Table(title=f"against {revision}: above 1 this tree is faster", title_justify="left")
+    for name in ("case", "what", revision, "this tree", "ratio", "rounds", ""):
+        made.add_column(name, justify="left" if name in ("case", "what") else "right")
+    colours = {"faster": "green", "slower": "red"}
+    for row in rows:
+        times = (duration(statistics.median(side)) if side else "" for side in (row.then, row.now))
+        ratios = row.ratios
+        spread = f"{min(ratios):.2f}–{max(ratios):.2f}" if ratios else ""
+        colour = colours.get(row.verdict, "dim")
+        middle = f"{statistics.median(ratios):.2f} ×" if ratios else ""
+        case = f"[bold]{row.operator}[/bold] {escape(row.case)}"
+        made.add_row(case, row.what, *times, middle, spread, f"[{colour}]{row.verdict}[/{colour}]")
+    return made
 
 
 def figure(rows: Sequence[Row]) -> Any:
