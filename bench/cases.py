@@ -78,7 +78,7 @@ HEAD = (
     HeadCase(1024, 1024, 32000, labelled=0.25),
     HeadCase(256, 1024, 32000, quick=True),
 )
-
+HEAD_MEMORY = tuple(HeadCase(rows, 1024, 32000) for rows in (256, 512, 1024, 2048, 4096))  # memory alone, by tokens
 
 # On a GPU (``m4ov_bench.gpu``): sizes of Qwen3-VL 2B to 8B with 8,192 tokens, several times any L2 cache. A head's rows
 # keep all logits of eager PyTorch within reach, so that it can be measured.

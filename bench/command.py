@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("family", nargs="*", help=f"which: {', '.join(runner.FAMILIES)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="under a minute: main cases, no compiled peers, no memory")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every figure there")
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw fractions of the limit and ratios there")
+    parser.add_argument(
+        "--plot", type=Path, metavar="PATH", help="draw rooflines, ratios and memory there (PATH, PATH-…)"
+    )
     parser.add_argument("--against", metavar="REV", help="compare this tree with a commit, by turns, and nothing else")
     parser.add_argument("--rounds", type=int, default=3, help="of --against (default: 3)")
 
@@ -25,7 +27,7 @@ def execute(arguments: argparse.Namespace, allocator: str = "") -> int:
     from rich.console import Console
     from rich.markup import escape
 
-    from m4ov_bench import report
+    from m4ov_bench import plots, report
 
     runner.check(arguments.family)
     for path in (arguments.json, arguments.plot):
@@ -54,8 +56,8 @@ def execute(arguments: argparse.Namespace, allocator: str = "") -> int:
         report.write_json(rows, arguments.json)
         console.print(f"figures: {arguments.json}")
     if arguments.plot is not None:
-        report.write_plot(rows, arguments.plot)
-        console.print(f"plot: {arguments.plot}")
+        for path in plots.write(rows, arguments.plot):
+            console.print(f"plot: {path}")
     red = [row for row in rows if not row.green]
     for row in red:
         console.print(f"[red]red gate, no speed: {row.operator} {escape(row.case)}: {escape(row.problem)}[/red]")

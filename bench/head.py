@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m4ov_bench import cases, gate, measure, memory, peers
-from m4ov_bench.row import Row
+from m4ov_bench import cases, gate, measure, memory, peers, plots
+from m4ov_bench.row import Peer, Row
 from m4ov_bench.runtimes import Inference
 from m4ov_bench.session import OURS, Kernel, Session, Subject, implementation_name, rows
 from m4ov_kernels import linear_cross_entropy
@@ -31,6 +31,35 @@ def benchmark(session: Session) -> Iterator[Row]:
     for case in cases.HEAD:
         if case.quick or not session.quick:
             yield from rows(session, subject(session, case))
+    if not session.quick:
+        yield from _memory_by_tokens(session)
+
+
+def _memory_by_tokens(session: Session) -> Iterator[Row]:
+    """How memory grows with the tokens, and that ours does not where logits are not kept."""
+    for case in cases.HEAD_MEMORY:
+        used: dict[str, float | None] = {}
+        for name in (OURS, "eager", "F.linear_cross_entropy"):
+            session.say(f"linear_cross_entropy {case}: memory of {name}")
+            try:
+                used[name] = memory.extra_mib(name, case)
+            except RuntimeError as error:
+                if name == OURS:
+                    raise
+                session.say(str(error))
+        yield Row(
+            family="head",
+            operator="linear_cross_entropy",
+            case=f"D {case.width}, V {case.vocabulary} bf16",
+            what=f"{plots.MEMORY}, {case.rows} tokens",
+            implementation=implementation_name(LINEAR_CROSS_ENTROPY.select(CPU, case.dtype)),
+            machine=session.machine,
+            green=True,
+            errors={},
+            memory_mib=used.pop(OURS),
+            tokens=case.rows,
+            peers={name: Peer(memory_mib=value, absent="memory alone") for name, value in used.items()},
+        )
 
 
 def subject(session: Session, case: cases.HeadCase) -> Subject:

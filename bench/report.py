@@ -1,4 +1,4 @@
-"""Rows as a table in the terminal, as JSON, and as a plot."""
+"""Rows as a table in the terminal and as JSON."""
 
 from __future__ import annotations
 
@@ -128,44 +128,3 @@ def comparison(rows: Sequence[Comparison], revision: str) -> Table:
         case = f"[bold]{row.operator}[/bold] {escape(row.case)}"
         made.add_row(case, row.what, *times, middle, spread, f"[{colour}]{row.verdict}[/{colour}]")
     return made
-
-
-def figure(rows: Sequence[Row]) -> Any:
-    """A matplotlib figure: the kernels' fractions of their limits, and how much slower each peer is as called."""
-    from matplotlib.figure import Figure
-
-    kernels = [row for row in rows if row.fraction is not None]
-    called = [row for row in rows if any(peer.ratio for peer in row.peers.values())]
-    bars = [(row, name, peer) for row in called for name, peer in row.peers.items() if peer.ratio]
-    height = 1.6 + 0.3 * max(len(kernels) + 1, len(bars) + len(called))
-    made = Figure(figsize=(15, height), layout="constrained")
-    left, right = made.subplots(1, 2)
-    names = [f"{row.operator} {row.case}\n{row.what}" for row in kernels]
-    left.barh(range(len(kernels)), [row.fraction or 0.0 for row in kernels], color="#2a6f97")
-    left.set_yticks(range(len(kernels)), names, fontsize=8)
-    left.axvline(1.0, color="black", linewidth=0.8)
-    left.set_xlabel("fraction of the limit measured in the same run")
-    left.invert_yaxis()
-    positions, labels, place = [], [], 0.0
-    previous = None
-    for row, name, _ in bars:
-        place += 1.8 if previous is not row and previous is not None else 1.0
-        previous = row
-        positions.append(place)
-        labels.append(f"{row.operator} {row.what}, {row.case}: {name}")
-    colours = ["#bc4749" if (peer.ratio or 0) < 1 else "#6a994e" for *_, peer in bars]
-    right.barh(positions, [peer.ratio or 0.0 for *_, peer in bars], color=colours)
-    right.set_yticks(positions, labels, fontsize=7)
-    right.axvline(1.0, color="black", linewidth=0.8)
-    right.set_xscale("log")
-    right.set_xlabel("peer's time over ours, as called (above 1: ours is faster)")
-    right.invert_yaxis()
-    if rows:
-        machine = rows[0].machine
-        made.suptitle(f"{machine.cpu}, {machine.threads} threads, {machine.isa}, {machine.date}", fontsize=9)
-    return made
-
-
-def write_plot(rows: Sequence[Row], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure(rows).savefig(path, dpi=120)

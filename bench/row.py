@@ -66,6 +66,7 @@ class Row:
     limit_seconds: float | None = None
     fraction: float | None = None
     memory_mib: float | None = None
+    tokens: int | None = None
     faults: float | None = None
     disturbed: float | None = None
     peers: dict[str, Peer] = field(default_factory=dict)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import m4ov_bench
-from m4ov_bench import cases, machine, measure, memory, peers, report, runner
+from m4ov_bench import cases, machine, measure, memory, peers, plots, report, runner
 from m4ov_bench.session import memory_bound
 from m4ov_kernels.dispatch import native_extension
 
@@ -81,8 +81,19 @@ def test_json_round_trip_and_table_and_plot(tiny, tmp_path):
     assert len(loaded["rows"]) == len(rows)
     assert loaded["machine"] == json.loads(json.dumps(dataclasses.asdict(rows[0].machine)))
     assert report.table(rows, "all").row_count == len(rows)
-    report.write_plot(rows, tmp_path / "bench.png")
-    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    grown = [
+        dataclasses.replace(rows[0], what="memory, 8 tokens", tokens=tokens, memory_mib=1.0 * tokens, peers={})
+        for tokens in (8, 16)
+    ]
+    written = plots.write([*rows, *grown], tmp_path / "bench.png")
+    kernels = native_extension()[0] is not None
+    names = ["bench.png", *["bench-roofline.png"] * kernels, "bench-memory.png"]
+    assert [path.name for path in written] == names
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_there_is_no_plot_of_nothing(tmp_path):
+    assert plots.write([], tmp_path / "bench.png") == []
 
 
 def test_an_unknown_family_lists_the_families():
