@@ -24,7 +24,7 @@ help: ## list the targets
 run: $(VENV)/.quickstart ## train, evaluate and compare a tiny Qwen3-VL on real images; writes runs/quickstart/
 	$(BIN)/m4ov run quickstart
 
-bench: $(VENV)/.dev ## operators against the machine's limit and against their peers
+bench: $(VENV)/.dev $(VENV)/.peers ## operators against the machine's limit and against their peers
 	$(BIN)/m4ov bench --json runs/bench/bench.json --plot runs/bench/bench.png
 
 test: lint types pytest cuda sanitize smoke gpu-dry ## the whole suite
@@ -73,6 +73,12 @@ $(VENV)/.%: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(TORCH)
 	$(BIN)/pip install -q -e ".[$*]"
+	touch $@
+
+# zentorch is built for one version of torch, Linux and x86; elsewhere the benchmark says that it is absent.
+$(VENV)/.peers: $(VENV)/.dev
+	$(BIN)/pip install -q -e ".[peers]"
+	$(BIN)/pip install -q "z$(basename $(TORCH)).*" || echo "no zentorch for this machine and $(TORCH)"
 	touch $@
 
 clean: ## remove environments, builds and runs

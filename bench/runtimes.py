@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -141,6 +142,9 @@ def zentorch(function: Callable[..., Tensor]) -> Inference | str:
     absent = missing("zentorch")
     if absent:
         return absent
+    theirs, ours = metadata.version("zentorch").split(".")[:2], torch.__version__.split(".")[:2]
+    if theirs != ours:
+        return f"zentorch {'.'.join(theirs)} is built for that torch; this is {'.'.join(ours)}"
 
     def prepare(*tensors: Tensor) -> Callable[..., Tensor]:
         import zentorch  # noqa: F401  (registers the backend)
