@@ -78,7 +78,7 @@ $(VENV)/.%: $(SOURCES)
 # zentorch is built for one version of torch, Linux and x86; elsewhere the benchmark says that it is absent.
 $(VENV)/.peers: $(VENV)/.dev
 	$(BIN)/pip install -q -e ".[peers]"
-	$(BIN)/pip install -q "z$(basename $(TORCH)).*" || echo "no zentorch for this machine and $(TORCH)"
+	$(BIN)/pip install -q "zen$(basename $(TORCH)).*" || echo "no zentorch for this machine and $(TORCH)"
 	touch $@
 
 clean: ## remove environments, builds and runs
