@@ -8,7 +8,15 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help run bench test lint types pytest kernels sanitize smoke test-transformers clean
+RESULTS ?= bench/results
+MINUTES ?= 8
+# Installs with the Python that is there, from nothing but this checkout, into a folder; then runs the stages from it.
+define gpu_suite
+	$(1) bench/gpu/install.py build/$(2)/site build/$(2)/build.json
+	PYTHONPATH=$(CURDIR)/build/$(2)/site $(1) -m m4ov_bench.gpu --work build/$(2)/work --build build/$(2)/build.json $(3)
+endef
+
+.PHONY: help run bench test lint types pytest kernels sanitize smoke gpu gpu-dry test-transformers clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -16,10 +24,10 @@ help: ## list the targets
 run: $(VENV)/.quickstart ## train, evaluate and compare a tiny Qwen3-VL on real images; writes runs/quickstart/
 	$(BIN)/m4ov run quickstart
 
-bench: $(VENV)/.dev ## operators against the machine's limit and against their peers
+bench: $(VENV)/.dev $(VENV)/.peers ## operators against the machine's limit and against their peers
 	$(BIN)/m4ov bench --json runs/bench/bench.json --plot runs/bench/bench.png
 
-test: lint types pytest kernels sanitize smoke ## the whole suite
+test: lint types pytest kernels sanitize smoke gpu-dry ## the whole suite
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -42,6 +50,12 @@ smoke: $(VENV)/.dev ## a one-minute quickstart
 	rm -rf runs/smoke
 	$(BIN)/m4ov run quickstart run.folder=runs/smoke train.steps=40 evaluate.limit=256 compare.steps=4 operators=false
 
+gpu: ## on a CUDA machine, without a network: build, check, measure; writes RESULTS (bench/results)
+	$(call gpu_suite,$(PYTHON),gpu,--results $(RESULTS) --minutes $(MINUTES))
+
+gpu-dry: $(VENV)/.dev ## the same script on the CPU, interpreted, tiny shapes: proves the script, measures nothing
+	$(call gpu_suite,$(BIN)/python,gpu-dry,--results runs/gpu-dry --minutes 5 --dry-run)
+
 test-transformers: ## the patches on every supported transformers, each in its own environment
 	for version in $(TRANSFORMERS); do \
 	  $(MAKE) --no-print-directory $(VENV)-transformers-$$version/.ready || exit 1; \
@@ -59,6 +73,12 @@ $(VENV)/.%: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(TORCH)
 	$(BIN)/pip install -q -e ".[$*]"
+	touch $@
+
+# zentorch is built for one version of torch, Linux and x86; elsewhere the benchmark says that it is absent.
+$(VENV)/.peers: $(VENV)/.dev
+	$(BIN)/pip install -q -e ".[peers]"
+	$(BIN)/pip install -q "zen$(basename $(TORCH)).*" || echo "no zentorch for this machine and $(TORCH)"
 	touch $@
 
 clean: ## remove environments, builds and runs

@@ -78,6 +78,27 @@ HEAD = (
     HeadCase(1024, 1024, 32000, labelled=0.25),
     HeadCase(256, 1024, 32000, quick=True),
 )
+HEAD_MEMORY = tuple(HeadCase(rows, 1024, 32000) for rows in (256, 512, 1024, 2048, 4096))  # memory alone, by tokens
+
+# On a GPU (``m4ov_bench.gpu``): sizes of Qwen3-VL 2B to 8B with 8,192 tokens, several times any L2 cache. A head's rows
+# keep all logits of eager PyTorch within reach, so that it can be measured.
+GPU_NORM = (
+    NormCase(8192, 4096, compiled=True),
+    NormCase(8192, 4096, residual=True, compiled=True),
+    NormCase(8192, 2048),
+    NormCase(131072, 128),  # the queries' norm: 8,192 tokens of 16 heads
+    NormCase(8192, 4096, dtype=torch.float32),
+)
+GPU_ACTIVATION = (GatedCase(8192, 6144, compiled=True), GatedCase(8192, 12288), GatedCase(8192, 6144, torch.float32))
+GPU_HEAD = (
+    HeadCase(8192, 2048, 151936, compiled=True, memory=True),
+    HeadCase(8192, 2048, 151936, labelled=0.25, memory=True),
+    HeadCase(4096, 4096, 151936, memory=True),
+)
+# The same code where kernels are interpreted; float32, for interpreted bfloat16 stores truncate.
+TINY_NORM = (NormCase(4, 64, dtype=torch.float32), NormCase(3, 32, dtype=torch.float32, residual=True))
+TINY_ACTIVATION = (GatedCase(4, 48, dtype=torch.float32, compiled=True),)
+TINY_HEAD = (HeadCase(8, 16, 96, dtype=torch.float32, labelled=0.5, memory=True),)
 
 
 def targets(case: HeadCase, generator: torch.Generator | None = None, ignore_index: int = -100) -> torch.Tensor:

@@ -27,7 +27,7 @@ def describe(allocator: str = "") -> Machine:
         threads=torch.get_num_threads(),
         isa=extension.isa() if extension is not None else f"none: {reason}",
         system=platform.platform(),
-        versions={"python": platform.python_version()} | {n: _version(n) for n in ("m4ov", "torch", "transformers")},
+        versions={"python": platform.python_version()} | {n: version(n) for n in ("m4ov", "torch", "transformers")},
         allocator=allocator or _allocator(),
         commit=_commit(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -55,7 +55,8 @@ def _allocator() -> str:
     return ", ".join(set_up) or "as the system has it (run `m4ov bench` for the set-up of m4ov's commands)"
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Of an installed distribution, or that it is not."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

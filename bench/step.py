@@ -134,8 +134,12 @@ def batch() -> dict[str, Any]:
 
 
 def check() -> gate.Gate:
-    """Loss, and a sample of every parameter's gradient (scaled to its largest value), against float64."""
-    plain, data = build(), batch()
+    return agreement(build(), batch())
+
+
+def agreement(plain: nn.Module, data: dict[str, Any]) -> gate.Gate:
+    """Patched against unpatched, by float64: the loss, and a sample of every parameter's gradient (scaled to its
+    largest value). Works on copies of ``plain``; leaves gradients in it."""
     patched = copy.deepcopy(plain)
     patch(patched)
     exact = copy.deepcopy(plain).double()

@@ -1,0 +1,44 @@
+"""What the GPU suite knows about each operator: examples to check, and subjects to measure.
+
+Every operator of ``m4ov_kernels.dispatch.OPERATORS`` must stand in ``CASES``; :func:`uncovered` names those that do
+not, and the suite, dry runs included, is red until they do. To add one: a module like ``activation.py``, a line below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from m4ov_bench.gpu.example import Example, Maker
+from m4ov_bench.gpu.operators import activation, head, norm
+from m4ov_bench.session import Subject
+from m4ov_kernels.dispatch import OPERATORS
+
+
+class Cases(NamedTuple):
+    """``examples(maker, tiny)``: calls for the numerics rule, the first of them typical and small.
+    ``subjects(session, device, tiny)``: what to measure, under the backend that is chosen when they are made."""
+
+    examples: Callable[[Maker, bool], Iterator[Example]]
+    subjects: Callable[..., Iterator[Subject]]
+
+
+CASES = {
+    "rms_norm": Cases(norm.examples, norm.subjects),
+    "swiglu": Cases(activation.examples, activation.subjects),
+    "linear_cross_entropy": Cases(head.examples, head.subjects),
+}
+
+
+def uncovered() -> list[str]:
+    """Registered operators without a case here."""
+    return sorted(OPERATORS.keys() - CASES.keys())
+
+
+def cases_of(name: str) -> Cases:
+    if name not in CASES:
+        raise LookupError(
+            f"operator {name!r} is registered in m4ov_kernels and has no case in m4ov_bench.gpu.operators: add a "
+            "module with examples() and subjects(), and a line in CASES"
+        )
+    return CASES[name]
