@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import m4ov_kernels
+from m4ov_kernels import configs
 from m4ov_kernels.activation import reference as activation_reference
 from m4ov_kernels.activation import triton as activation
+from m4ov_kernels.gpu import Config
 from m4ov_kernels.head import chunked
 from m4ov_kernels.head import reference as head_reference
 from m4ov_kernels.head import triton as head
@@ -43,21 +45,26 @@ def tensor(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous
     return strategies.laid_out(values, layout)
 
 
+def row(kernel: str, width: int | None, num_warps: int = 4, **blocks: int) -> configs.Row:
+    return configs.Row(kernel, "any", width, Config(blocks, num_warps))
+
+
+# Wide rows begin at 65 columns, and tiles are small enough that shapes cross them.
+SMALL = [
+    row(name, 2**k, BLOCK_ROWS=64 >> k, BLOCK_D=2**k) for name in ("rms_norm_fwd", "rms_norm_bwd") for k in range(7)
+]
+SMALL += [row("rms_norm_fwd_wide", None, BLOCK_D=32), row("rms_norm_bwd_wide", None, BLOCK_D=32)]
+SMALL += [row("rms_norm_bwd_weight", None, BLOCK_ROWS=2, BLOCK_D=32)]
+SMALL += [row("rms_norm_bwd_reduce", None, BLOCK_PARTIALS=2, BLOCK_D=32)]
+SMALL += [row(name, None, BLOCK_ROWS=2, BLOCK_D=32) for name in ("swiglu_fwd", "swiglu_bwd")]
+SMALL += [row(name, None, BLOCK=32) for name in ("cross_entropy_fwd", "cross_entropy_bwd")]
+SMALL += [row("accumulate", None, BLOCK=64)]
+
+
 @pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Wide rows begin at 65 columns, and tiles are small enough that shapes cross them."""
-    monkeypatch.setattr(norm, "_WHOLE_ROW", 64)
-    monkeypatch.setattr(norm, "_WIDE_BLOCK", 32)
-    monkeypatch.setattr(norm, "_WEIGHT", norm.Config({"BLOCK_ROWS": 2, "BLOCK_D": 32}))
-    monkeypatch.setattr(norm, "_REDUCE", norm.Config({"BLOCK_PARTIALS": 2, "BLOCK_D": 32}))
-    monkeypatch.setattr(activation, "_TILE", 64)
-    monkeypatch.setattr(head, "_ROW", head.Config({"BLOCK": 32}))
-    monkeypatch.setattr(head, "_FLAT", head.Config({"BLOCK": 64}))
-    norm._config.cache_clear()
-    activation._config.cache_clear()
-    yield
-    norm._config.cache_clear()
-    activation._config.cache_clear()
+def _small_blocks() -> Iterator[None]:
+    with configs.override(*SMALL):
+        yield
 
 
 @given(
@@ -78,7 +85,7 @@ def test_rms_norm(shape, dtype, layout, magnitude, numerics, residual, need_weig
     out = (*poisoned(x, x if residual else x.new_empty(0)), torch.full((rows,), torch.nan, device=DEVICE))
     normed, total, rstd = norm.rms_norm_fwd(x, weight, other if residual else None, EPS, numerics, out=out)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(norm, "_programs", lambda blocks, width: max(1, min(blocks, programs)))
+        patch.setattr(norm, "_programs", lambda blocks, width, whole: max(1, min(blocks, programs)))
         grads = norm.rms_norm_bwd(
             grad,
             grad_total if residual else None,
