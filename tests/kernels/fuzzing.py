@@ -1,0 +1,73 @@
+"""One call of the fuzzer: everything about it follows from a seed and an index."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from m4ov_kernels.dispatch import KERNEL_DTYPES, OPERATORS, native_extension
+
+from .draws import Seeded
+from .guarded import guarded
+from .operators import CASES
+
+_NAMES = sorted(CASES)
+JUDGED = 16  # one call in so many is compared with float64
+GUARDED = 4  # one call in so many runs twice, the second time into guarded outputs and with other threads
+
+
+class Outcome(NamedTuple):
+    operator: str
+    dtype: str
+    isa: str
+    kind: str  # "forward", "backward" (after a forward), "refused"
+    judged: bool = False
+    guarded: bool = False
+
+
+class FuzzError(AssertionError):
+    """What was called, and what came of it."""
+
+
+def fuzz(seed: int, index: int) -> Outcome:
+    """Draw one call and make it.
+
+    Raises:
+        FuzzError: a wrong result, an error that the arguments do not deserve, or none where they do.
+    """
+    draw, extension = Seeded(seed, index), native_extension()[0]
+    case = CASES[draw.choice(_NAMES)]
+    isa = draw.choice(extension.isas())
+    extension.set_isa(isa)
+    torch.set_num_threads(draw.choice((1, 1, 2, 3, 8)))
+    wrong, judged, twice = draw.one_in(8), draw.one_in(JUDGED), draw.one_in(GUARDED)
+    where = f"{case.name} on {isa} with {torch.get_num_threads()} threads"
+    with case.settings(draw):
+        if wrong:
+            arguments, fault = case.arguments(draw), draw.choice(case.corruptions)
+            try:
+                made = case.refuse(arguments, fault, draw)
+            except Exception as error:
+                raise FuzzError(f"{where}, {fault}: {type(error).__name__}: {error}") from error
+            return Outcome(case.name, _dtype(arguments), isa, "refused" if made else "not refusable")
+        call = case.call(draw)
+        shift, threads = draw.integer(0, 3), draw.choice((1, 2, 3, 8))
+        try:
+            with guarded(OPERATORS[case.name], shift, threads, case.bitwise) if twice else nullcontext():
+                got = case.evaluate(call)
+            if judged:
+                case.judge(call, got)
+        except Exception as error:
+            raise FuzzError(f"{where}, {call}: {type(error).__name__}: {error}") from error
+    kind = "backward" if call.wanted else "forward"
+    return Outcome(case.name, _dtype(call.arguments), isa, kind, judged, twice)
+
+
+def _dtype(arguments: dict[str, object]) -> str:
+    """The dtype that chooses the kernel; those of the reference together."""
+    dtypes = {value.dtype for value in arguments.values() if isinstance(value, Tensor) and value.is_floating_point()}
+    served = len(dtypes) == 1 and dtypes <= set(KERNEL_DTYPES)
+    return str(dtypes.pop()).removeprefix("torch.") if served else "reference"
