@@ -63,11 +63,11 @@ class Drawn(Draw):
 def shape(draw: Draw) -> tuple[int, ...]:
     """``[..., D]``: 1 to 5 dimensions, 0 rows, 1 element, odd and wide rows, and now and then enough for threads to
     share (64 KiB), seldom enough to be written past the caches (16 MiB)."""
-    if draw.one_in(64):
-        if draw.one_in(64):
+    if draw.one_in(128):
+        if draw.one_in(32):
             return draw.choice(((130, 32771), (2051, 2053), (4, 1 << 20)))
         return draw.choice(((130, 257), (9, 4304), (3, 2, 8203), (1, 20011), (2050, 16), (4097, 5)))
-    width = draw.integer(1, 80) if not draw.one_in(4) else draw.choice(WIDE)
+    width = draw.integer(1, 80) if not draw.one_in(8) else draw.choice(WIDE)
     dimensions = draw.integer(1, 5)
     if dimensions == 1:
         return (width,)

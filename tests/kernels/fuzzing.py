@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -14,9 +15,10 @@ from .draws import Seeded
 from .guarded import guarded
 from .operators import CASES
 
-_NAMES = sorted(CASES)
+_NAMES = [name for name in sorted(CASES) for _ in range(CASES[name].share)]
 JUDGED = 16  # one call in so many is compared with float64
 GUARDED = 4  # one call in so many runs twice, the second time into guarded outputs and with other threads
+THREADS = (1,) * 12 + (2,) * 4 + (3, 8)
 
 
 class Outcome(NamedTuple):
@@ -32,36 +34,42 @@ class FuzzError(AssertionError):
     """What was called, and what came of it."""
 
 
+@cache
+def isas() -> tuple[str, ...]:
+    return tuple(native_extension()[0].isas())
+
+
 def fuzz(seed: int, index: int) -> Outcome:
     """Draw one call and make it.
 
     Raises:
         FuzzError: a wrong result, an error that the arguments do not deserve, or none where they do.
     """
-    draw, extension = Seeded(seed, index), native_extension()[0]
-    case = CASES[draw.choice(_NAMES)]
-    isa = draw.choice(extension.isas())
-    extension.set_isa(isa)
-    torch.set_num_threads(draw.choice((1, 1, 2, 3, 8)))
+    draw = Seeded(seed, index)
+    case, isa = CASES[draw.choice(_NAMES)], draw.choice(isas())
+    native_extension()[0].set_isa(isa)
+    torch.set_num_threads(draw.choice(THREADS))
     wrong, judged, twice = draw.one_in(8), draw.one_in(JUDGED), draw.one_in(GUARDED)
     where = f"{case.name} on {isa} with {torch.get_num_threads()} threads"
-    with case.settings(draw):
-        if wrong:
-            arguments, fault = case.arguments(draw), draw.choice(case.corruptions)
+    if wrong:
+        arguments, fault = case.arguments(draw), draw.choice(case.corruptions)
+        while True:  # until the fault is one that this call can have
             try:
-                made = case.refuse(arguments, fault, draw)
+                if case.refuse(arguments, fault, draw):
+                    return Outcome(case.name, _dtype(arguments), isa, "refused")
             except Exception as error:
                 raise FuzzError(f"{where}, {fault}: {type(error).__name__}: {error}") from error
-            return Outcome(case.name, _dtype(arguments), isa, "refused" if made else "not refusable")
-        call = case.call(draw)
-        shift, threads = draw.integer(0, 3), draw.choice((1, 2, 3, 8))
-        try:
+            fault = draw.choice(case.corruptions)
+    call = case.call(draw)
+    shift, threads = draw.integer(0, 3), draw.choice(THREADS)
+    try:
+        with case.settings(draw, call.arguments):
             with guarded(OPERATORS[case.name], shift, threads, case.bitwise) if twice else nullcontext():
                 got = case.evaluate(call)
             if judged:
                 case.judge(call, got)
-        except Exception as error:
-            raise FuzzError(f"{where}, {call}: {type(error).__name__}: {error}") from error
+    except Exception as error:
+        raise FuzzError(f"{where}, {call}: {type(error).__name__}: {error}") from error
     kind = "backward" if call.wanted else "forward"
     return Outcome(case.name, _dtype(call.arguments), isa, kind, judged, twice)
 

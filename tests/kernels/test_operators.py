@@ -30,16 +30,18 @@ def test_every_operator_is_entered():
 @given(data=st.data())
 @settings(max_examples=40)
 def test_results_and_gradients(case, isa, data):
-    with data.draw(strategies.drawn(case.settings)):
-        call = data.draw(strategies.drawn(case.call))
+    call = data.draw(strategies.drawn(case.call))
+    with data.draw(strategies.drawn(lambda draw: case.settings(draw, call.arguments))):
         case.judge(call, case.evaluate(call))
 
 
 @given(data=st.data(), shift=st.integers(0, 3), threads=st.sampled_from((1, 2, 3, 8)))
 @settings(max_examples=25)
 def test_every_element_is_written_and_nothing_else(case, isa, data, shift, threads):
-    with data.draw(strategies.drawn(case.settings)), guarded(OPERATORS[case.name], shift, threads, case.bitwise):
-        case.evaluate(data.draw(strategies.drawn(case.call)))
+    call = data.draw(strategies.drawn(case.call))
+    around = data.draw(strategies.drawn(lambda draw: case.settings(draw, call.arguments)))
+    with around, guarded(OPERATORS[case.name], shift, threads, case.bitwise):
+        case.evaluate(call)
 
 
 @pytest.mark.parametrize(("case", "fault"), FAULTS)

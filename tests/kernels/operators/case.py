@@ -45,8 +45,8 @@ class OperatorCase:
     the name, shape and dtype of each result. ``differentiable``: the arguments that have a gradient. ``corruptions``:
     every single fault that must be refused. ``terms``: see ``numerics.assert_accurate``; by the name of a result, or
     ``grad_<argument>``. ``definition``: what to judge by, under the reference backend; the function itself if it need
-    not be said. ``bitwise``: of a dtype, whether threads and alignment leave the bits as they are. ``settings``: a
-    context to call it in, such as a smaller block size.
+    not be said. ``bitwise``: of a dtype, whether threads and alignment leave the bits as they are. ``settings``: of
+    the arguments, a context to call it in, such as a smaller block size. ``share``: of the fuzzer's calls.
     """
 
     name: str
@@ -58,7 +58,8 @@ class OperatorCase:
     terms: Callable[[Call], dict[str, Tensor]] = _no_terms
     definition: Callable[..., Any] | None = None
     bitwise: Callable[[torch.dtype], bool] = lambda dtype: True
-    settings: Callable[[Draw], AbstractContextManager[Any]] = lambda draw: nullcontext()
+    share: int = 2
+    settings: Callable[[Draw, dict[str, Any]], AbstractContextManager[Any]] = lambda draw, arguments: nullcontext()
 
     def __repr__(self) -> str:
         return self.name

@@ -25,12 +25,12 @@ def _arguments(draw: Draw) -> dict[str, Any]:
     # A sum of logits near the end of float32 overflows in one order and not in another.
     dtype, kind = tensor_dtype(draw), draws.kinds(draw, draws.GRADIENT_VALUES)
     # Mostly small: the matrix products are PyTorch's. At times enough logits for threads to share, and several chunks.
-    if draw.one_in(64):
+    if draw.one_in(128):
         rows, width, vocab = draw.choice(((130, 24, 700), (3, 8, 9000), (64, 33, 4100)))
     else:
         rows = draw.integer(0, 12) if not draw.one_in(8) else draw.choice((17, 40, 65))
         width = draw.choice((1, 3, 8, 16, 65, 128))
-        vocab = draw.integer(1, 80) if not draw.one_in(4) else draw.choice((127, 128, 333, 513, 1025))
+        vocab = draw.integer(1, 80) if not draw.one_in(8) else draw.choice((127, 128, 333, 513, 1025))
     leading = (rows,) if not draw.one_in(6) else draw.choice(((1, rows), (rows, 1), (2, 1, rows)))
     ignore_index = draw.choice((-100, -100, -100, -1, 0, vocab - 1, 2**40))
     generator = torch.Generator().manual_seed(draw.integer(0, 2**32 - 1))
@@ -181,5 +181,6 @@ LINEAR_CROSS_ENTROPY = OperatorCase(
     _terms,
     _without_ignored_rows,
     lambda dtype: dtype is not torch.float32,  # PyTorch's fp32 matrix products depend on threads and alignment
-    lambda draw: _chunk_width(draw.choice((2048, 7, 64, 512))),
+    1,
+    lambda draw, call: _chunk_width(draw.choice((2048, max(7, call["linear_weight"].shape[0] // draw.integer(2, 5))))),
 )
