@@ -58,7 +58,7 @@ class OperatorCase:
     terms: Callable[[Call], dict[str, Tensor]] = _no_terms
     definition: Callable[..., Any] | None = None
     bitwise: Callable[[torch.dtype], bool] = lambda dtype: True
-    share: int = 2
+    share: int = 4
     settings: Callable[[Draw, dict[str, Any]], AbstractContextManager[Any]] = lambda draw, arguments: nullcontext()
 
     def __repr__(self) -> str:

@@ -109,8 +109,8 @@ def wider(shape: Sequence[int]) -> Sequence[int]:
     return (*shape[:-1], shape[-1] + 1)
 
 
-def narrower(shape: Sequence[int]) -> Sequence[int]:
-    return (*shape[:-1], shape[-1] - 1)
+def doubled(shape: Sequence[int]) -> Sequence[int]:
+    return (*shape[:-1], 2 * shape[-1])
 
 
 def deeper(shape: Sequence[int]) -> Sequence[int]:

@@ -62,7 +62,7 @@ RMS_NORM = OperatorCase(
     (
         *corruptions.float_tensor("hidden_states"),
         corruptions.shape("hidden_states", corruptions.scalar),
-        corruptions.shape("hidden_states", corruptions.wider, corruptions.narrower, blamed="weight"),
+        corruptions.shape("hidden_states", corruptions.wider, corruptions.doubled, blamed="weight"),
         *corruptions.float_tensor("weight"),
         corruptions.shape("weight", corruptions.wider, corruptions.deeper, corruptions.scalar),
         corruptions.device("weight"),
