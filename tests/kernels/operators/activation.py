@@ -11,7 +11,7 @@ from m4ov_kernels import swiglu
 from .. import draws
 from ..draws import Draw
 from . import corruptions
-from .case import OperatorCase
+from .case import Call, OperatorCase
 from .options import NUMERICS, tensor_dtype
 
 
@@ -30,6 +30,20 @@ def _results(gate: Tensor, **_: Any) -> Any:
     return {"activated": (gate.shape, gate.dtype)}
 
 
+def _terms(call: Call) -> dict[str, Tensor]:
+    """Where one element outweighs all others, PyTorch's error in it says nothing: ours may be one float32 rounding (a
+    quarter of what a term may carry) larger by chance. Both are at most 1.9 eps, measured over 10⁶ elements. In the
+    gradient of ``gate`` two terms cancel, near -1.28."""
+    gate, up = call.arguments["gate"].double(), call.arguments["up"].double()
+    sigmoid = gate.sigmoid()
+    terms = {"activated": gate * sigmoid * up / 4}
+    if call.wanted:
+        grad = call.grads["activated"].double() * sigmoid
+        terms["grad_up"] = grad * gate / 4
+        terms["grad_gate"] = grad * up * (1 + (gate * (1 - sigmoid)).abs())
+    return terms
+
+
 SWIGLU = OperatorCase(
     "swiglu",
     swiglu,
@@ -45,4 +59,5 @@ SWIGLU = OperatorCase(
         corruptions.device("up"),
         NUMERICS,
     ),
+    _terms,
 )
