@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from m4ov_kernels.dispatch import KERNEL_DTYPES, OPERATORS, native_extension
+from m4ov_kernels.dispatch import OPERATORS, native_extension
 
 from .draws import Seeded
 from .guarded import guarded
-from .operators import CASES
+from .operators import CASES, OperatorCase
 
 _NAMES = [name for name in sorted(CASES) for _ in range(CASES[name].share)]
 JUDGED = 16  # one call in so many is compared with float64
@@ -56,7 +55,7 @@ def fuzz(seed: int, index: int) -> Outcome:
         while True:  # until the fault is one that this call can have
             try:
                 if case.refuse(arguments, fault, draw):
-                    return Outcome(case.name, _dtype(arguments), isa, "refused")
+                    return Outcome(case.name, _dtype(case, arguments), isa, "refused")
             except Exception as error:
                 raise FuzzError(f"{where}, {fault}: {type(error).__name__}: {error}") from error
             fault = draw.choice(case.corruptions)
@@ -71,11 +70,8 @@ def fuzz(seed: int, index: int) -> Outcome:
     except Exception as error:
         raise FuzzError(f"{where}, {call}: {type(error).__name__}: {error}") from error
     kind = "backward" if call.wanted else "forward"
-    return Outcome(case.name, _dtype(call.arguments), isa, kind, judged, twice)
+    return Outcome(case.name, _dtype(case, call.arguments), isa, kind, judged, twice)
 
 
-def _dtype(arguments: dict[str, object]) -> str:
-    """The dtype that chooses the kernel; those of the reference together."""
-    dtypes = {value.dtype for value in arguments.values() if isinstance(value, Tensor) and value.is_floating_point()}
-    served = len(dtypes) == 1 and dtypes <= set(KERNEL_DTYPES)
-    return str(dtypes.pop()).removeprefix("torch.") if served else "reference"
+def _dtype(case: OperatorCase, arguments: dict[str, Any]) -> str:
+    return str(case.kernel_dtype(arguments) or "reference").removeprefix("torch.")
