@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 # A plain `torch` would bring gigabytes of CUDA; this version also exists as a CPU build.
 TORCH ?= torch==2.13.0
+FUZZ ?= 1000000
 TRANSFORMERS ?= 5.14 5.17 5.23
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help run bench test lint types pytest cuda sanitize smoke test-transformers clean
+.PHONY: help run bench test lint types pytest cuda sanitize fuzz smoke test-transformers clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -37,6 +38,9 @@ cuda: $(VENV)/.dev ## compile every CUDA source with nvcc, where it exists; fail
 
 sanitize: $(VENV)/.dev ## the native tests under AddressSanitizer and UBSan
 	$(BIN)/python tests/sanitize.py
+
+fuzz: $(VENV)/.dev ## FUZZ=1000000 random calls of every operator under the sanitizers, on every instruction set
+	$(BIN)/python tests/fuzz.py --calls $(FUZZ)
 
 smoke: $(VENV)/.dev ## a one-minute quickstart
 	rm -rf runs/smoke
