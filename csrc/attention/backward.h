@@ -106,7 +106,7 @@ static void differentiate(const BackwardScratch<Tile, T>& w, int64_t keys, int64
       V grad[2] = {set1(0.0f), set1(0.0f)};
       for (int64_t i = 0; i < kPair && key + i < keys; ++i) {
         const int64_t at = (key + i) * kBlockLanes + first;
-        const V p = power<T>(fma(load_vector(w.scores + at), factor, back));
+        const V p = power<T>(exponent(load_vector(w.scores + at), factor, back));
         grad[i] = p * (load_vector(w.grad_probabilities + at) - delta);
         put_row(w.probabilities + at, p);
         put_row(w.grad_scores + at, grad[i]);

@@ -24,14 +24,14 @@ static void add_block(const float* scores, int64_t keys, int64_t vectors, float 
     }
     if (key < keys) even = max(load_vector(s + key * kBlockLanes), even);
     const V most = max(even, odd), shift = max(most, floor) * factor, back = set1(0.0f) - shift;
-    const V again = power<T>(fma(old, factor, back));
+    const V again = power<T>(exponent(old, factor, back));
     store_vector(maximum + j * kLanes, most);
     store_vector(rescale + j * kLanes, again);
     V total = load_vector(sum + j * kLanes) * again, other = set1(0.0f);
     auto* p = probabilities + j * kLanes * Tile::kPair;
     for (key = 0; key + 2 <= keys; key += 2) {
-      const V x = power<T>(fma(load_vector(s + key * kBlockLanes), factor, back));
-      const V y = power<T>(fma(load_vector(s + (key + 1) * kBlockLanes), factor, back));
+      const V x = power<T>(exponent(load_vector(s + key * kBlockLanes), factor, back));
+      const V y = power<T>(exponent(load_vector(s + (key + 1) * kBlockLanes), factor, back));
       total = total + x;
       other = other + y;
       if constexpr (Tile::kPair == 2) {
@@ -42,7 +42,7 @@ static void add_block(const float* scores, int64_t keys, int64_t vectors, float 
       }
     }
     if (key < keys) {
-      const V x = power<T>(fma(load_vector(s + key * kBlockLanes), factor, back));
+      const V x = power<T>(exponent(load_vector(s + key * kBlockLanes), factor, back));
       total = total + x;
       put_pairs(p + key * kBlockLanes, x, set1(0.0f));
     }

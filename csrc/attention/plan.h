@@ -187,6 +187,10 @@ M4OV_INLINE V power(V x) {
   }
 }
 
+// score · factor + back, with the product rounded as it was where `back` comes from: fused, the exponent of the largest
+// score would not be 0 but that product's rounding, which of a large score is a large number.
+M4OV_INLINE V exponent(V score, V factor, V back) { return score * factor + back; }
+
 // Scores [keys][kBlockLanes] of keys that a lane does not see become -inf.
 static void hide(float* scores, int64_t first_key, int64_t keys, const Lanes& lanes) {
   for (int64_t key = larger(0, lanes.fewest - first_key); key < keys; ++key) {
