@@ -13,8 +13,8 @@ from m4ov_kernels.attention.bounds import check_bounds
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
-    """See :func:`m4ov_kernels.attention.varlen_attention`. Under ``torch.compile``, to which lengths are not known: with
-    a mask over all pairs of tokens; rows outside all sequences are NaN then."""
+    """See :func:`m4ov_kernels.attention.varlen_attention`. Under ``torch.compile``, to which lengths are unknown:
+    with a mask over all pairs of tokens; rows outside all sequences are NaN then."""
     if torch.compiler.is_compiling():
         return _masked(q, k, v, cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, causal, scale)
     bounds_q = check_bounds("cu_seqlens", cu_seqlens, q.shape[0])

@@ -98,9 +98,9 @@ def _with_dropout(
     grouped = q.shape[1] != k.shape[1]
     outputs = [q[:0]]
     for begin, end in pairwise(cu_seqlens.tolist()):
-        parts = (x[begin:end].transpose(0, 1)[None] for x in (q, k, v))  # [1, H | KV, L, D]
+        query, key, value = (x[begin:end].transpose(0, 1)[None] for x in (q, k, v))  # [1, H | KV, L, D]
         output = F.scaled_dot_product_attention(
-            *parts, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
+            query, key, value, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
         )
         outputs.append(output[0].transpose(0, 1))
     return torch.cat(outputs)

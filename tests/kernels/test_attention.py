@@ -21,7 +21,7 @@ from .numerics import assert_accurate, gradients, leaves, poisoned
 
 NAMES = ("output", "grad_q", "grad_k", "grad_v")
 # Around the blocks of 64 lanes and 128 keys, and past 512 keys, where the backward's gradients of queries are shared.
-lengths = st.lists(st.integers(0, 20) | st.sampled_from([1, 32, 64, 65, 129, 200, 600, 1100]), min_size=1, max_size=4)
+lengths = st.lists(st.integers(0, 20) | st.sampled_from([1, 32, 64, 65, 129, 200, 540]), min_size=1, max_size=3)
 heads = st.sampled_from([(1, 1), (2, 1), (4, 2), (6, 2), (3, 3), (5, 1)])
 dims = st.sampled_from([1, 2, 7, 16, 32, 33, 64, 72, 80, 96, 128, 130])
 
@@ -114,7 +114,7 @@ def assert_close_to_exact(function, tensors, grad, sizes, sizes_k, causal):
     magnitude=st.sampled_from((1.0, 1.0, 1e-4, 8.0)),
     causal=st.booleans(),
 )
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_native_forward_and_gradients(isa, sizes, heads, dim, dtype, layout, magnitude, causal):
     total = sum(sizes)
     tensors = [strategies.tensor((total, many, dim), dtype, layout, magnitude) for many in (heads[0], *heads[1:] * 2)]
