@@ -235,12 +235,12 @@ def test_extreme_values(isa, dtype):
 
 
 def test_gradcheck_of_the_reference():
-    q = torch.randn(7, 4, 3, dtype=torch.float64, requires_grad=True)
-    k, v = (torch.randn(9, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    q = torch.randn(4, 2, 2, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(5, 1, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
     for causal in (True, False):
 
         def function(*tensors, causal=causal):
-            return varlen_attention(*tensors, bounds([4, 0, 3]), cu_seqlens_k=bounds([2, 3, 4]), causal=causal)
+            return varlen_attention(*tensors, bounds([2, 0, 2]), cu_seqlens_k=bounds([1, 1, 3]), causal=causal)
 
         with m4ov_kernels.backend("reference"):
             assert torch.autograd.gradcheck(function, (q, k, v))
