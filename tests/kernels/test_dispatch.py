@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import m4ov_kernels
-from m4ov_kernels import linear_cross_entropy, rms_norm, swiglu
+from m4ov_kernels import linear_cross_entropy, rms_norm, swiglu, varlen_attention
 from m4ov_kernels.dispatch import OPERATORS
 
 
@@ -28,7 +28,18 @@ def head_case(dtype=torch.float32):
     return lambda h, w: linear_cross_entropy(h, w, target), tensors
 
 
-CASES = {"rms_norm": norm_case, "swiglu": swiglu_case, "linear_cross_entropy": head_case}
+def attention_case(dtype=torch.float32):
+    tensors = [torch.randn(11, heads, 24, dtype=dtype) for heads in (4, 2, 2)]
+    bounds = torch.tensor([0, 4, 4, 11])
+    return lambda q, k, v: varlen_attention(q, k, v, bounds, causal=True), tensors
+
+
+CASES = {
+    "rms_norm": norm_case,
+    "swiglu": swiglu_case,
+    "linear_cross_entropy": head_case,
+    "varlen_attention": attention_case,
+}
 
 
 @pytest.fixture(params=sorted(OPERATORS))
@@ -73,7 +84,29 @@ def test_activation_checkpointing(case):
     assert_same(saved, value_and_grads(function, tensors))
 
 
+QKV = (torch.randn(6, 4, 8), torch.randn(6, 2, 8), torch.randn(6, 2, 8))
+DECODE = (torch.randn(3, 2, 8).bfloat16(), *torch.randn(2, 6, 1, 8).bfloat16())
+BOUNDS = (torch.tensor([0, 1, 3]), torch.tensor([0, 4, 6], dtype=torch.int32))
 RAW_SAMPLES = {
+    "varlen_attention_fwd": [
+        (*QKV, torch.tensor([0, 2, 6]), None, 4, 4, True, 0.5),
+        (*DECODE, *BOUNDS, 2, 4, False, 0.5),
+    ],
+    "varlen_attention_bwd": [
+        (
+            torch.randn(6, 4, 8),
+            *QKV,
+            torch.randn(6, 4, 8),
+            torch.rand(4, 6),
+            torch.tensor([0, 6]),
+            None,
+            6,
+            6,
+            True,
+            1.0,
+        ),
+        (DECODE[0], *DECODE, DECODE[0], torch.rand(2, 3), *BOUNDS, 2, 4, False, 0.5),
+    ],
     "rms_norm_fwd": [
         (torch.randn(3, 8), torch.randn(8), None, 1e-6, "hf"),
         (torch.randn(2, 3, 8).bfloat16(), torch.randn(8).bfloat16(), torch.randn(2, 3, 8).bfloat16(), 1e-6, "fp32"),
@@ -157,7 +190,10 @@ def test_float64_and_other_devices_are_served_by_the_reference(case):
 
 
 def test_an_override_is_checked_nested_and_per_thread():
-    with pytest.raises(ValueError, match="one of native, triton, reference; got 'cuda'"), m4ov_kernels.backend("cuda"):
+    with (
+        pytest.raises(ValueError, match="one of native, triton, library, reference; got 'cuda'"),
+        m4ov_kernels.backend("cuda"),
+    ):
         pass
     chosen = []
     operator = next(iter(OPERATORS.values()))
