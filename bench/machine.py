@@ -27,7 +27,7 @@ def describe(allocator: str = "") -> Machine:
         threads=torch.get_num_threads(),
         isa=extension.isa() if extension is not None else f"none: {reason}",
         system=platform.platform(),
-        versions={"python": platform.pythonversion()} | {n: version(n) for n in ("m4ov", "torch", "transformers")},
+        versions={"python": platform.python_version()} | {n: version(n) for n in ("m4ov", "torch", "transformers")},
         allocator=allocator or _allocator(),
         commit=_commit(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
