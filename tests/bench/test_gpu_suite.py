@@ -20,7 +20,7 @@ from m4ov_bench.gpu import install, operators, results, runner, stages
 from m4ov_bench.gpu.example import Example, Maker, operator_named, poisoned_memory, recorded
 from m4ov_bench.gpu.machine import run as machine_stage
 from m4ov_bench.gpu.part import FAILED, NOT_RUN, PASSED, NotRun, Part
-from m4ov_bench.gpu.properties import _same_bits_twice
+from m4ov_bench.gpu.properties import _no_host_synchronisation, _same_bits_twice
 from m4ov_kernels import dispatch
 
 ROOT = Path(__file__).parents[2]
@@ -196,6 +196,23 @@ def test_other_bits_in_the_second_run_are_red(tmp_path):
     _same_bits_twice(part, doubling(lambda x: 2 * x + 1e-6 * torch.rand_like(x)), {})
     _same_bits_twice(part, doubling(lambda x: x * float("nan")), {})  # the same NaNs
     assert [check["status"] for check in part.data["checks"]] == [PASSED, FAILED, PASSED]
+
+
+@pytest.mark.parametrize(
+    "reading",
+    [
+        lambda x: 2 * x + 0 * x.sum().item(),
+        lambda x: 2 * x if bool((x > -9).all()) else 3 * x,
+        lambda x: 2 * x + 0 * x[x > 0].sum(),
+    ],
+)
+def test_a_host_that_reads_values_is_red_even_in_a_dry_run(reading, tmp_path):
+    part = Part(tmp_path / "part.json")
+    for function in (lambda x: 2 * x, reading):
+        _no_host_synchronisation(part, torch.device("cpu"), doubling(function), {"backend": "triton"})
+    assert [check["status"] for check in part.data["checks"]] == [NOT_RUN, FAILED]
+    assert part.data["checks"][0]["problem"] == "no CUDA device"
+    assert "host wait" in part.data["checks"][1]["problem"]
 
 
 def test_every_example_can_be_made_and_recorded():
