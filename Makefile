@@ -55,7 +55,7 @@ smoke: $(VENV)/.dev ## a one-minute quickstart
 	$(BIN)/m4ov run quickstart run.folder=runs/smoke train.steps=40 evaluate.limit=256 compare.steps=4 operators=false
 
 gpu: ## on a CUDA machine, without a network: build, check, measure; writes RESULTS (bench/results)
-	$(call gpu_suite,$(PYTHON),gpu,--results $(RESULTS) --minutes $(MINUTES))
+	$(call gpu_suite,$(PYTHON),gpu,--results $(RESULTS) --minutes $(MINUTES) $(if $(COMMIT),--commit $(COMMIT)))
 
 gpu-dry: $(VENV)/.dev ## the same script on the CPU, interpreted, tiny shapes: proves the script, measures nothing
 	$(call gpu_suite,$(BIN)/python,gpu-dry,--results runs/gpu-dry --minutes 5 --dry-run)

@@ -50,8 +50,14 @@ def _checked_backend(name: str | None, source: str) -> str | None:
     return name
 
 
+_DEFAULT_BACKEND = _checked_backend(os.environ.get("M4OV_BACKEND") or None, "M4OV_BACKEND")
+
+
 class _ThreadState(threading.local):  # torch.compile can trace and guard this; a ContextVar breaks the graph
-    override: str | None = _checked_backend(os.environ.get("M4OV_BACKEND") or None, "M4OV_BACKEND")
+    override: str | None
+
+    def __init__(self) -> None:  # in each thread; Dynamo's guards do not see a default that the class holds
+        self.override = _DEFAULT_BACKEND
 
 
 _thread = _ThreadState()
@@ -161,8 +167,15 @@ class Operator:
         try:
             return self._table[key]
         except KeyError:
+            if is_compiling():  # the registered op chooses again when it runs
+                return _REGISTERED if self._has_kernel(*key) else None
             self._table[key] = found = self._resolve(*key)
             return found
+
+    # Dynamo cannot trace the imports behind the choice.
+    @torch.compiler.assume_constant_result
+    def _has_kernel(self, device: torch.device, dtype: torch.dtype | None, override: str | None) -> bool:
+        return self._resolve(device, dtype, override) is not None
 
     def _resolve(self, device: torch.device, dtype: torch.dtype | None, override: str | None) -> Implementation | None:
         for name in (override,) if override else _ORDER.get(device.type, ("reference",)):
@@ -225,6 +238,13 @@ class Operator:
 
 
 OPERATORS: dict[str, Operator] = {}
+
+
+def _never_called(*_: Any, **__: Any) -> Any:
+    raise AssertionError("while compiling, operators are called through torch.library")
+
+
+_REGISTERED = Implementation("registered", _never_called, _never_called)
 
 
 class _Differentiable(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -76,6 +78,32 @@ def test_compiled_under_each_backend(case):
         reference = value_and_grads(compiled, tensors)
     for a, b in zip(native, reference, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_compiled_before_any_other_call_and_then_under_another_backend():
+    """In a process of its own: nothing has been chosen yet, so that the choice itself is traced."""
+    code = """
+import threading, torch, m4ov_kernels
+from m4ov_kernels import swiglu
+gate, up = (torch.randn(4, 8, requires_grad=True) for _ in range(2))
+compiled = torch.compile(swiglu, fullgraph=True, backend="aot_eager")
+
+def check():
+    for name in (None, "reference", None):
+        with m4ov_kernels.backend(name):
+            torch.testing.assert_close(compiled(gate, up), swiglu(gate, up))
+            compiled(gate, up).sum().backward()
+    done.append(True)
+
+done = []
+compiled(gate, up)
+thread = threading.Thread(target=check)
+thread.start()
+thread.join()
+check()
+assert len(done) == 2
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_activation_checkpointing(case):
