@@ -120,8 +120,14 @@ def _check(
         expected = f"{list(cu_seqlens.shape)}, as cu_seqlens"
         checks.refuse(ValueError, _OP, "cu_seqlens_k", expected, list(cu_seqlens_k.shape))
     for name, maximum in (("max_seqlen", max_seqlen), ("max_seqlen_k", max_seqlen_k)):
-        if maximum is not None and maximum < 0:
+        if maximum is None:
+            continue
+        if isinstance(maximum, bool) or not isinstance(maximum, (int, torch.SymInt)):
+            checks.refuse(TypeError, _OP, name, "an int or None", checks.describe(maximum))
+        if maximum < 0:
             checks.refuse(ValueError, _OP, name, "0 or greater, or None", repr(maximum))
+    if scale is not None and type(scale) is not float:
+        checks.number(_OP, "scale", scale)
     if scale is not None and not 0 < scale < math.inf:
         checks.refuse(ValueError, _OP, "scale", "a number greater than 0, or None", repr(scale))
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NoReturn
 
 from torch import Tensor
-
-from m4ov_kernels import checks
 
 OPERATOR = "varlen_attention"
 
@@ -16,11 +15,14 @@ def check_bounds(argument: str, cu_seqlens: Tensor, tokens: int) -> list[int]:
     ``tokens``. Waits for the device if they are on one."""
     bounds: list[int] = cu_seqlens.tolist()
     if bounds[0] != 0:
-        checks.refuse(ValueError, OPERATOR, f"{argument}[0]", "0", bounds[0])
-    if bounds[-1] != tokens:
-        checks.refuse(ValueError, OPERATOR, f"{argument}[-1]", f"{tokens}, the number of tokens", bounds[-1])
+        _refuse(argument, 0, bounds, "0")
     if sorted(bounds) != bounds:
         position = next(i for i, (start, end) in enumerate(pairwise(bounds), 1) if end < start)
-        expected = f"{bounds[position - 1]} or greater, as the bounds before it"
-        checks.refuse(ValueError, OPERATOR, f"{argument}[{position}]", expected, bounds[position])
+        _refuse(argument, position, bounds, f"{bounds[position - 1]} or greater, as the bounds before it")
+    if bounds[-1] != tokens:
+        _refuse(argument, len(bounds) - 1, bounds, f"{tokens}, the number of tokens")
     return bounds
+
+
+def _refuse(argument: str, position: int, bounds: list[int], expected: str) -> NoReturn:
+    raise ValueError(f"{OPERATOR}: {argument}[{position}] is {bounds[position]}: expected {expected}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from m4ov_kernels.attention.bounds import check_bounds
 
 from . import strategies
 from .numerics import assert_accurate, gradients, leaves, poisoned
+from .operators.attention import sums_of_absolutes
 
 NAMES = ("output", "grad_q", "grad_k", "grad_v")
 # Around the blocks of 64 lanes and 128 keys, and past 512 keys, where the backward's gradients of queries are shared.
@@ -63,25 +65,8 @@ def spelled_out(q: Tensor, k: Tensor, v: Tensor, sizes: list[int], sizes_k: list
     return torch.cat([q[:0], *outputs])
 
 
-def terms(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, sizes: list[int], sizes_k: list[int], causal: bool):
-    """What output and gradients are sums and differences of: the same sums over absolute values."""
-    results: list[list[Tensor]] = [[x.double()[:0]] for x in (q, q, k, k)]
-    group, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
-    parts = (x.double() for x in (q, grad))
-    for rows, g, keys, values in zip(
-        *(x.split(sizes) for x in parts), *(x.double().split(sizes_k) for x in (k, v)), strict=True
-    ):
-        rows, g = rows.transpose(0, 1), g.transpose(0, 1)
-        keys, values = (x.transpose(0, 1).repeat_interleave(group, dim=0) for x in (keys, values))
-        visible = torch.ones(rows.shape[1], keys.shape[1], dtype=torch.bool)
-        visible = visible.tril(keys.shape[1] - rows.shape[1]) if causal else visible
-        p = (rows @ keys.mT * scale).masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0.0)
-        a = g.abs() @ values.abs().mT
-        a = p * (a + (p * a).sum(-1, keepdim=True)) * scale
-        shared = [x.unflatten(0, (-1, group)).sum(1) for x in (a.mT @ rows.abs(), p.mT @ g.abs())]
-        for result, term in zip(results, [p @ values.abs(), a @ keys.abs(), *shared], strict=True):
-            result.append(term.transpose(0, 1))
-    return [torch.cat(result) for result in results]
+def terms(*arguments: Any) -> list[Tensor]:
+    return sums_of_absolutes(*arguments, arguments[0].shape[2] ** -0.5)
 
 
 def run(function, dtype: torch.dtype, tensors: list[Tensor], grad: Tensor) -> list[Tensor]:
@@ -300,11 +285,11 @@ GOOD = {"q": torch.ones(6, 4, 8), "k": torch.ones(6, 2, 8), "v": torch.ones(6, 2
         ({"cu_seqlens": torch.tensor([0.0, 6.0])}, TypeError, "cu_seqlens must be an int32 or int64 tensor"),
         ({"cu_seqlens": torch.tensor([[0, 6]])}, ValueError, r"cu_seqlens must be \[N \+ 1\]"),
         ({"cu_seqlens": torch.tensor([], dtype=torch.int64)}, ValueError, r"cu_seqlens must be \[N \+ 1\]"),
-        ({"cu_seqlens": torch.tensor([1, 6])}, ValueError, r"cu_seqlens\[0\] must be 0; got 1"),
-        ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, r"cu_seqlens\[-1\] must be 6, the number of tokens; got 5"),
-        ({"cu_seqlens": torch.tensor([0, 4, 2, 6])}, ValueError, r"cu_seqlens\[2\] must be 4 or greater.*; got 2"),
+        ({"cu_seqlens": torch.tensor([1, 6])}, ValueError, r"cu_seqlens\[0\] is 1: expected 0"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, r"cu_seqlens\[1\] is 5: expected 6, the number of tokens"),
+        ({"cu_seqlens": torch.tensor([0, 4, 2, 6])}, ValueError, r"cu_seqlens\[2\] is 2: expected 4 or greater"),
         ({"cu_seqlens_k": torch.tensor([0, 6])}, ValueError, r"cu_seqlens_k must be \[3\], as cu_seqlens; got \[2\]"),
-        ({"cu_seqlens_k": torch.tensor([0, 7, 6])}, ValueError, r"cu_seqlens_k\[2\] must be 7 or greater"),
+        ({"cu_seqlens_k": torch.tensor([0, 7, 6])}, ValueError, r"cu_seqlens_k\[2\] is 6: expected 7 or greater"),
         ({"max_seqlen": -1}, ValueError, "max_seqlen must be 0 or greater, or None; got -1"),
         ({"scale": 0.0}, ValueError, "scale must be a number greater than 0, or None; got 0.0"),
         ({"scale": float("nan")}, ValueError, "scale must be a number greater than 0"),

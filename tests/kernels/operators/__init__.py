@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
-from . import activation, head, norm
+from . import activation, attention, head, norm
 from .case import Call, OperatorCase
 from .corruptions import Corruption
 
 __all__ = ["CASES", "Call", "Corruption", "OperatorCase"]
 
-CASES = {case.name: case for case in (norm.RMS_NORM, activation.SWIGLU, head.LINEAR_CROSS_ENTROPY)}
+CASES = {
+    case.name: case
+    for case in (norm.RMS_NORM, activation.SWIGLU, head.LINEAR_CROSS_ENTROPY, attention.VARLEN_ATTENTION)
+}

@@ -48,6 +48,7 @@ class OperatorCase:
     ``grad_<argument>``. ``definition``: what to judge by, under the reference backend; the function itself if it need
     not be said. ``bitwise``: of a dtype, whether threads and alignment leave the bits as they are. ``settings``: of
     the arguments, a context to call it in, such as a smaller block size. ``share``: of the fuzzer's calls.
+    ``gradient_values``: kinds of values (``draws.VALUES``) of the gradients that are handed in.
     """
 
     name: str
@@ -61,6 +62,7 @@ class OperatorCase:
     bitwise: Callable[[torch.dtype], bool] = lambda dtype: True
     share: int = 4
     settings: Callable[[Draw, dict[str, Any]], AbstractContextManager[Any]] = lambda draw, arguments: nullcontext()
+    gradient_values: Sequence[str] = draws.GRADIENT_VALUES
 
     def __repr__(self) -> str:
         return self.name
@@ -81,7 +83,7 @@ class OperatorCase:
             used.remove(draw.choice(used))
         grads = {}
         if wanted:
-            kind = draws.kinds(draw, draws.GRADIENT_VALUES)
+            kind = draws.kinds(draw, self.gradient_values)
             grads = {name: draws.tensor(draw, *results[name], kind()) for name in used}
         return Call(arguments, grads, wanted)
 
