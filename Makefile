@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # A plain `torch` would bring gigabytes of CUDA; this version also exists as a CPU build.
 TORCH ?= torch==2.13.0
+FUZZ ?= 1000000
 TRANSFORMERS ?= 5.14 5.17 5.23
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
@@ -16,7 +17,7 @@ define gpu_suite
 	PYTHONPATH=$(CURDIR)/build/$(2)/site $(1) -m m4ov_bench.gpu --work build/$(2)/work --build build/$(2)/build.json $(3)
 endef
 
-.PHONY: help run bench test lint types pytest kernels sanitize smoke gpu gpu-dry test-transformers clean
+.PHONY: help run bench test lint types pytest kernels sanitize fuzz smoke gpu gpu-dry test-transformers clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -46,12 +47,15 @@ kernels: $(VENV)/.dev ## compile every GPU kernel for every target, without a GP
 sanitize: $(VENV)/.dev ## the native tests under AddressSanitizer and UBSan
 	$(BIN)/python tests/sanitize.py
 
+fuzz: $(VENV)/.dev ## FUZZ=1000000 random calls of every operator under the sanitizers, on every instruction set
+	$(BIN)/python tests/fuzz.py --calls $(FUZZ)
+
 smoke: $(VENV)/.dev ## a one-minute quickstart
 	rm -rf runs/smoke
 	$(BIN)/m4ov run quickstart run.folder=runs/smoke train.steps=40 evaluate.limit=256 compare.steps=4 operators=false
 
 gpu: ## on a CUDA machine, without a network: build, check, measure; writes RESULTS (bench/results)
-	$(call gpu_suite,$(PYTHON),gpu,--results $(RESULTS) --minutes $(MINUTES))
+	$(call gpu_suite,$(PYTHON),gpu,--results $(RESULTS) --minutes $(MINUTES) $(if $(COMMIT),--commit $(COMMIT)))
 
 gpu-dry: $(VENV)/.dev ## the same script on the CPU, interpreted, tiny shapes: proves the script, measures nothing
 	$(call gpu_suite,$(BIN)/python,gpu-dry,--results runs/gpu-dry --minutes 5 --dry-run)

@@ -61,6 +61,39 @@ class HeadCase:
         return f"M {self.rows}, D {self.width}, V {self.vocabulary} {_dtype_name(self.dtype)}{share}{kept}"
 
 
+@dataclass(frozen=True)
+class AttentionCase:
+    """``sizes``: the lengths of the sequences; ``dim``: of a head."""
+
+    name: str
+    sizes: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    dim: int
+    causal: bool
+    dtype: torch.dtype = torch.bfloat16
+    quick: bool = False
+    compiled: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a key that it sees, over all heads."""
+        return self.heads * sum(n * (n + 1) // 2 if self.causal else n * n for n in self.sizes)
+
+    def __str__(self) -> str:
+        lengths = (
+            f"{len(self.sizes)} x {self.sizes[0]}"
+            if len(set(self.sizes)) == 1
+            else (f"{len(self.sizes)} of {min(self.sizes)}-{max(self.sizes)}")
+        )
+        heads = f"{self.heads}/{self.kv_heads} heads of {self.dim}"
+        return f"{self.name}: {lengths}, {heads}, {'causal' if self.causal else 'full'}, {_dtype_name(self.dtype)}"
+
+
 NORM = (
     NormCase(4096, 4096, quick=True, compiled=True),
     NormCase(4096, 4096, residual=True),
@@ -71,6 +104,14 @@ ACTIVATION = (
     GatedCase(4096, 4096, quick=True, compiled=True),
     GatedCase(4096, 4096, dtype=torch.float32),
     GatedCase(1024, 1536),
+)
+ATTENTION = (  # the first two are those of the training step
+    AttentionCase("text", (1024,), 4, 2, 128, causal=True, quick=True, compiled=True),
+    AttentionCase("images", (1024, 1024), 4, 4, 64, causal=False),
+    AttentionCase("short", (4, 64, 16, 7, 33, 60, 50, 12) * 4, 4, 2, 128, causal=True, quick=True, compiled=True),
+    AttentionCase("tiny", (5, 64, 16, 7, 33, 60, 50, 21) * 4, 4, 2, 32, causal=True),
+    AttentionCase("tower", (576,) * 4, 16, 16, 72, causal=False),
+    AttentionCase("text", (1024,), 4, 2, 128, causal=True, dtype=torch.float32),
 )
 HEAD = (
     HeadCase(1024, 1024, 32000, compiled=True, memory=True),
@@ -95,9 +136,15 @@ GPU_HEAD = (
     HeadCase(8192, 2048, 151936, labelled=0.25, memory=True),
     HeadCase(4096, 4096, 151936, memory=True),
 )
+GPU_ATTENTION = (
+    AttentionCase("text", (8192,), 16, 8, 128, causal=True, compiled=False),
+    AttentionCase("packed text", (1024,) * 8, 16, 8, 128, causal=True),
+    AttentionCase("vision", (4096,) * 4, 16, 16, 64, causal=False),
+)
 # The same code where kernels are interpreted; float32, for interpreted bfloat16 stores truncate.
 TINY_NORM = (NormCase(4, 64, dtype=torch.float32), NormCase(3, 32, dtype=torch.float32, residual=True))
 TINY_ACTIVATION = (GatedCase(4, 48, dtype=torch.float32, compiled=True),)
+TINY_ATTENTION = (AttentionCase("tiny", (5, 3), 2, 1, 8, causal=True, dtype=torch.float32),)
 TINY_HEAD = (HeadCase(8, 16, 96, dtype=torch.float32, labelled=0.5, memory=True),)
 
 

@@ -119,9 +119,10 @@ def test_a_family_has_one_name_everywhere():
     for family in families:
         for place in (
             f"m4ov_kernels/{family}/native.py",
-            f"m4ov_kernels/{family}/triton.py",
             f"csrc/{family}",
             f"bench/{family}.py",
             f"tests/kernels/test_{family}.py",
         ):
             assert (ROOT / place).exists(), f"family {family!r} has no {place}"
+        on_gpu = [ROOT / f"m4ov_kernels/{family}/{module}.py" for module in ("triton", "library")]
+        assert any(path.exists() for path in on_gpu), f"family {family!r} has nothing for a GPU"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -72,7 +73,7 @@ def main() -> int:
 
 def _commit(source: Path, given: str) -> dict[str, Any]:
     """The commit of the checkout, and whether it differs from it; ``given`` where there is no repository."""
-    if not (source / ".git").exists():
+    if not (source / ".git").exists() or shutil.which("git") is None:
         return {"commit": given, "dirty": False}
     answers = []
     for command in (["rev-parse", "HEAD"], ["status", "--porcelain"]):

@@ -16,9 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from m4ov_bench.gpu.part import NO_DEVICE, NotRun
 
+_aten = torch.ops.aten
+_READING = {_aten._local_scalar_dense, _aten.nonzero, _aten.masked_select, _aten.equal, _aten.is_nonzero}
+_READING |= {_aten.unique_consecutive, _aten._unique2, _aten.bincount}
+_INDEXING = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_}
 _SLEEP_CYCLES = 2_000_000_000  # per second, at most: what torch.cuda._sleep counts
 
 
@@ -38,6 +43,23 @@ def host_synchronisation_raises(device: torch.device) -> Iterator[None]:
     """Inside, an operation of PyTorch that makes the host wait for the device raises ``RuntimeError``."""
     with _sync_debug_mode(device, "error"):
         yield
+
+
+class _NoReads(TorchDispatchMode):
+    """Raises where the host reads a tensor's values, which on a device would make it wait."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masks = func.overloadpacket in _INDEXING and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if masks or func.overloadpacket in _READING:
+            raise RuntimeError(f"{func} would make the host wait for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def reading_values_raises() -> TorchDispatchMode:
+    """A context for the CPU, where nothing synchronises: the same rule, as far as PyTorch's operators show it."""
+    return _NoReads()
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def poisoned_memory() -> Iterator[None]:
 def backends(operator: Operator, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """The kernels that serve tensors here, and why those that do not run here do not (empty: they run)."""
     found = {}
-    for name in ("triton", "native"):
+    for name in operator.backends:
         if name == "native" and device.type not in operator.native_devices:
             continue
         reason = operator.unavailable(name, device.type, dtype) or ""

@@ -4,6 +4,7 @@ registration that ``opcheck`` accepts, and ``torch.compile`` of the whole graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -52,7 +53,9 @@ def _same_bits_twice(part: Part, example: Example, about: dict[str, str]) -> Non
 def _no_host_synchronisation(part: Part, device: torch.device, example: Example, about: dict[str, str]) -> None:
     with part.check("no host synchronisation", **about):
         example.run()
-        with chip.host_synchronisation_raises(device):
+        # Interpreted Triton is called by the same host code as on a GPU; compiled C++ may read what the host has.
+        dry = chip.reading_values_raises() if about["backend"] == "triton" and device.type == "cpu" else nullcontext()
+        with chip.host_synchronisation_raises(device), dry:
             example.run()
         chip.require(device)
 

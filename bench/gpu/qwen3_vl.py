@@ -13,8 +13,9 @@ from m4ov_bench import cases
 
 @dataclass(frozen=True)
 class Size:
-    """A model and a batch of ``samples`` packed into one row: each an image, then ``words`` words. The last four words
-    of the vocabulary are marks. ``image``: patches a side, a multiple of 2."""
+    """A model and a batch of ``samples`` packed into one row: each an image, then words, ``words`` of them on average,
+    from half to one and a half times that. The last four words of the vocabulary are marks. ``image``: patches a side,
+    a multiple of 2."""
 
     title: str
     hidden: int
@@ -36,8 +37,14 @@ class Size:
     labelled: float = 0.25
 
     @property
+    def words_of_samples(self) -> list[int]:
+        if self.samples == 1:
+            return [self.words]
+        return [self.words // 2 + self.words * index // (self.samples - 1) for index in range(self.samples)]
+
+    @property
     def tokens(self) -> int:
-        return self.samples * (self.image**2 // 4 + 2 + self.words)
+        return self.samples * (self.image**2 // 4 + 2) + sum(self.words_of_samples)
 
 
 QWEN3_VL_2B = Size("Qwen3-VL 2B", 2048, 28, 6144, 16, 8, 128, 151936, 24, 1024, 16, 4096, 16, (5, 11, 17), 8, 32, 766)
@@ -91,15 +98,15 @@ def batch(owner: Any, size: Size, device: torch.device, samples: int | None = No
     grid = torch.tensor([[1, size.image, size.image]])
     opening = torch.tensor([start, *[image_token] * (size.image**2 // 4), end])
     ids, positions, labels = [], [], []
-    for _ in range(size.samples):
-        words = torch.randint(size.vocabulary - 4, (size.words,))
+    for count in size.words_of_samples:
+        words = torch.randint(size.vocabulary - 4, (count,))
         sample = torch.cat([opening, words])[None]
         kinds = (sample == image_token).int()
         mrope, _ = owner.model.get_rope_index(sample, mm_token_type_ids=kinds, image_grid_thw=grid)
         ids.append(sample)
         positions.append(torch.cat([torch.arange(sample.shape[1])[None, None], mrope]))
-        share = min(1.0, size.labelled * sample.shape[1] / size.words)
-        target = cases.targets(cases.HeadCase(size.words, 1, size.vocabulary - 4, labelled=share))
+        share = min(1.0, size.labelled * sample.shape[1] / count)
+        target = cases.targets(cases.HeadCase(count, 1, size.vocabulary - 4, labelled=share))
         labels.append(torch.cat([torch.full_like(opening, -100), torch.where(target < 0, target, words)])[None])
     patches = size.samples * size.image**2
     made = {

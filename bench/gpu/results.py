@@ -32,6 +32,7 @@ def assembled(outcomes: Sequence[Outcome], about: dict[str, Any]) -> dict[str, A
                 "seconds": round(outcome.seconds, 1),
                 "limit": outcome.stage.limit,
                 "problem": outcome.problem,
+                "log": outcome.log,
                 "checks": dict(Counter(check["status"] for check in outcome.part["checks"])),
             }
             for outcome in outcomes

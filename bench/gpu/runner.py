@@ -36,6 +36,7 @@ class Outcome:
     status: str
     seconds: float = 0.0
     problem: str = ""
+    log: str = ""  # the end of its output, if it did not end well
     data: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -134,8 +135,10 @@ def _start(stage: Stage, limit: float, settings: Settings) -> _Running:
         old.unlink(missing_ok=True)
     command = [*settings.interpreter, stage.module, "--operator", stage.operator, "--part", str(part)]
     command += ["--source", str(settings.source), "--device", settings.device, "--seed", str(settings.seed)]
-    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # the same bits from cuBLAS in every run
+    environment = dict(os.environ)
     environment.pop("M4OV_BACKEND", None)  # the stages choose
+    if stage.module in ("numerics", "properties"):
+        environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic mode asks for it
     if settings.dry:
         command.append("--tiny")
         # One thread each: stages run side by side, and waiting threads would spin.
@@ -168,15 +171,16 @@ def _end(one: _Running, late: bool) -> Outcome:
     checks = data.get("checks", [])
     red = [check for check in checks if check["status"] == FAILED]
     if late:
-        return Outcome(one.stage, CUT_OFF, seconds, f"after {seconds:.0f} s", data)
+        return Outcome(one.stage, CUT_OFF, seconds, f"after {seconds:.0f} s", tail, data)
     if code != 0 or not data.get("complete"):
-        return Outcome(one.stage, CRASHED, seconds, f"exit status {code}: {tail}", data)
+        last = (tail.strip().splitlines() or ["it printed nothing"])[-1]
+        return Outcome(one.stage, CRASHED, seconds, f"exit status {code}: {last}", tail, data)
     if red:
-        return Outcome(one.stage, FAILED, seconds, f"{len(red)} red, first: {red[0]['problem']}", data)
+        return Outcome(one.stage, FAILED, seconds, f"{len(red)} red, first: {red[0]['problem']}", tail, data)
     judged = [check for check in checks if check["status"] == PASSED]
     if checks and not judged:
-        return Outcome(one.stage, NOT_RUN, seconds, checks[0]["problem"], data)
-    return Outcome(one.stage, PASSED, seconds, "", data)
+        return Outcome(one.stage, NOT_RUN, seconds, checks[0]["problem"], data=data)
+    return Outcome(one.stage, PASSED, seconds, data=data)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Stage: the project's own tests of the Triton kernels (random shapes, small blocks), where pytest is installed."""
+"""Stage: the project's own tests of the Triton kernels (random shapes, small blocks), if there is a pytest."""
 
 from __future__ import annotations
 

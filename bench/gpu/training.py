@@ -30,6 +30,9 @@ _ADAMW_BYTES = 8 * 2  # per parameter in bf16: weight, gradient, two moments, an
 def run(context: Context) -> None:
     part, device = context.part, context.device
     size = qwen3_vl.TINY if context.tiny else qwen3_vl.QWEN3_VL_2B
+    if not _agrees(part, size, device):
+        return
+    gc.collect()
     model: Any = qwen3_vl.build(size, device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     part.facts(model=size.title, parameters=parameters, tokens=size.tokens, samples=size.samples)
@@ -44,15 +47,11 @@ def run(context: Context) -> None:
         _no_host_synchronisation(model, data, device)
     with part.check("host synchronisations of a step counted", model=size.title) as found:
         found |= _synchronisations(model, data, device)
-    if importlib.util.find_spec("liger_kernel") is None:
-        part.row(**_row(size, LIGER, green=True, absent="liger_kernel is not installed"))
-    else:
-        with part.check("training step of Liger's patch measured", model=size.title):
-            _measure_liger(part, context, size, model, data, optimizer)
-    optimizer.state.clear()
-    optimizer.zero_grad()
-    del model, optimizer, data
-    gc.collect()
+    _measure_liger(part, context, size, model, data, optimizer)
+
+
+def _agrees(part: Part, size: qwen3_vl.Size, device: torch.device) -> bool:
+    """The gate before any speed."""
     with part.check("loss and gradients against float64", model=size.title) as found:
         plain = qwen3_vl.build(size, device)
         few = {**qwen3_vl.batch(plain, size, device, samples=1), "use_cache": False}
@@ -62,6 +61,8 @@ def run(context: Context) -> None:
         found["error"] = round(max(gate.errors.values()), 4)
         if not gate.green:
             raise AssertionError(gate.problem)
+        return True
+    return False
 
 
 def _optimizer(model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
@@ -121,13 +122,26 @@ def _rounds(context: Context) -> int:
 def _measure_liger(
     part: Part, context: Context, size: qwen3_vl.Size, model: Any, data: dict[str, Any], optimizer: Any
 ) -> None:
-    """Last on this model: Liger's patch cannot be taken off."""
-    from liger_kernel.transformers import apply_liger_kernel_to_qwen3_vl
+    """Last: Liger's patch cannot be taken off, and changes transformers' classes for every model to come. If it is not
+    there or fails, the row says so."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        part.row(**_row(size, LIGER, green=True, absent="liger_kernel is not installed"))
+        return
 
-    apply_liger_kernel_to_qwen3_vl(model=model, swiglu=True)
-    memory = chip.peak_mib(context.device, lambda: _step(model, data, optimizer))
-    taken = [chip.seconds_of(context.device, lambda: _step(model, data, optimizer)) for _ in range(_rounds(context))]
-    seconds = statistics.median(taken)
+    def call() -> None:
+        _step(model, data, optimizer)
+
+    try:
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen3_vl
+
+        apply_liger_kernel_to_qwen3_vl(model=model, swiglu=True)
+        call()
+        memory = chip.peak_mib(context.device, call)
+        seconds = statistics.median(chip.seconds_of(context.device, call) for _ in range(_rounds(context)))
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        part.row(**_row(size, LIGER, green=True, absent=f"fails: {type(error).__name__}: {reason}"))
+        return
     rate = size.tokens / seconds
     part.row(**_row(size, LIGER, green=True, seconds=seconds, tokens_per_second=rate, peak_mib=memory))
 

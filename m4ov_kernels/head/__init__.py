@@ -104,7 +104,7 @@ def linear_cross_entropy(
     if num_items_in_batch is None:
         return total / (flat_target != ignore_index).sum()
     if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(total.device)
+        num_items_in_batch = num_items_in_batch.to(total.device).reshape(())
     return total / num_items_in_batch
 
 
@@ -120,8 +120,8 @@ def _check(
 ) -> None:
     checks.float_tensor(_OP, "input", input)
     checks.float_tensor(_OP, "linear_weight", linear_weight)
-    if not isinstance(target, Tensor) or target.dtype is not torch.int64:
-        checks.refuse(TypeError, _OP, "target", "an int64 tensor of class indices", checks.describe(target))
+    if not isinstance(target, Tensor) or target.dtype is not torch.int64 or target.layout is not torch.strided:
+        checks.refuse(TypeError, _OP, "target", "a dense int64 tensor of class indices", _kind(target))
     if not input.shape or input.shape[-1] == 0:
         checks.refuse(ValueError, _OP, "input", "[..., D] with D at least 1", list(input.shape))
     if linear_weight.ndim != 2 or linear_weight.shape[1] != input.shape[-1] or linear_weight.shape[0] == 0:
@@ -140,9 +140,17 @@ def _check(
         checks.refuse(ValueError, _OP, "weight", "None (class weights are not supported yet)", checks.describe(weight))
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         checks.refuse(TypeError, _OP, "ignore_index", "an int", checks.describe(ignore_index))
+    if not -(2**63) <= ignore_index < 2**63:
+        checks.refuse(ValueError, _OP, "ignore_index", "an int of 64 bits", repr(ignore_index))
     checks.one_of(_OP, "reduction", reduction, ("mean", "sum", "none"))
+    checks.number(_OP, "label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         checks.refuse(ValueError, _OP, "label_smoothing", "between 0 and 1", repr(label_smoothing))
+
+
+def _kind(value: Any) -> str:
+    sparse = isinstance(value, Tensor) and value.layout is not torch.strided
+    return f"layout {value.layout}" if sparse else checks.describe(value)
 
 
 def _check_counts(
@@ -153,18 +161,25 @@ def _check_counts(
             expected = 'None unless reduction is "mean"'
             checks.refuse(ValueError, _OP, "num_items_in_batch", expected, f"a value with reduction={reduction!r}")
         if isinstance(num_items_in_batch, Tensor):
-            if num_items_in_batch.numel() != 1:
-                expected = "a number or a tensor with one element"
+            if num_items_in_batch.numel() != 1 or num_items_in_batch.is_complex():
+                expected = "a number or a tensor with one real element"
                 checks.refuse(ValueError, _OP, "num_items_in_batch", expected, checks.describe(num_items_in_batch))
-        elif not num_items_in_batch > 0:
-            checks.refuse(ValueError, _OP, "num_items_in_batch", "greater than 0", repr(num_items_in_batch))
+        else:
+            checks.number(_OP, "num_items_in_batch", num_items_in_batch)
+            if not num_items_in_batch > 0:
+                checks.refuse(ValueError, _OP, "num_items_in_batch", "greater than 0", repr(num_items_in_batch))
+    if num_valid is not None and (isinstance(num_valid, bool) or not isinstance(num_valid, (int, torch.SymInt))):
+        checks.refuse(TypeError, _OP, "num_valid", "an int or None", checks.describe(num_valid))
     if num_valid is not None and not 0 <= num_valid <= rows:
         checks.refuse(ValueError, _OP, "num_valid", f"between 0 and the {rows} rows", repr(num_valid))
 
 
 def _kept_bytes(asked: int | None, *tensors: Tensor | None) -> int:
-    if asked is not None and (isinstance(asked, bool) or not isinstance(asked, int) or asked < 0):
-        checks.refuse(ValueError, _OP, "keep_logits_bytes", "a number of bytes, 0 or more, or None", repr(asked))
+    if asked is not None:
+        if isinstance(asked, bool) or not isinstance(asked, int):
+            checks.refuse(TypeError, _OP, "keep_logits_bytes", "an int or None", checks.describe(asked))
+        if asked < 0:
+            checks.refuse(ValueError, _OP, "keep_logits_bytes", "a number of bytes, 0 or more", repr(asked))
     if not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return 0
     if asked is not None:

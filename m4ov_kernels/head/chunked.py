@@ -185,9 +185,10 @@ def forward(
             epilogue.reduce(logits, rows.target, first, state, label_smoothing > 0)
     maximum, total_exp, at_target, total = state
     log_total = total_exp.log_()
-    row_loss = maximum - at_target + log_total
-    if label_smoothing > 0:
-        row_loss += (at_target - total.div_(vocab_size)).mul_(label_smoothing)
+    row_loss = maximum - at_target
+    if label_smoothing > 0:  # each share by itself: an infinite logit of the target's must not meet one in the total
+        row_loss.mul_(1.0 - label_smoothing).add_(maximum - total.div_(vocab_size), alpha=label_smoothing)
+    row_loss += log_total
     row_normalizer = torch.stack((maximum, log_total), 1)
     if not epilogue.on_host:
         row_normalizer.masked_fill_((rows.target == vocab_size)[:, None], math.nan)

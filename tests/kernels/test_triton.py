@@ -27,7 +27,8 @@ from m4ov_kernels.norm import triton as norm
 
 from . import strategies
 from .numerics import assert_accurate, gradients, leaves, poisoned, rms_norm_terms
-from .test_head import gradient_terms
+from .operators.case import Call
+from .operators.head import LINEAR_CROSS_ENTROPY
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else []))
@@ -172,8 +173,10 @@ def test_linear_cross_entropy(rows, width, vocab, chunk, dtype, bias, ignored, l
         )
         return [result, *gradients(result, inputs, [grad_loss.to(result.dtype)])]
 
-    names = ("loss", "grad_input", "grad_weight", "grad_bias")
-    terms = gradient_terms(hidden, weight, target, linear_bias, grad_loss)
+    names = ("loss", "grad_input", "grad_linear_weight", "grad_linear_bias")
+    arguments = {"input": hidden, "linear_weight": weight, "linear_bias": linear_bias, "target": target}
+    arguments |= {"ignore_index": -100, "reduction": "none", "num_items_in_batch": None}
+    terms = LINEAR_CROSS_ENTROPY.terms(Call(arguments, {"loss": grad_loss}, ("input",)))
     for name, *tensors in zip(names, (loss, *grads), reference(dtype), reference(torch.float64), strict=False):
         assert_accurate(name, *tensors, terms.get(name))
 
