@@ -9,6 +9,9 @@ from torch import Tensor
 
 EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float64: 2.0**-52}
 
+# As a term: an intermediate sum is past the end of its format, where the order of additions decides what comes out.
+BEYOND = 1e300
+
 
 def poisoned(*likes: Tensor) -> tuple[Tensor, ...]:
     """Outputs filled with NaN, so that an element which is never written shows."""

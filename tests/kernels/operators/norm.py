@@ -11,7 +11,7 @@ from m4ov_kernels import rms_norm
 
 from .. import draws
 from ..draws import Draw
-from ..numerics import rms_norm_terms
+from ..numerics import BEYOND, rms_norm_terms
 from . import corruptions
 from .case import Call, OperatorCase
 from .options import NUMERICS, nonnegative, tensor_dtype
@@ -49,6 +49,9 @@ def _terms(call: Call) -> dict[str, Tensor]:
     to_x = rms_norm_terms(grad, x, weight, rstd)
     if "total" in call.grads:
         to_x = to_x + call.grads["total"].double().abs()
+    # With an infinite sum of squares the factor is 0, and 0 times another infinite sum NaN.
+    sums = torch.maximum(x.square().sum(-1, keepdim=True), (grad * weight * x).abs().sum(-1, keepdim=True))
+    to_x = torch.where(sums > 0.9 * torch.finfo(torch.float32).max, BEYOND, to_x)
     to_weight = (grad * x * rstd).abs().reshape(-1, x.shape[-1]).sum(0)
     return {"grad_hidden_states": to_x, "grad_residual": to_x, "grad_weight": to_weight}
 
