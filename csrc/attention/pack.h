@@ -91,7 +91,6 @@ M4OV_INLINE __m512i load_words(const Bf16* p, int64_t count) {  // pairs
 template <typename Tile>
 static void pack_columns(typename Tile::Element* panel, int64_t ldb, const typename Tile::Element* const* rows,
                          int64_t count, int64_t columns, int64_t width) {
-  using E = typename Tile::Element;
   constexpr int64_t kPair = Tile::kPair;
 #ifdef __AVX512F__
   constexpr int64_t kWords = 16 * kPair;  // elements in 16 words
@@ -110,7 +109,7 @@ static void pack_columns(typename Tile::Element* panel, int64_t ldb, const typen
 #else
   for (int64_t i = 0; i < columns; ++i) {
     for (int64_t k = 0; k < width; ++k) {
-      panel[(k / kPair) * ldb + i * kPair + k % kPair] = i < count ? rows[i][k] : E{};
+      panel[(k / kPair) * ldb + i * kPair + k % kPair] = i < count ? rows[i][k] : typename Tile::Element{};
     }
   }
 #endif
