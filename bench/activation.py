@@ -38,12 +38,17 @@ def subject(case: cases.GatedCase, compiled: peers.Compiled) -> Subject:
         peers=peers.swiglu(compiled),
         inputs=inputs,
         grads=grads,
+        definition=definition(case),
         kernels={} if implementation is None else kernels(case, implementation, inputs, grads),
     )
 
 
 def ours(case: cases.GatedCase) -> Callable[..., Tensor]:
     return lambda gate, up: swiglu(gate, up, numerics=case.numerics)
+
+
+def definition(case: cases.GatedCase) -> Callable[..., Tensor]:
+    return lambda gate, up: reference.swiglu(gate, up, case.numerics)
 
 
 def _random(case: cases.GatedCase) -> Tensor:
@@ -60,11 +65,8 @@ def check(
     """The call with autograd, and the raw kernels into poisoned outputs, against plain PyTorch and float64."""
     names = ["output", "grad_gate", "grad_up"]
 
-    def definition(gate: Tensor, up: Tensor) -> Tensor:
-        return reference.swiglu(gate, up, case.numerics)
-
-    plain = gate.differentiated(definition, inputs, grads)
-    exact = gate.differentiated(definition, [t.double() for t in inputs], [t.double() for t in grads])
+    plain = gate.differentiated(definition(case), inputs, grads)
+    exact = gate.differentiated(definition(case), [t.double() for t in inputs], [t.double() for t in grads])
     result = gate.compare_all(names, gate.differentiated(call, inputs, grads), plain, exact)
     if implementation is None:
         return result
@@ -99,4 +101,6 @@ def kernels(
         "backward": [list(zip(tensors, sinks, strict=True)) for tensors, sinks in zip(plain, out, strict=True)],
     }
     calls = {"forward": forward, "backward": backward}
-    return {what: memory_bound(call, moved[what], copies[what]) for what, call in calls.items()}
+    # an exponential counted as one: forward exp, add, divide, two products; backward those and seven more
+    flops = {"forward": 5.0 * plain[0][0].numel(), "backward": 12.0 * plain[0][0].numel()}
+    return {what: memory_bound(call, moved[what], flops[what], copies[what]) for what, call in calls.items()}

@@ -42,20 +42,56 @@ class GatedCase:
 
 @dataclass(frozen=True)
 class HeadCase:
-    """``labelled``: the share of rows that have a target; the others hold ``ignore_index``."""
+    """``labelled``: the share of rows that have a target; the others hold ``ignore_index``. ``kept``: logits that the
+    forward may keep for the backward, in bytes; ``None``: as many as the operator keeps by itself."""
 
     rows: int
     width: int
     vocabulary: int
     dtype: torch.dtype = torch.bfloat16
     labelled: float = 1.0
+    kept: int | None = None
     quick: bool = False
     compiled: bool = False
     memory: bool = False
 
     def __str__(self) -> str:
         share = f", {self.labelled:.0%} labelled" if self.labelled < 1 else ""
-        return f"M {self.rows}, D {self.width}, V {self.vocabulary} {_dtype_name(self.dtype)}{share}"
+        kept = "" if self.kept is None else f", {self.kept >> 20} MiB of logits kept"
+        return f"M {self.rows}, D {self.width}, V {self.vocabulary} {_dtype_name(self.dtype)}{share}{kept}"
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """``sizes``: the lengths of the sequences; ``dim``: of a head."""
+
+    name: str
+    sizes: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    dim: int
+    causal: bool
+    dtype: torch.dtype = torch.bfloat16
+    quick: bool = False
+    compiled: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a key that it sees, over all heads."""
+        return self.heads * sum(n * (n + 1) // 2 if self.causal else n * n for n in self.sizes)
+
+    def __str__(self) -> str:
+        lengths = (
+            f"{len(self.sizes)} x {self.sizes[0]}"
+            if len(set(self.sizes)) == 1
+            else (f"{len(self.sizes)} of {min(self.sizes)}-{max(self.sizes)}")
+        )
+        heads = f"{self.heads}/{self.kv_heads} heads of {self.dim}"
+        return f"{self.name}: {lengths}, {heads}, {'causal' if self.causal else 'full'}, {_dtype_name(self.dtype)}"
 
 
 NORM = (
@@ -69,12 +105,21 @@ ACTIVATION = (
     GatedCase(4096, 4096, dtype=torch.float32),
     GatedCase(1024, 1536),
 )
+ATTENTION = (  # the first two are those of the training step
+    AttentionCase("text", (1024,), 4, 2, 128, causal=True, quick=True, compiled=True),
+    AttentionCase("images", (1024, 1024), 4, 4, 64, causal=False),
+    AttentionCase("short", (4, 64, 16, 7, 33, 60, 50, 12) * 4, 4, 2, 128, causal=True, quick=True, compiled=True),
+    AttentionCase("tiny", (5, 64, 16, 7, 33, 60, 50, 21) * 4, 4, 2, 32, causal=True),
+    AttentionCase("tower", (576,) * 4, 16, 16, 72, causal=False),
+    AttentionCase("text", (1024,), 4, 2, 128, causal=True, dtype=torch.float32),
+)
 HEAD = (
     HeadCase(1024, 1024, 32000, compiled=True, memory=True),
+    HeadCase(1024, 1024, 32000, kept=64 << 20, memory=True),
     HeadCase(1024, 1024, 32000, labelled=0.25),
     HeadCase(256, 1024, 32000, quick=True),
 )
-
+HEAD_MEMORY = tuple(HeadCase(rows, 1024, 32000) for rows in (256, 512, 1024, 2048, 4096))  # memory alone, by tokens
 
 # On a GPU (``m4ov_bench.gpu``): sizes of Qwen3-VL 2B to 8B with 8,192 tokens, several times any L2 cache. A head's rows
 # keep all logits of eager PyTorch within reach, so that it can be measured.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from m4ov_bench import runner
 from m4ov_bench.row import Row
@@ -13,7 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("family", nargs="*", help=f"which: {', '.join(runner.FAMILIES)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="under a minute: main cases, no compiled peers, no memory")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every figure there")
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw fractions of the limit and ratios there")
+    parser.add_argument(
+        "--plot", type=Path, metavar="PATH", help="draw rooflines, ratios and memory there (PATH, PATH-…)"
+    )
+    parser.add_argument("--against", metavar="REV", help="compare this tree with a commit, by turns, and nothing else")
+    parser.add_argument("--rounds", type=int, default=3, help="of --against (default: 3)")
 
 
 def execute(arguments: argparse.Namespace, allocator: str = "") -> int:
@@ -21,13 +27,15 @@ def execute(arguments: argparse.Namespace, allocator: str = "") -> int:
     from rich.console import Console
     from rich.markup import escape
 
-    from m4ov_bench import report
+    from m4ov_bench import plots, report
 
     runner.check(arguments.family)
     for path in (arguments.json, arguments.plot):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)  # an unwritable place is found out before the run
     console = Console()
+    if arguments.against is not None:
+        return _against(arguments, console)
     rows: list[Row] = []
     shown = 0
     with console.status("starting") as status:
@@ -48,9 +56,22 @@ def execute(arguments: argparse.Namespace, allocator: str = "") -> int:
         report.write_json(rows, arguments.json)
         console.print(f"figures: {arguments.json}")
     if arguments.plot is not None:
-        report.write_plot(rows, arguments.plot)
-        console.print(f"plot: {arguments.plot}")
+        for path in plots.write(rows, arguments.plot):
+            console.print(f"plot: {path}")
     red = [row for row in rows if not row.green]
     for row in red:
         console.print(f"[red]red gate, no speed: {row.operator} {escape(row.case)}: {escape(row.problem)}[/red]")
     return 1 if red else 0
+
+
+def _against(arguments: argparse.Namespace, console: Any) -> int:
+    """Two commits by turns. Exit status 0 whichever is faster: a speed is for people to judge."""
+    from m4ov_bench import against, report
+
+    with console.status("starting") as status:
+        found = against.compare(arguments.against, arguments.family, arguments.quick, arguments.rounds, status.update)
+    console.print(report.comparison(found, arguments.against))
+    if arguments.json is not None:
+        report.write(arguments.json, [asdict(row) | {"verdict": row.verdict} for row in found])
+        console.print(f"figures: {arguments.json}")
+    return 0

@@ -66,7 +66,7 @@ def _head(implementation: Implementation) -> tuple[Callable[..., Any], Callable[
         return linear_cross_entropy(input, weight, target, reduction="none")
 
     def plain(input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return implementation.fwd(input, weight, target, None, -100, 0.0, None)[0]
+        return implementation.fwd(input, weight, target, None, -100, 0.0, None, 0)[0]
 
     return public, plain, tensors
 

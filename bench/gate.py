@@ -93,3 +93,31 @@ def differentiated(
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     wanted = [tensor for tensor in leaves if tensor.requires_grad]
     return [tensor.detach() for tensor in outputs] + list(torch.autograd.grad(outputs, wanted, grads))
+
+
+class Truth:
+    """What a function of ``inputs`` should give: by plain PyTorch in their dtype, and in float64. For judging peers.
+
+    ``definition``: plain PyTorch, of the inputs; ``grads``: of its outputs, ``None`` for a scalar.
+    """
+
+    def __init__(
+        self, definition: Callable[..., Any], inputs: Sequence[Tensor], grads: Sequence[Tensor] | None
+    ) -> None:
+        self.inputs, self.grads, self.dtype = inputs, grads, inputs[0].dtype
+        self.plain = differentiated(definition, inputs, grads)
+        doubled = [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs]
+        doubled = [new.detach().requires_grad_(old.requires_grad) for new, old in zip(doubled, inputs, strict=True)]
+        self.exact = differentiated(definition, doubled, None if grads is None else [grad.double() for grad in grads])
+
+    def judge(self, function: Callable[..., Any], backward: bool) -> Gate:
+        """The numerics rule, with the dtype of the inputs as that of the results: eager PyTorch's bf16 loss is bf16."""
+        if backward:
+            results = differentiated(function, self.inputs, self.grads)
+        else:
+            with torch.no_grad():
+                outputs = function(*self.inputs)
+            results = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        names = [f"result {place}" for place in range(len(results))]
+        results, plain = ([tensor.to(self.dtype) for tensor in tensors] for tensors in (results, self.plain))
+        return compare_all(names, results, plain[: len(results)], self.exact[: len(results)])

@@ -13,15 +13,17 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from m4ov_bench import cases, peers
 from m4ov_bench.session import OURS
+from m4ov_kernels import linear_cross_entropy
 
 _KIB = 1024
-_FIELDS = ("rows", "width", "vocabulary", "labelled")
+_FIELDS = ("rows", "width", "vocabulary", "labelled", "kept")
 
 
 def extra_mib(name: str, case: cases.HeadCase) -> float | None:
@@ -46,7 +48,7 @@ def extra_mib(name: str, case: cases.HeadCase) -> float | None:
 
 def _measure(name: str, case: cases.HeadCase) -> float:
     if name == OURS:
-        from m4ov_kernels import linear_cross_entropy as function
+        function = partial(linear_cross_entropy, keep_logits_bytes=case.kept)
     else:
         function = peers.linear_cross_entropy(case.rows)[name]
         if isinstance(function, peers.Absent):
@@ -80,5 +82,5 @@ def _resident(field: str) -> int:
 
 if __name__ == "__main__":
     *numbers, dtype = sys.argv[2:]
-    values = [float(number) if "." in number else int(number) for number in numbers]
+    values = [None if number == "None" else float(number) if "." in number else int(number) for number in numbers]
     print(_measure(sys.argv[1], cases.HeadCase(**dict(zip(_FIELDS, values, strict=True)), dtype=getattr(torch, dtype))))

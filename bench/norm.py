@@ -40,6 +40,7 @@ def subject(case: cases.NormCase, compiled: peers.Compiled) -> Subject:
         peers=peers.rms_norm(inputs[0][1], EPS, case.residual, compiled),
         inputs=inputs,
         grads=grads,
+        definition=definition(case),
         kernels={} if implementation is None else kernels(case, implementation, inputs, grads),
     )
 
@@ -47,6 +48,14 @@ def subject(case: cases.NormCase, compiled: peers.Compiled) -> Subject:
 def ours(case: cases.NormCase) -> Callable[..., Any]:
     def call(hidden_states: Tensor, weight: Tensor, residual: Tensor | None = None) -> Any:
         return rms_norm(hidden_states, weight, eps=EPS, residual=residual, numerics=case.numerics)
+
+    return call
+
+
+def definition(case: cases.NormCase) -> Callable[..., Any]:
+    def call(hidden_states: Tensor, weight: Tensor, residual: Tensor | None = None) -> Any:
+        outputs = reference.rms_norm(hidden_states, weight, EPS, residual, case.numerics)
+        return outputs if case.residual else outputs[0]
 
     return call
 
@@ -70,12 +79,8 @@ def check(
         : len(inputs)
     ]
 
-    def definition(hidden_states: Tensor, weight: Tensor, residual: Tensor | None = None) -> Any:
-        outputs = reference.rms_norm(hidden_states, weight, EPS, residual, case.numerics)
-        return outputs if case.residual else outputs[0]
-
-    plain = gate.differentiated(definition, inputs, grads)
-    exact = gate.differentiated(definition, [t.double() for t in inputs], [t.double() for t in grads])
+    plain = gate.differentiated(definition(case), inputs, grads)
+    exact = gate.differentiated(definition(case), [t.double() for t in inputs], [t.double() for t in grads])
     result = gate.compare_all(names, gate.differentiated(call, inputs, grads), plain, exact)
     if implementation is None:
         return result
@@ -136,7 +141,9 @@ def kernels(
         "backward": [[(grad[0], out[0])] for grad, out in zip(grads, backward_out, strict=True)],
     }
     calls = {"forward": forward, "backward": backward}
-    return {what: memory_bound(call, moved[what], copies[what]) for what, call in calls.items()}
+    # forward: square and add, two products (and the sum); backward: two dot products, then dx and dw
+    flops = {"forward": (4.0 + case.residual) * first.numel(), "backward": (10.0 + case.residual) * first.numel()}
+    return {what: memory_bound(call, moved[what], flops[what], copies[what]) for what, call in calls.items()}
 
 
 def _rstd(hidden_states: Tensor) -> Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from m4ov_bench import runtimes
 
 
 class Absent(str):
@@ -58,6 +60,10 @@ def rms_norm(weight: Tensor, eps: float, residual: bool, compiled: Compiled = Tr
 
         peers["Hugging Face"] = with_residual(hugging_face)
     peers["torch.compile"] = _compile(with_residual(eager), compiled)
+    if not residual:
+        # onnxruntime's fused operator; its RMSNormalization (opset 23) has no bf16 on the CPU.
+        nodes = [("SimplifiedLayerNormalization", ["x", "w"], ["y"], {"axis": -1, "epsilon": eps})]
+        peers |= _runtimes(eager, nodes, ["x", "w"], compiled)
     return peers
 
 
@@ -67,7 +73,43 @@ def swiglu(compiled: Compiled = True) -> dict[str, Peer]:
     def eager(gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate) * up
 
-    return {"eager": eager, "torch.compile": _compile(eager, compiled)}
+    nodes = [
+        ("Sigmoid", ["gate"], ["s"], {}),
+        ("Mul", ["gate", "s"], ["silu"], {}),
+        ("Mul", ["silu", "up"], ["y"], {}),
+    ]
+    return {
+        "eager": eager,
+        "torch.compile": _compile(eager, compiled),
+        **_runtimes(eager, nodes, ["gate", "up"], compiled),
+    }
+
+
+def varlen_attention(sizes: Sequence[int], causal: bool, compiled: Compiled = True) -> dict[str, Peer]:
+    """Functions of ``(q, k, v)``, ``[T, H | KV, D]``. ``eager``: PyTorch's attention, sequence by sequence (its varlen
+    attention has no CPU kernel). ``torch.compile``: of the call with a mask over all pairs."""
+    lengths = torch.tensor(sizes)
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), lengths)
+    visible = owner[:, None] == owner
+    visible = visible.tril() if causal else visible
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H | KV, T, D]
+        output = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return output[0].transpose(0, 1)
+
+    def per_sequence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = zip(*(x.split(list(sizes)) for x in (q, k, v)), strict=True)
+        return torch.cat([attention(*part, None) for part in parts])
+
+    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, visible)
+
+    peers: dict[str, Peer] = {"eager": per_sequence, "SDPA with a mask": masked}
+    peers["torch.compile"] = _compile(masked, compiled)
+    return peers
 
 
 def linear_cross_entropy(rows: int, compiled: Compiled = True, quick: bool = False) -> dict[str, Peer]:
@@ -89,6 +131,23 @@ def linear_cross_entropy(rows: int, compiled: Compiled = True, quick: bool = Fal
         peers["Hugging Face"] = hugging_face
     peers["torch.compile"] = _compile(eager, compiled)
     peers.update(_torch_linear_cross_entropy(rows))
+
+    def inference(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
+        log_probabilities = F.log_softmax(F.linear(input, linear_weight).float(), -1)
+        return -log_probabilities.gather(1, target[:, None]).mean()
+
+    nodes = [
+        ("Transpose", ["weight"], ["transposed"], {"perm": [1, 0]}),
+        ("MatMul", ["input", "transposed"], ["logits"], {}),
+        ("Cast", ["logits"], ["precise"], {"to": 1}),
+        ("LogSoftmax", ["precise"], ["log_probabilities"], {"axis": -1}),
+        ("Constant", [], ["last"], {"value_ints": [1]}),
+        ("Unsqueeze", ["target", "last"], ["column"], {}),
+        ("GatherElements", ["log_probabilities", "column"], ["chosen"], {"axis": 1}),
+        ("ReduceMean", ["chosen"], ["mean"], {"keepdims": 0}),
+        ("Neg", ["mean"], ["loss"], {}),
+    ]
+    peers |= _runtimes(inference, nodes, ["input", "weight", "target"], compiled, scalar=True)
     if quick:
         peers["F.linear_cross_entropy auto"] = Absent("left out of the short run")
     return peers
@@ -108,6 +167,26 @@ def _torch_linear_cross_entropy(rows: int) -> dict[str, Peer]:
         return lambda input, linear_weight, target: F.linear_cross_entropy(input, linear_weight, target, options=choice)
 
     return {name: bind(choice) for name, choice in zip(names, choices, strict=True)}
+
+
+def _runtimes(
+    function: Callable[..., Tensor], nodes: list[Any], names: list[str], compiled: Compiled, scalar: bool = False
+) -> dict[str, Peer]:
+    """Inference runtimes: the function for those that convert PyTorch, the ONNX nodes for the other. The result is
+    shaped as the first tensor, or a float32 ``scalar``."""
+
+    def output(first: Tensor, *_: Tensor) -> Tensor:
+        return first.new_empty((), dtype=torch.float32) if scalar else torch.empty_like(first)
+
+    if compiled is not True:
+        reason = compiled or "not measured in this case"
+        return {name: Absent(reason) for name in ("onnxruntime", "OpenVINO", "zentorch")}
+    made = {
+        "onnxruntime": runtimes.onnxruntime(nodes, names, output),
+        "OpenVINO": runtimes.openvino(function, output),
+        "zentorch": runtimes.zentorch(function),
+    }
+    return {name: Absent(peer) if isinstance(peer, str) else peer for name, peer in made.items()}
 
 
 def _transformers(module: str) -> Any:

@@ -1,8 +1,9 @@
-"""Rows as a table in the terminal, as JSON, and as a plot."""
+"""Rows as a table in the terminal and as JSON."""
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from m4ov_bench.against import Comparison
 from m4ov_bench.row import Machine, Peer, Row
 
 _UNITS = {"B": "GB/s", "FLOP": "GFLOP/s"}
@@ -69,6 +71,9 @@ def _calm(row: Row) -> str:
 
 def _peer(name: str, peer: Peer) -> str:
     memory = "" if peer.memory_mib is None else f", +{peer.memory_mib:.0f} MiB"
+    if peer.seconds is not None and peer.ratio is None:
+        error = "" if peer.error is None else f"{peer.error:.3g} × the allowed error"
+        return f"[yellow]{name}: {duration(peer.seconds)} for a wrong result: {error}{memory}[/yellow]"
     if peer.seconds is None or peer.ratio is None:
         return f"[dim]{name}: {escape(str(peer.absent))}{memory}[/dim]"
     return f"{name}: {duration(peer.seconds)} ({peer.ratio:.2f} ×{memory})"
@@ -97,46 +102,29 @@ def as_json(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def write_json(rows: Sequence[Row], path: Path) -> None:
+    write(path, as_json(rows))
+
+
+def write(path: Path, value: Any) -> None:
+    """JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(as_json(rows), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    new.replace(path)
 
 
-def figure(rows: Sequence[Row]) -> Any:
-    """A matplotlib figure: the kernels' fractions of their limits, and how much slower each peer is as called."""
-    from matplotlib.figure import Figure
-
-    kernels = [row for row in rows if row.fraction is not None]
-    called = [row for row in rows if any(peer.ratio for peer in row.peers.values())]
-    bars = [(row, name, peer) for row in called for name, peer in row.peers.items() if peer.ratio]
-    height = 1.6 + 0.3 * max(len(kernels) + 1, len(bars) + len(called))
-    made = Figure(figsize=(15, height), layout="constrained")
-    left, right = made.subplots(1, 2)
-    names = [f"{row.operator} {row.case}\n{row.what}" for row in kernels]
-    left.barh(range(len(kernels)), [row.fraction or 0.0 for row in kernels], color="#2a6f97")
-    left.set_yticks(range(len(kernels)), names, fontsize=8)
-    left.axvline(1.0, color="black", linewidth=0.8)
-    left.set_xlabel("fraction of the limit measured in the same run")
-    left.invert_yaxis()
-    positions, labels, place = [], [], 0.0
-    previous = None
-    for row, name, _ in bars:
-        place += 1.8 if previous is not row and previous is not None else 1.0
-        previous = row
-        positions.append(place)
-        labels.append(f"{row.operator} {row.what}, {row.case}: {name}")
-    colours = ["#bc4749" if (peer.ratio or 0) < 1 else "#6a994e" for *_, peer in bars]
-    right.barh(positions, [peer.ratio or 0.0 for *_, peer in bars], color=colours)
-    right.set_yticks(positions, labels, fontsize=7)
-    right.axvline(1.0, color="black", linewidth=0.8)
-    right.set_xscale("log")
-    right.set_xlabel("peer's time over ours, as called (above 1: ours is faster)")
-    right.invert_yaxis()
-    if rows:
-        machine = rows[0].machine
-        made.suptitle(f"{machine.cpu}, {machine.threads} threads, {machine.isa}, {machine.date}", fontsize=9)
+def comparison(rows: Sequence[Comparison], revision: str) -> Table:
+    """Two commits, one line for each row; the ratio is then over now, with the smallest and the largest round."""
+    made = Table(title=f"against {revision}: above 1 this tree is faster", title_justify="left")
+    for name in ("case", "what", revision, "this tree", "ratio", "rounds", ""):
+        made.add_column(name, justify="left" if name in ("case", "what") else "right")
+    colours = {"faster": "green", "slower": "red"}
+    for row in rows:
+        times = (duration(statistics.median(side)) if side else "" for side in (row.then, row.now))
+        ratios = row.ratios
+        spread = f"{min(ratios):.2f}–{max(ratios):.2f}" if ratios else ""
+        colour = colours.get(row.verdict, "dim")
+        middle = f"{statistics.median(ratios):.2f} ×" if ratios else ""
+        case = f"[bold]{row.operator}[/bold] {escape(row.case)}"
+        made.add_row(case, row.what, *times, middle, spread, f"[{colour}]{row.verdict}[/{colour}]")
     return made
-
-
-def write_plot(rows: Sequence[Row], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure(rows).savefig(path, dpi=120)

@@ -26,13 +26,16 @@ class Machine:
 class Peer:
     """Another implementation of the same case: its time, or why there is none.
 
-    ``ratio``: its time over ours, the median over rounds in which both ran; above 1 we are faster.
+    ``ratio``: its time over ours, the median over rounds in which both ran; above 1 we are faster. ``error``: the worst
+    of its results and gradients over what the numerics rule allows; beyond 1 it has no ratio: a speed is believed only
+    of a result as exact as ours must be.
     """
 
     seconds: float | None = None
     ratio: float | None = None
     memory_mib: float | None = None
     absent: str | None = None
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,13 @@ class Row:
     seconds: float | None = None
     rate: float | None = None
     unit: str = ""
+    bytes: float | None = None
+    flops: float | None = None
     limit: str = ""
     limit_seconds: float | None = None
     fraction: float | None = None
     memory_mib: float | None = None
+    tokens: int | None = None
     faults: float | None = None
     disturbed: float | None = None
     peers: dict[str, Peer] = field(default_factory=dict)

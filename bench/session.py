@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from m4ov_bench import measure
-from m4ov_bench.gate import Gate
+from m4ov_bench.gate import Gate, Truth
 from m4ov_bench.peers import Absent, Compiled, Peer
 from m4ov_bench.row import Machine, Row
 from m4ov_bench.row import Peer as PeerRow
+from m4ov_bench.runtimes import Inference
 from m4ov_kernels.dispatch import Implementation, native_extension
 
 OURS = "m4ov"
@@ -44,19 +45,22 @@ class Session:
 class Kernel:
     """A raw call with preallocated outputs, and the limit it is interleaved with.
 
-    ``work``: bytes read and written, or floating-point operations; ``unit``: ``"B"`` or ``"FLOP"``.
-    ``scale``: how much more work the call has to do than ``limit`` does.
+    ``bytes``, ``flops``: the fewest bytes that must be read and written, and floating-point operations; ``unit``: which
+    of them bounds it, ``"B"`` or ``"FLOP"``. ``scale``: how much more work the call has to do than ``limit`` does.
     """
 
     call: measure.Call
     limit: measure.Call
     limit_name: str
-    work: float
+    bytes: float
+    flops: float
     unit: str
     scale: float = 1.0
 
 
-def memory_bound(call: measure.Call, moved: int, copies: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Kernel:
+def memory_bound(
+    call: measure.Call, moved: int, flops: float, copies: Sequence[Sequence[tuple[Tensor, Tensor]]]
+) -> Kernel:
     """A kernel that reads and writes ``moved`` bytes: its limit is a copy of as many.
 
     How fast memory is depends on where the system has put it, so the copy goes through the kernel's own buffers:
@@ -69,7 +73,7 @@ def memory_bound(call: measure.Call, moved: int, copies: Sequence[Sequence[tuple
             sink.copy_(source)
 
     copied = sum(2 * source.numel() * source.element_size() for source, _ in copies[0])
-    return Kernel(call, copy, "copy of as many bytes", moved, "B", moved / copied)
+    return Kernel(call, copy, "copy of as many bytes", moved, flops, "B", moved / copied)
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,8 @@ class Subject:
 
     ``kernels``: by what they do ("forward", "backward", …). ``ours`` and the peers take one of ``inputs`` (sets that
     rotate) and return a tensor or several; ``grads``: for every set, what is handed to their backward (``None``: the
-    outputs are scalar losses). ``memory``: a peer's name → MiB beyond inputs and outputs.
+    outputs are scalar losses). ``definition``: the same in plain PyTorch, for judging peers. ``memory``: a peer's name
+    → MiB beyond inputs and outputs.
     """
 
     family: str
@@ -90,6 +95,7 @@ class Subject:
     peers: Mapping[str, Peer]
     inputs: Sequence[tuple[Tensor, ...]]
     grads: Sequence[tuple[Tensor, ...]] | None = None
+    definition: Callable[..., Any] | None = None
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
     memory: Mapping[str, float | None] = field(default_factory=dict)
 
@@ -108,27 +114,39 @@ def rows(session: Session, subject: Subject) -> Iterator[Row]:
             subject,
             f"{what}, kernel",
             **_timing(ours),
-            rate=kernel.work / ours.seconds,
+            rate=(kernel.bytes if kernel.unit == "B" else kernel.flops) / ours.seconds,
             unit=kernel.unit,
+            bytes=kernel.bytes,
+            flops=kernel.flops,
             limit=kernel.limit_name,
             limit_seconds=limit.seconds * kernel.scale,
             fraction=limit.ratio_to(ours) * kernel.scale,
         )
+    truth = None
+    if subject.definition is not None and not all(isinstance(peer, Absent) for peer in subject.peers.values()):
+        session.say(f"{subject.operator} {subject.case}: float64, for the peers")
+        truth = Truth(subject.definition, subject.inputs[0], subject.grads and subject.grads[0])
     for what, backward in (("forward", False), ("forward + backward", True)):
         session.say(f"{subject.operator} {subject.case}: {what}, as called")
-        yield _called(session, subject, what, backward)
+        yield _called(session, subject, what, backward, truth)
 
 
-def _called(session: Session, subject: Subject, what: str, backward: bool) -> Row:
+def _called(session: Session, subject: Subject, what: str, backward: bool, truth: Truth | None) -> Row:
     calls = {OURS: as_called(subject, subject.ours, backward)}
-    absent = {name: str(peer) for name, peer in subject.peers.items() if isinstance(peer, Absent)}
+    absent, errors = {}, {}
     for name, peer in subject.peers.items():
-        if not isinstance(peer, Absent):
+        if isinstance(peer, Absent):
+            absent[name] = str(peer)
+        elif backward and isinstance(peer, Inference):
+            absent[name] = "forward only"
+        else:
             call = as_called(subject, peer, backward)
             try:
                 call(0)
+                if truth is not None:
+                    errors[name] = max(truth.judge(peer, backward).errors.values())
             except Exception as error:  # a peer that fails is a row that says so; ours never comes here
-                absent[name] = f"fails: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+                absent[name] = f"fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
             else:
                 calls[name] = call
     kernel = _joined(subject.kernels, what)
@@ -137,7 +155,12 @@ def _called(session: Session, subject: Subject, what: str, backward: bool) -> Ro
     times = session.interleaved(calls, session.effort)
     ours = times.pop(OURS)
     memory = subject.memory if backward else {}
-    peers = {n: PeerRow(t.seconds, t.ratio_to(ours), memory.get(n)) for n, t in times.items()}
+    peers = {}
+    for name, taken in times.items():
+        error = errors.get(name)
+        believed = error is None or error <= 1
+        ratio = taken.ratio_to(ours) if believed else None
+        peers[name] = PeerRow(taken.seconds, ratio, memory.get(name), error=error)
     peers |= {name: PeerRow(absent=reason, memory_mib=memory.get(name)) for name, reason in absent.items()}
     return row(session, subject, f"{what}, as called", **_timing(ours), memory_mib=memory.get(OURS), peers=peers)
 

@@ -9,21 +9,23 @@ from functools import cache
 
 import pytest
 
-from m4ov_bench import activation, cases, head, machine, norm
+from m4ov_bench import activation, attention, cases, head, machine, norm
 from m4ov_bench.peers import Absent
 from m4ov_bench.session import OURS, Session, Subject, as_called
 
-CASES = [case for case in (*cases.NORM, *cases.ACTIVATION, *cases.HEAD) if case.quick]
-PEERS = ("eager", "Hugging Face", "F.rms_norm", "F.linear_cross_entropy")
+CASES = [case for case in (*cases.NORM, *cases.ACTIVATION, *cases.ATTENTION, *cases.HEAD) if case.quick]
+PEERS = ("eager", "Hugging Face", "F.rms_norm", "SDPA with a mask", "F.linear_cross_entropy")
 
 
 @cache
-def subject(case: cases.NormCase | cases.GatedCase | cases.HeadCase) -> Subject:
+def subject(case: cases.NormCase | cases.GatedCase | cases.AttentionCase | cases.HeadCase) -> Subject:
     session = Session(machine.describe(), quick=True)
     if isinstance(case, cases.NormCase):
         made = norm.subject(case, False)
     elif isinstance(case, cases.GatedCase):
         made = activation.subject(case, False)
+    elif isinstance(case, cases.AttentionCase):
+        made = attention.subject(case, False)
     else:
         made = head.subject(session, case)
     assert made.gate.green, f"{made.operator} {made.case}: {made.gate.problem}"

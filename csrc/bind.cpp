@@ -1,7 +1,9 @@
 // The Python module m4ov_kernels._C. Tensors cross as addresses, sizes and strides (in elements); the callers in
 // m4ov_kernels/*/native.py have checked them and own the memory.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -23,7 +25,8 @@ using Address = uintptr_t;
 #define M4OV_KERNELS(variant)                                                                            \
   {                                                                                                      \
     variant::rms_norm_fwd, variant::rms_norm_bwd, variant::swiglu_fwd, variant::swiglu_bwd,              \
-        variant::cross_entropy_fwd, variant::cross_entropy_bwd, variant::accumulate                      \
+        variant::cross_entropy_fwd, variant::cross_entropy_bwd, variant::accumulate,                     \
+        variant::varlen_attention_fwd, variant::varlen_attention_bwd                                     \
   }
 const Kernels kTables[kIsaCount] = {M4OV_KERNELS(baseline), M4OV_KERNELS(avx2), M4OV_KERNELS(avx512),
                                     M4OV_KERNELS(avx512_bf16)};
@@ -60,10 +63,10 @@ int current_isa() {
 }
 
 template <auto kKernel, typename Arguments>
-void run(const Arguments& arguments) {
+auto run(const Arguments& arguments) {
   const Kernels& table = kTables[current_isa()];
   py::gil_scoped_release release;
-  (table.*kKernel)(arguments);
+  return (table.*kKernel)(arguments);
 }
 
 template <typename T>
@@ -110,16 +113,49 @@ void bind_cpu(py::module_& m) {
                                                      columns, logits_stride, first, want_total, dtype, threads});
   });
   m.def("cross_entropy_bwd",
-        [](Address logits, Address target, Address normalizer, Address grad_loss, int64_t rows, int64_t columns,
-           int64_t logits_stride, int64_t first, float target_weight, float uniform_weight, int dtype, int threads) {
-          run<&Kernels::cross_entropy_bwd>(CrossEntropyBwd{at<void>(logits), at<int64_t>(target), at<float>(normalizer),
-                                                           at<float>(grad_loss), rows, columns, logits_stride, first,
-                                                           target_weight, uniform_weight, dtype, threads});
+        [](Address gradient, Address logits, Address target, Address normalizer, Address grad_loss, int64_t rows,
+           int64_t columns, int64_t logits_stride, int64_t first, float target_weight, float uniform_weight, int dtype,
+           int threads) {
+          run<&Kernels::cross_entropy_bwd>(CrossEntropyBwd{
+              at<void>(gradient), at<void>(logits), at<int64_t>(target), at<float>(normalizer), at<float>(grad_loss),
+              rows, columns, logits_stride, first, target_weight, uniform_weight, dtype, threads});
         });
   m.def("accumulate", [](Address accumulator, Address output, Address addend, int64_t count, bool assign, int dtype,
                          int threads) {
     run<&Kernels::accumulate>(
         Accumulate{at<float>(accumulator), at<void>(output), at<void>(addend), count, assign, dtype, threads});
+  });
+}
+
+// (q, k, v, bounds_q, bounds_k, scratch); (sequences, tokens_q, tokens_k, heads, kv_heads, dim); row and head strides
+// of q, k and v.
+using Addresses = std::array<Address, 6>;
+using Sizes = std::array<int64_t, 6>;
+
+VarlenAttention varlen_attention(const Addresses& at_, const Sizes& sizes, const Sizes& strides, float scale,
+                                 bool causal, int dtype, int threads) {
+  const auto [q, k, v, bounds_q, bounds_k, scratch] = at_;
+  const auto [sequences, tokens_q, tokens_k, heads, kv_heads, dim] = sizes;
+  return {at<void>(q),       at<void>(k), at<void>(v), at<int64_t>(bounds_q), at<int64_t>(bounds_k),
+          sequences,         tokens_q,    tokens_k,    heads,                 kv_heads,
+          dim,               strides[0],  strides[1],  strides[2],            strides[3],
+          strides[4],        strides[5],  scale,       causal,                dtype,
+          threads,           at<char>(scratch)};
+}
+
+void bind_attention(py::module_& m) {
+  m.def("varlen_attention_fwd", [](const Addresses& inputs, const Sizes& sizes, const Sizes& strides, float scale,
+                                   bool causal, int dtype, int threads, Address output, Address lse) {
+    return run<&Kernels::varlen_attention_fwd>(VarlenAttentionFwd{
+        varlen_attention(inputs, sizes, strides, scale, causal, dtype, threads), at<void>(output), at<float>(lse)});
+  });
+  m.def("varlen_attention_bwd", [](const Addresses& inputs, const Sizes& sizes, const Sizes& strides, float scale,
+                                   bool causal, int dtype, int threads, const Addresses& tensors, int64_t grad_row,
+                                   int64_t grad_head) {
+    const auto [grad_q, grad_k, grad_v, grad_output, output, lse] = tensors;
+    return run<&Kernels::varlen_attention_bwd>(VarlenAttentionBwd{
+        varlen_attention(inputs, sizes, strides, scale, causal, dtype, threads), at<void>(grad_q), at<void>(grad_k),
+        at<void>(grad_v), at<void>(grad_output), at<void>(output), at<float>(lse), grad_row, grad_head});
   });
 }
 
@@ -195,6 +231,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("compiler", [] { return M4OV_COMPILER; }, "The compiler that built this module.");
   m.attr("partial_align") = m4ov::kPartialAlign;
   m4ov::bind_cpu(m);
+  m4ov::bind_attention(m);
 #ifdef M4OV_WITH_CUDA
   m4ov::bind_cuda(m);
 #endif

@@ -1,4 +1,4 @@
-"""The command ``m4ov``: ``run``, ``doctor``, ``bench``.
+"""The command ``m4ov``: ``run``, ``doctor``, ``bench``, ``kernels``.
 
 torch is imported only by a command that computes, and after the allocator is set up (:mod:`m4ov.allocator`). What goes
 wrong is one line and exit status 2; ``--traceback`` shows where. Ctrl-C is 130.
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from m4ov import allocator
+from m4ov import allocator, kernels
 
 #: Task of a recipe → (its configuration, the function that runs it).
 TASKS = {"quickstart": ("m4ov.recipe:QuickstartConfig", "m4ov.quickstart:run")}
@@ -74,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="operators against the machine's limit and against their peers")
     bench_command.add_arguments(bench)
     bench.set_defaults(prepare=_check_bench, execute=_bench)
+    lockfile = commands.add_parser("kernels", help="the GPU kernels' lockfile and configurations")
+    kernels.add_arguments(lockfile)
+    lockfile.set_defaults(execute=lambda options, _: kernels.execute(options))
     return parser
 
 

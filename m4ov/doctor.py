@@ -99,8 +99,10 @@ def _serve(operator: Operator, device: torch.device, dtype: torch.dtype) -> Serv
     elif runs == "native" and device.type == "cpu":
         why = f"compiled kernels, {native_extension()[0].isa()}"
     else:
-        reasons = [(backend, operator.unavailable(backend, device.type, dtype)) for backend in BACKENDS]
-        why = "; ".join(f"{backend}: {reason}" for backend, reason in reasons if reason is not None)
+        tried = [name for name in BACKENDS if name in operator.backends]
+        reasons = [(backend, operator.unavailable(backend, device.type, dtype)) for backend in tried]
+        by = [f"kernels of {operator.library().chosen()}"] if runs == "library" else []
+        why = "; ".join(by + [f"{backend}: {reason}" for backend, reason in reasons if reason is not None])
     if device.type == "cuda" and not torch.cuda.is_available():
         return Served(operator.name, "cuda", name, "none", f"no GPU; with one: {runs}" + f" ({why})" * bool(why))
     return Served(operator.name, device.type, name, runs, why)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any, NoReturn
 
 import torch
@@ -32,6 +33,12 @@ def float_tensor(operator: str, argument: str, value: Any) -> None:
     if value.dtype not in FLOAT_DTYPES:
         refuse(TypeError, operator, argument, "a bfloat16, float16, float32 or float64 tensor", describe(value))
     refuse(TypeError, operator, argument, "a dense (strided) tensor", f"layout {value.layout}")
+
+
+def number(operator: str, argument: str, value: Any) -> None:
+    """Refuse what cannot be compared with a number, such as a string or ``None``; a tensor is not a number."""
+    if not isinstance(value, (float, int, numbers.Real)):
+        refuse(TypeError, operator, argument, "a number", describe(value))
 
 
 def one_of(operator: str, argument: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-BACKENDS = ("native", "triton", "reference")
+BACKENDS = ("native", "triton", "library", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # No GPU figure has been measured yet for CUDA C++ against Triton, so Triton, which every operator has, comes first.
-_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
+_ORDER = {"cpu": ("native", "reference"), "cuda": ("library", "triton", "native", "reference")}
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 is_compiling = torch.compiler.is_compiling
@@ -67,7 +67,8 @@ _thread = _ThreadState()
 def backend(name: str | None) -> Iterator[None]:
     """Serve every operator called in this block, on this thread, by one implementation.
 
-    ``name``: ``"reference"``, ``"native"``, ``"triton"``, or ``None`` for the automatic choice (which
+    ``name``: ``"reference"``, ``"native"``, ``"triton"``, ``"library"`` (kernels of PyTorch or of an installed package,
+    for operators that have no better on a GPU), or ``None`` for the automatic choice (which
     ``M4OV_BACKEND`` overrides for a whole process). A call that the named implementation cannot serve raises
     ``RuntimeError`` with the reason; it never falls back. A backward uses the implementation of its forward.
     """
@@ -110,6 +111,8 @@ class Operator:
         backward: ``(ctx, needs, bwd, *grad_results)`` → one gradient (or ``None``) per forward input; ``needs`` says
             which inputs want one. ``grad_results`` may be followed by gradients of the other outputs, to be ignored.
         native: devices for which ``native.py`` has kernels.
+        backends: the modules that the family has besides its reference. A ``library.py`` also defines
+            ``unavailable(device_type, dtype)``: why it cannot serve such tensors, or ``None``.
     """
 
     def __init__(
@@ -125,8 +128,9 @@ class Operator:
         setup_context: Callable[..., None],
         backward: Callable[..., tuple[Tensor | None, ...]],
         native: tuple[str, ...] = ("cpu",),
+        backends: tuple[str, ...] = ("native", "triton"),
     ) -> None:
-        self.family, self.name = family, name
+        self.family, self.name, self.backends = family, name, backends
         self.results, self.setup_context, self.backward = results, setup_context, backward
         self.native_devices = native
         self._table: dict[Any, Implementation | None] = {}
@@ -185,14 +189,23 @@ class Operator:
         module = importlib.import_module(f"m4ov_kernels.{self.family}.{name}")
         return Implementation(name, getattr(module, f"{self.name}_fwd"), getattr(module, f"{self.name}_bwd"))
 
+    def library(self) -> Any:
+        """The module that calls other packages' kernels."""
+        return importlib.import_module(f"m4ov_kernels.{self.family}.library")
+
     def unavailable(self, name: str, device_type: str, dtype: torch.dtype | None) -> str | None:
         """Why a backend cannot serve tensors of this device type and dtype; ``None`` if it can."""
         if name == "reference":
             return None
+        if name not in self.backends:
+            return f"it has no {name} kernels"
         if dtype is None:
             return "its tensors have different dtypes"
         if dtype not in KERNEL_DTYPES:
             return f"it has no {str(dtype).removeprefix('torch.')} kernels"
+        if name == "library":
+            reason: str | None = self.library().unavailable(device_type, dtype)
+            return reason
         if name == "triton":
             if importlib.util.find_spec("triton") is None:
                 return "triton is not installed"

@@ -1,7 +1,8 @@
 """What every family's ``triton.py`` shares: launch configurations, device guard, and the declaration of its kernels.
 
-A family declares its kernels in one table, ``KERNELS``: a list of :class:`Build`, one per shipped configuration.
-``m4ov_kernels.lockfile`` compiles each of them for every target without a GPU and holds them to budgets.
+A family declares its kernels in one table, ``KERNELS`` in its ``triton.py``: a :class:`Build` for each compilation of a
+Triton kernel (one per shipped configuration, from :mod:`m4ov_kernels.configs`) and a :class:`CudaBuild` for each kernel
+of its ``csrc/<family>/*.cu``. ``m4ov kernels check`` compiles all of them without a GPU (:mod:`m4ov_kernels.lockfile`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,17 +20,35 @@ from torch import Tensor
 # make the rounding contracts depend on the compiler; Triton 3.10 flips its default. These kernels wait for memory.
 FP_FUSION = False
 
+# What Triton kernels are compiled for where there is no GPU.
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes
+
 _HERE = nullcontext()
 
 
 @dataclass(frozen=True)
+class Work:
+    """The least that one launch must do at a stated problem: bytes read and written once each, and floating-point
+    operations (an addition, a multiplication, a division or a transcendental function is one)."""
+
+    problem: str
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
 class Build:
-    """One compilation of one kernel: what the launcher would compile for these dtypes and widths.
+    """One compilation of one Triton kernel: what the launcher would compile for these dtypes and widths.
 
     ``signature``: the types of the arguments that are no constexprs, in order, separated by blanks, as Triton writes
     them; ``T`` stands for ``dtype``, and a trailing ``/16`` marks a pointer or integer that is a multiple of 16.
     ``hot``: runs in every step of a training run, so it may not spill; a cold one (a fallback for odd sizes) may use
     local memory, but never float64.
+    ``work``: the cost model; every kernel has one.
+    ``matrix``: multiplies matrices, so it must use the tensor cores, on sm_90 through wgmma.
+    ``targets``: the architectures that this configuration is shipped for.
     """
 
     kernel: Any
@@ -39,6 +59,9 @@ class Build:
     num_stages: int = 1
     hot: bool = True
     note: str = ""
+    work: Work | None = None
+    matrix: bool = False
+    targets: tuple[str, ...] = ARCHITECTURES
 
     @property
     def name(self) -> str:
@@ -46,15 +69,51 @@ class Build:
 
 
 @dataclass(frozen=True)
-class Config:
-    """How a kernel is launched for one width: block sizes (constexprs of the kernel) and warps."""
+class CudaBuild:
+    """The instances of one kernel of ``csrc/<family>/*.cu`` for one dtype.
 
-    constexprs: dict[str, int] = field(default_factory=dict)
+    ``pattern``: of their demangled names, as :mod:`fnmatch` reads it: ``rms_norm_fwd_kernel<float, *>``.
+    Other fields as in :class:`Build`.
+    """
+
+    pattern: str
+    dtype: str
+    hot: bool = True
+    work: Work | None = None
+    matrix: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.pattern
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is launched for one width: block sizes (constexprs of the kernel), warps and pipeline stages."""
+
+    constexprs: Mapping[str, int] = field(default_factory=dict)
     num_warps: int = 4
+    num_stages: int = 1
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of a launch."""
-        return {**self.constexprs, "num_warps": self.num_warps, "enable_fp_fusion": FP_FUSION}
+        stages = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**self.constexprs, **stages, "enable_fp_fusion": FP_FUSION}
+
+
+def architecture(device: torch.device) -> str:
+    """``"sm_90"`` or ``"gfx942"`` for a GPU; ``"cpu"``, where Triton interprets."""
+    if device.type != "cuda":
+        return "cpu"
+    return _architecture(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@lru_cache
+def _architecture(index: int) -> str:
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(index).gcnArchName).split(":")[0]  # "gfx942:sramecc+:xnack-"
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
 
 
 def current_device(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -18,9 +18,7 @@ unsigned saved_state() {
   return low;
 }
 
-}  // namespace
-
-Isa detect_isa() {
+Isa probe() {
   unsigned eax, ebx, ecx, edx;
   if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return kBaseline;
   const unsigned osxsave = bit(27), avx = bit(28), fma = bit(12), f16c = bit(29);
@@ -37,6 +35,14 @@ Isa detect_isa() {
   if (!has(ecx, vnni) || subleaves < 1) return kAvx512;
   __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx);
   return has(eax, bit(5)) ? kAvx512Bf16 : kAvx512;
+}
+
+}  // namespace
+
+// Once: a virtual machine's monitor answers CPUID, in tens of microseconds.
+Isa detect_isa() {
+  static const Isa found = probe();
+  return found;
 }
 
 }  // namespace m4ov

@@ -68,11 +68,12 @@ struct CrossEntropyFwd {
 };
 
 struct CrossEntropyBwd {
-  void* logits;  // overwritten with the gradient
+  void* gradient;  // may be the logits
+  const void* logits;
   const int64_t* target;  // a negative target makes the row's gradient zero
   const float* normalizer;  // [rows, 2]: maximum, log of the sum of exp(x - maximum)
   const float* grad_loss;
-  int64_t rows, columns, logits_stride, first;
+  int64_t rows, columns, logits_stride, first;  // the stride is the gradient's too
   float target_weight;   // 1 - label_smoothing
   float uniform_weight;  // label_smoothing / vocabulary size
   int dtype, threads;
@@ -88,6 +89,34 @@ struct Accumulate {
   int assign, dtype, threads;
 };
 
+// Softmax attention inside the sequences of a packed batch. Tensors are [tokens, heads, dim] with dense last dimension;
+// sequence n has the query rows bounds_q[n] to bounds_q[n + 1] and the keys bounds_k[n] to bounds_k[n + 1].
+struct VarlenAttention {
+  const void *q, *k, *v;
+  const int64_t *bounds_q, *bounds_k;  // [sequences + 1], checked
+  int64_t sequences, tokens_q, tokens_k, heads, kv_heads, dim;
+  int64_t q_row, q_head, k_row, k_head, v_row, v_head;  // strides
+  float scale;                                          // > 0
+  int causal;                                           // aligned to the end of the keys
+  int dtype, threads;
+  char* scratch;  // 64-byte aligned; null: the kernel only returns how many bytes it needs
+};
+
+struct VarlenAttentionFwd {
+  VarlenAttention shared;
+  void* output;  // [tokens_q, heads, dim]
+  float* lse;    // [heads, tokens_q]: log of the sum of exponentials of the scores; -inf where no key is seen
+};
+
+struct VarlenAttentionBwd {
+  VarlenAttention shared;
+  void *grad_q, *grad_k, *grad_v;  // dense
+  const void* grad_output;
+  const void* output;  // dense
+  const float* lse;
+  int64_t grad_row, grad_head;
+};
+
 struct Kernels {
   void (*rms_norm_fwd)(const RmsNormFwd&);
   void (*rms_norm_bwd)(const RmsNormBwd&);
@@ -96,6 +125,8 @@ struct Kernels {
   void (*cross_entropy_fwd)(const CrossEntropyFwd&);
   void (*cross_entropy_bwd)(const CrossEntropyBwd&);
   void (*accumulate)(const Accumulate&);
+  int64_t (*varlen_attention_fwd)(const VarlenAttentionFwd&);
+  int64_t (*varlen_attention_bwd)(const VarlenAttentionBwd&);
 };
 
 #define M4OV_DECLARE_KERNELS(variant)                  \
@@ -107,6 +138,8 @@ struct Kernels {
   void cross_entropy_fwd(const CrossEntropyFwd&);      \
   void cross_entropy_bwd(const CrossEntropyBwd&);      \
   void accumulate(const Accumulate&);                  \
+  int64_t varlen_attention_fwd(const VarlenAttentionFwd&); \
+  int64_t varlen_attention_bwd(const VarlenAttentionBwd&); \
   }
 M4OV_DECLARE_KERNELS(baseline)
 M4OV_DECLARE_KERNELS(avx2)

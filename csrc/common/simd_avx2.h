@@ -52,6 +52,8 @@ M4OV_INLINE float lane_max(V x) {
   return _mm_cvtss_f32(_mm_max_ss(z, _mm_movehdup_ps(z)));
 }
 
+M4OV_INLINE V load_vector(const float* p) { return {_mm256_loadu_ps(p)}; }
+M4OV_INLINE void store_vector(float* p, V x) { _mm256_storeu_ps(p, x.v); }
 M4OV_INLINE Pair load(const float* p) { return {{_mm256_loadu_ps(p)}, {_mm256_loadu_ps(p + 8)}}; }
 M4OV_INLINE void store(float* p, Pair x) {
   _mm256_storeu_ps(p, x.a.v);

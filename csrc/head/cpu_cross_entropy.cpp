@@ -83,9 +83,10 @@ static void backward(const CrossEntropyBwd& a) {
   parallel_ranges(a.rows, bytes, a.threads, [&](int64_t begin, int64_t end) {
     const Pair uniform = both(set1(a.uniform_weight));
     for (int64_t row = begin; row < end; ++row) {
-      T* logits = static_cast<T*>(a.logits) + row * a.logits_stride;
+      const T* logits = static_cast<const T*>(a.logits) + row * a.logits_stride;
+      T* gradient = static_cast<T*>(a.gradient) + row * a.logits_stride;
       if (a.target[row] < 0) {
-        memset(logits, 0, a.columns * sizeof(T));
+        memset(gradient, 0, a.columns * sizeof(T));
         continue;
       }
       // Two steps, x - maximum and then - log_sum: log p is small where p is large, and keeps its precision there.
@@ -103,13 +104,13 @@ static void backward(const CrossEntropyBwd& a) {
       }
       int64_t i = 0;
       for (; i + kGroup <= a.columns; i += kGroup) {
-        store(logits + i, (exp_for<T>(load(logits + i) - maximum - log_sum) - uniform) * scale);
+        store(gradient + i, (exp_for<T>(load(logits + i) - maximum - log_sum) - uniform) * scale);
       }
       if (i < a.columns) {
         const int64_t rest = a.columns - i;
-        store_tail(logits + i, (exp_for<T>(load_tail(logits + i, rest) - maximum - log_sum) - uniform) * scale, rest);
+        store_tail(gradient + i, (exp_for<T>(load_tail(logits + i, rest) - maximum - log_sum) - uniform) * scale, rest);
       }
-      if (here) store_tail(logits + hit, both(set1(at_target * scale_value)), 1);
+      if (here) store_tail(gradient + hit, both(set1(at_target * scale_value)), 1);
     }
   });
 }

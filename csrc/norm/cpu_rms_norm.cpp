@@ -20,17 +20,27 @@ static float reciprocal_root(float square_sum, int64_t columns, double eps) {
   return static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(square_sum) / static_cast<double>(columns) + eps));
 }
 
+// Steps of a sum over a row before it moves to a sum of such sums. A lane that adds equal values rounds in the same
+// direction at every step, which a wide fp32 row would show; 16-bit results would not.
+template <typename T>
+constexpr int64_t kRun = kSame<T, float> ? 8 : INT64_MAX;
+
 template <typename T, bool kResidual, bool kRounded>
 static float square_sum(const T* x, const T* residual, int64_t columns) {
   const auto at = [&](int64_t i) {
     return add_residual<T, kResidual, kRounded>(load(x + i), kResidual ? load(residual + i) : Pair{});
   };
-  Pair even = both(set1(0.0f)), odd = even;
+  const Pair zero = both(set1(0.0f));
+  Pair even = zero, odd = zero, runs = zero;
   int64_t i = 0;
-  for (; i + 2 * kGroup <= columns; i += 2 * kGroup) {
-    const Pair first = at(i), second = at(i + kGroup);
-    even = fma(first, first, even);
-    odd = fma(second, second, odd);
+  for (int64_t left = columns / (2 * kGroup); left > 0; left -= kRun<T>) {
+    for (int64_t step = left < kRun<T> ? left : kRun<T>; step > 0; --step, i += 2 * kGroup) {
+      const Pair first = at(i), second = at(i + kGroup);
+      even = fma(first, first, even);
+      odd = fma(second, second, odd);
+    }
+    runs = runs + (even + odd);
+    even = odd = zero;
   }
   for (; i + kGroup <= columns; i += kGroup) {
     const Pair first = at(i);
@@ -42,7 +52,7 @@ static float square_sum(const T* x, const T* residual, int64_t columns) {
                                                            kResidual ? load_tail(residual + i, rest) : Pair{});
     odd = fma(last, last, odd);
   }
-  return lane_sum(even + odd);
+  return lane_sum(runs + (even + odd));
 }
 
 template <typename T, bool kRoundTwice>
@@ -120,18 +130,23 @@ struct Row {
 
 template <typename T>
 static float mean_product(const T* dy, const T* x, const T* weight, float rstd, int64_t columns) {
-  Pair even = both(set1(0.0f)), odd = even;
+  const Pair zero = both(set1(0.0f));
+  Pair even = zero, odd = zero, runs = zero;
   int64_t i = 0;
-  for (; i + 2 * kGroup <= columns; i += 2 * kGroup) {
-    even = fma(load(dy + i) * load(weight + i), load(x + i), even);
-    odd = fma(load(dy + i + kGroup) * load(weight + i + kGroup), load(x + i + kGroup), odd);
+  for (int64_t left = columns / (2 * kGroup); left > 0; left -= kRun<T>) {
+    for (int64_t step = left < kRun<T> ? left : kRun<T>; step > 0; --step, i += 2 * kGroup) {
+      even = fma(load(dy + i) * load(weight + i), load(x + i), even);
+      odd = fma(load(dy + i + kGroup) * load(weight + i + kGroup), load(x + i + kGroup), odd);
+    }
+    runs = runs + (even + odd);
+    even = odd = zero;
   }
   for (; i + kGroup <= columns; i += kGroup) even = fma(load(dy + i) * load(weight + i), load(x + i), even);
   if (i < columns) {
     const int64_t rest = columns - i;
     odd = fma(load_tail(dy + i, rest) * load_tail(weight + i, rest), load_tail(x + i, rest), odd);
   }
-  return lane_sum(even + odd) * rstd / static_cast<float>(columns);
+  return lane_sum(runs + (even + odd)) * rstd / static_cast<float>(columns);
 }
 
 struct Distances {  // from a row to its successor in the next block, in elements

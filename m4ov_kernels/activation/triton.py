@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from m4ov_kernels.gpu import Build, Config, current_device
+from m4ov_kernels import configs
+from m4ov_kernels.gpu import SIZES, Build, Work, current_device
 from m4ov_kernels.layout import NUMERICS, as_rows, output
-
-_TILE = 2048  # elements of one program: 16 per thread with 4 warps
 
 
 @triton.jit
@@ -75,23 +73,17 @@ def _swiglu_bwd_kernel(
     tl.store(grad_gate_ptr + place, (grad * up * slope).to(dtype), mask=mask)
 
 
-@lru_cache(maxsize=1024)
-def _config(width: int) -> Config:
-    block = min(_TILE, triton.next_power_of_2(width))
-    return Config({"BLOCK_ROWS": _TILE // block, "BLOCK_D": block}, num_warps=4)
-
-
-def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], **flags: Any) -> None:
+def _launch(name: str, kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], **flags: Any) -> None:
     count, width = inputs[0].numel(), inputs[0].shape[-1] if inputs[0].ndim else 1
     if count == 0:
         return
     if all(tensor.is_contiguous() for tensor in inputs):
-        width = count  # one long row
+        width, config = count, configs.get(name, inputs[0])  # one long row
         operands: list[Any] = [operand for tensor in inputs for operand in (tensor, count)]
     else:
+        config = configs.get(name, inputs[0], width)
         operands = [operand for tensor in inputs for operand in as_rows(tensor)]
     rows = count // width
-    config = _config(width)
     blocks = triton.cdiv(rows, config.constexprs["BLOCK_ROWS"]) * triton.cdiv(width, config.constexprs["BLOCK_D"])
     with current_device(inputs[0]):
         kernel[(blocks,)](*operands, *outputs, rows, width, **flags, **config.options())
@@ -100,7 +92,7 @@ def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]
 def swiglu_fwd(gate: Tensor, up: Tensor, numerics: str, *, out: Tensor | None = None) -> Tensor:
     """``silu(gate) · up``, contiguous; ``out``: contiguous, may be one of the inputs."""
     result = output(out, gate.shape, gate, gate.dtype)
-    _launch(_swiglu_fwd_kernel, (gate, up), (result,), NUMERICS=NUMERICS[numerics])
+    _launch("swiglu_fwd", _swiglu_fwd_kernel, (gate, up), (result,), NUMERICS=NUMERICS[numerics])
     return result
 
 
@@ -110,23 +102,38 @@ def swiglu_bwd(
     """``(grad_gate, grad_up)``, gradients of the unrounded function, so ``numerics`` makes no difference here."""
     grad_gate = output(out and out[0], gate.shape, gate, gate.dtype)
     grad_up = output(out and out[1], gate.shape, gate, gate.dtype)
-    _launch(_swiglu_bwd_kernel, (grad_output, gate, up), (grad_gate, grad_up))
+    _launch("swiglu_bwd", _swiglu_bwd_kernel, (grad_output, gate, up), (grad_gate, grad_up))
     return grad_gate, grad_up
 
 
+def _work(rows: int, width: int, dtype: str, tensors: int, operations: int) -> Work:
+    count = rows * width
+    return Work(f"[{rows}, {width}]", tensors * count * SIZES[dtype], operations * count)
+
+
 def _declared() -> list[Build]:
+    """Every row of the tables for every dtype: dense tensors are one long row, others have gaps between theirs."""
     builds = []
-    # Dense tensors of any width are one long row; narrow rows with gaps are the other shape of tile.
-    for dtype, width in (("bf16", 1 << 20), ("bf16", 512), ("fp16", 1 << 20), ("fp32", 1 << 20)):
-        config = _config(width)
-        note = "dense" if width >= _TILE else f"D {width}"
-        rows = "*T/16 i32/16"
-        fwd = f"{rows} {rows} *T/16 i32 i32/16"
-        bwd = f"{rows} {rows} {rows} *T/16 *T/16 i32 i32/16"
-        for numerics in ("hf", "fp32") if (dtype, width) == ("bf16", 1 << 20) else ("hf",):
-            flags = {"NUMERICS": NUMERICS[numerics], **config.constexprs}
-            builds.append(Build(_swiglu_fwd_kernel, dtype, fwd, flags, config.num_warps, note=f"{note}, {numerics}"))
-        builds.append(Build(_swiglu_bwd_kernel, dtype, bwd, config.constexprs, config.num_warps, note=note))
+    rows_of = "*T/16 i32/16"
+    fwd = f"{rows_of} {rows_of} *T/16 i32 i32/16"
+    bwd = f"{rows_of} {rows_of} {rows_of} *T/16 *T/16 i32 i32/16"
+    for dtype in SIZES:
+        for row, targets in configs.shipped("swiglu_fwd", dtype):
+            note, config = f"D {row.width}" if row.width else "dense", row.config
+            work = _work(4096, row.width or 4096, dtype, 3, 5)  # exp, two of the quotient, two products
+            for numerics in ("hf", "fp32") if dtype == "bf16" and row.width is None else ("hf",):
+                flags = {"NUMERICS": NUMERICS[numerics], **config.constexprs}
+                warps, title = (config.num_warps, config.num_stages), f"{note}, {numerics}"
+                builds.append(
+                    Build(_swiglu_fwd_kernel, dtype, fwd, flags, *warps, note=title, work=work, targets=targets)
+                )
+        for row, targets in configs.shipped("swiglu_bwd", dtype):
+            note, config = f"D {row.width}" if row.width else "dense", row.config
+            work = _work(4096, row.width or 4096, dtype, 5, 11)
+            warps = (config.num_warps, config.num_stages)
+            builds.append(
+                Build(_swiglu_bwd_kernel, dtype, bwd, config.constexprs, *warps, note=note, work=work, targets=targets)
+            )
     return builds
 
 

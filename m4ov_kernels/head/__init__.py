@@ -10,6 +10,7 @@ from torch import Tensor
 from m4ov_kernels import checks
 from m4ov_kernels.dispatch import Operator
 from m4ov_kernels.head import reference
+from m4ov_kernels.head.chunked import CPU_KEPT_BYTES, GPU_KEPT_BYTES, room_for_logits
 from m4ov_kernels.head.targets import check_target_values
 
 __all__ = ["linear_cross_entropy"]
@@ -29,6 +30,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     num_items_in_batch: int | float | Tensor | None = None,
     num_valid: int | None = None,
+    keep_logits_bytes: int | None = None,
 ) -> Tensor:
     """Cross entropy of ``softmax(input @ linear_weightᵀ + linear_bias)``, in chunks of the vocabulary.
 
@@ -48,14 +50,18 @@ def linear_cross_entropy(
         num_items_in_batch: with ``reduction="mean"``, divide the sum by this instead of by the rows that count
             (Hugging Face's normalisation over gradient accumulation); a number or a tensor with one element.
         num_valid: how many targets differ from ``ignore_index``, if the caller knows. Rows beyond it have NaN loss.
+        keep_logits_bytes: how many bytes of logits the forward may keep for the backward, which computes all others
+            again: 0 for the least memory, the whole ``T * V`` (of the rows that count) for three matrix products
+            instead of four. The same bits either way. ``None``: 20 MiB on the CPU, 128 MiB on a GPU. Without gradients
+            nothing is kept.
 
     Returns:
         The loss: float32 (float64 for float64 input), a scalar, or shaped as ``target`` for ``reduction="none"``.
 
     Logits are rounded to the dtype of ``input``, as an unfused model rounds them; softmax, loss and the sum of the
     gradient of ``input`` over chunks are float32. Saves for backward: ``input``, ``linear_weight``, ``target``,
-    ``linear_bias`` and the log-sum-exp in two parts, float32 ``[T, 2]``; the backward computes each chunk's logits
-    again, and nothing for a frozen tensor.
+    ``linear_bias``, the log-sum-exp in two parts, float32 ``[T, 2]``, and the kept logits; the backward computes
+    nothing for a frozen tensor.
 
     Raises:
         TypeError: an argument is not of the kind above.
@@ -67,6 +73,7 @@ def linear_cross_entropy(
     _check(input, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing)
     rows = target.shape.numel()
     _check_counts(num_items_in_batch, reduction, num_valid, rows)
+    keep = _kept_bytes(keep_logits_bytes, input, linear_weight, linear_bias)
     flat_input, flat_target = input.reshape(rows, input.shape[-1]), target.reshape(rows)
     dtype = input.dtype
     same = linear_weight.dtype is dtype and (linear_bias is None or linear_bias.dtype is dtype)
@@ -87,6 +94,7 @@ def linear_cross_entropy(
             ignore_index,
             float(label_smoothing),
             num_valid,
+            keep,
         )
     if reduction == "none":
         return loss.reshape(target.shape)
@@ -96,7 +104,7 @@ def linear_cross_entropy(
     if num_items_in_batch is None:
         return total / (flat_target != ignore_index).sum()
     if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(total.device)
+        num_items_in_batch = num_items_in_batch.to(total.device).reshape(())
     return total / num_items_in_batch
 
 
@@ -112,8 +120,8 @@ def _check(
 ) -> None:
     checks.float_tensor(_OP, "input", input)
     checks.float_tensor(_OP, "linear_weight", linear_weight)
-    if not isinstance(target, Tensor) or target.dtype is not torch.int64:
-        checks.refuse(TypeError, _OP, "target", "an int64 tensor of class indices", checks.describe(target))
+    if not isinstance(target, Tensor) or target.dtype is not torch.int64 or target.layout is not torch.strided:
+        checks.refuse(TypeError, _OP, "target", "a dense int64 tensor of class indices", _kind(target))
     if not input.shape or input.shape[-1] == 0:
         checks.refuse(ValueError, _OP, "input", "[..., D] with D at least 1", list(input.shape))
     if linear_weight.ndim != 2 or linear_weight.shape[1] != input.shape[-1] or linear_weight.shape[0] == 0:
@@ -132,9 +140,17 @@ def _check(
         checks.refuse(ValueError, _OP, "weight", "None (class weights are not supported yet)", checks.describe(weight))
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         checks.refuse(TypeError, _OP, "ignore_index", "an int", checks.describe(ignore_index))
+    if not -(2**63) <= ignore_index < 2**63:
+        checks.refuse(ValueError, _OP, "ignore_index", "an int of 64 bits", repr(ignore_index))
     checks.one_of(_OP, "reduction", reduction, ("mean", "sum", "none"))
+    checks.number(_OP, "label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         checks.refuse(ValueError, _OP, "label_smoothing", "between 0 and 1", repr(label_smoothing))
+
+
+def _kind(value: Any) -> str:
+    sparse = isinstance(value, Tensor) and value.layout is not torch.strided
+    return f"layout {value.layout}" if sparse else checks.describe(value)
 
 
 def _check_counts(
@@ -145,13 +161,30 @@ def _check_counts(
             expected = 'None unless reduction is "mean"'
             checks.refuse(ValueError, _OP, "num_items_in_batch", expected, f"a value with reduction={reduction!r}")
         if isinstance(num_items_in_batch, Tensor):
-            if num_items_in_batch.numel() != 1:
-                expected = "a number or a tensor with one element"
+            if num_items_in_batch.numel() != 1 or num_items_in_batch.is_complex():
+                expected = "a number or a tensor with one real element"
                 checks.refuse(ValueError, _OP, "num_items_in_batch", expected, checks.describe(num_items_in_batch))
-        elif not num_items_in_batch > 0:
-            checks.refuse(ValueError, _OP, "num_items_in_batch", "greater than 0", repr(num_items_in_batch))
+        else:
+            checks.number(_OP, "num_items_in_batch", num_items_in_batch)
+            if not num_items_in_batch > 0:
+                checks.refuse(ValueError, _OP, "num_items_in_batch", "greater than 0", repr(num_items_in_batch))
+    if num_valid is not None and (isinstance(num_valid, bool) or not isinstance(num_valid, (int, torch.SymInt))):
+        checks.refuse(TypeError, _OP, "num_valid", "an int or None", checks.describe(num_valid))
     if num_valid is not None and not 0 <= num_valid <= rows:
         checks.refuse(ValueError, _OP, "num_valid", f"between 0 and the {rows} rows", repr(num_valid))
+
+
+def _kept_bytes(asked: int | None, *tensors: Tensor | None) -> int:
+    if asked is not None:
+        if isinstance(asked, bool) or not isinstance(asked, int):
+            checks.refuse(TypeError, _OP, "keep_logits_bytes", "an int or None", checks.describe(asked))
+        if asked < 0:
+            checks.refuse(ValueError, _OP, "keep_logits_bytes", "a number of bytes, 0 or more", repr(asked))
+    if not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return 0
+    if asked is not None:
+        return asked
+    return CPU_KEPT_BYTES if tensors[0].device.type == "cpu" else GPU_KEPT_BYTES  # type: ignore[union-attr]
 
 
 def _fwd_fake(
@@ -162,9 +195,12 @@ def _fwd_fake(
     ignore_index: int,
     label_smoothing: float,
     num_valid: int | None,
-) -> tuple[Tensor, Tensor]:
+    keep_logits_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     loss = input.new_empty(target.shape, dtype=torch.float32)
-    return loss, loss.new_empty((*target.shape, 2))
+    itemsize = input.element_size()
+    kept = room_for_logits(target.shape[0], linear_weight.shape[0], itemsize, num_valid, keep_logits_bytes)
+    return loss, loss.new_empty((*target.shape, 2)), input.new_empty(kept)
 
 
 def _bwd_fake(
@@ -174,6 +210,7 @@ def _bwd_fake(
     target: Tensor,
     linear_bias: Tensor | None,
     normalizer: Tensor,
+    kept: Tensor,
     ignore_index: int,
     label_smoothing: float,
     num_valid: int | None,
@@ -189,14 +226,14 @@ def _bwd_fake(
     return gradient(input, need_input), gradient(linear_weight, need_weight), gradient(linear_bias, need_bias)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    input, linear_weight, target, linear_bias, *ctx.options = inputs
-    ctx.save_for_backward(input, linear_weight, target, linear_bias, output[1])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, linear_weight, target, linear_bias, *ctx.options, _ = inputs
+    ctx.save_for_backward(input, linear_weight, target, linear_bias, *output[1:])
 
 
 def _backward(ctx: Any, needs: Any, bwd: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     need_input, need_weight, _, need_bias, *_ = needs
-    input, linear_weight, target, linear_bias, normalizer = ctx.saved_tensors
+    input, linear_weight, target, linear_bias, normalizer, kept = ctx.saved_tensors
     grad_input, grad_weight, grad_bias = bwd(
         grads[0],
         input,
@@ -204,6 +241,7 @@ def _backward(ctx: Any, needs: Any, bwd: Any, *grads: Tensor | None) -> tuple[Te
         target,
         linear_bias,
         normalizer,
+        kept,
         *ctx.options,
         need_input,
         need_weight,
@@ -217,6 +255,7 @@ def _backward(ctx: Any, needs: Any, bwd: Any, *grads: Tensor | None) -> tuple[Te
         None,
         None,
         None,
+        None,
     )
 
 
@@ -224,10 +263,11 @@ LINEAR_CROSS_ENTROPY = Operator(
     "head",
     _OP,
     fwd_schema="(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, int ignore_index,"
-    " float label_smoothing, SymInt? num_valid) -> (Tensor loss, Tensor normalizer)",
+    " float label_smoothing, SymInt? num_valid, int keep_logits_bytes)"
+    " -> (Tensor loss, Tensor normalizer, Tensor kept)",
     bwd_schema="(Tensor grad_loss, Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias,"
-    " Tensor normalizer, int ignore_index, float label_smoothing, SymInt? num_valid, bool need_input, bool need_weight,"
-    " bool need_bias) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+    " Tensor normalizer, Tensor kept, int ignore_index, float label_smoothing, SymInt? num_valid, bool need_input,"
+    " bool need_weight, bool need_bias) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
     fwd_fake=_fwd_fake,
     bwd_fake=_bwd_fake,
     results=lambda *_: 1,

@@ -28,6 +28,7 @@ def _reduce(logits: Tensor, target: Tensor, first: int, state: Tensor, want_tota
 
 def _differentiate(
     logits: Tensor,
+    gradient: Tensor,
     target: Tensor,
     first: int,
     normalizer: Tensor,
@@ -36,6 +37,7 @@ def _differentiate(
     uniform_weight: float,
 ) -> None:
     _C.cross_entropy_bwd(
+        gradient.data_ptr(),
         logits.data_ptr(),
         target.data_ptr(),
         normalizer.data_ptr(),

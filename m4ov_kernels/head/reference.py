@@ -17,6 +17,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """One loss per row, ``[T]``, 0 where ``target == ignore_index``. Logits in the dtype of ``input``, the rest in
     float32 (float64 for float64), as Hugging Face computes it."""
+    input = torch.where((target != ignore_index)[:, None], input, 0.0)  # a NaN in such a row reaches no gradient
     logits = F.linear(input, linear_weight, linear_bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, target, reduction="none", ignore_index=ignore_index, label_smoothing=label_smoothing)

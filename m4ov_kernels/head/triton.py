@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m4ov_kernels.gpu import Build, Config, current_device
+from m4ov_kernels import configs
+from m4ov_kernels.gpu import SIZES, Build, Work, current_device
 from m4ov_kernels.head import chunked
 
-# A row's bits do not depend on the chunking, as long as chunks are multiples of the block.
-_ROW = Config({"BLOCK": 2048}, num_warps=4)
-_FLAT = Config({"BLOCK": 1024}, num_warps=4)
+# A row's bits do not depend on the chunking, as long as chunks are multiples of the forward's block, which is therefore
+# at most chunked.CPU_COLUMNS in every configuration.
 
 
 @triton.jit(do_not_specialize=["rows", "first"])
@@ -60,7 +60,8 @@ def _cross_entropy_fwd_kernel(
 
 @triton.jit(do_not_specialize=["first"])
 def _cross_entropy_bwd_kernel(
-    logits_ptr,  # [rows, columns], overwritten with its gradient
+    logits_ptr,  # [rows, columns]
+    gradient_ptr,  # [rows, columns]; may be the logits
     target_ptr,  # int64 [rows]; negative: the row's gradient is zero
     normalizer_ptr,  # fp32 [rows, 2]: maximum, log of the sum of exp(x - maximum)
     grad_loss_ptr,  # fp32 [rows]
@@ -72,20 +73,20 @@ def _cross_entropy_bwd_kernel(
 ):
     row = tl.cast(tl.program_id(0), tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    place = logits_ptr + row * columns + col
+    place = row * columns + col
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
     target = tl.load(target_ptr + row)
     if target >= 0:
-        x = tl.load(place, mask=col < columns, other=0.0).to(tl.float32)
+        x = tl.load(logits_ptr + place, mask=col < columns, other=0.0).to(tl.float32)
         grad_loss = tl.load(grad_loss_ptr + row)
         # Two steps: log p is small where p is large, and keeps its precision there.
         log_probability = x - tl.load(normalizer_ptr + 2 * row) - tl.load(normalizer_ptr + 2 * row + 1)
         probability = tl.exp(log_probability)
         wanted = tl.where(col == target - first, tl.cast(target_weight, tl.float32), 0.0)
         grad = grad_loss * (probability - wanted - tl.cast(uniform_weight, tl.float32))
-        tl.store(place, grad.to(dtype), mask=col < columns)
+        tl.store(gradient_ptr + place, grad.to(dtype), mask=col < columns)
     else:
-        tl.store(place, tl.zeros([BLOCK], dtype), mask=col < columns)
+        tl.store(gradient_ptr + place, tl.zeros([BLOCK], dtype), mask=col < columns)
 
 
 @triton.jit
@@ -111,14 +112,16 @@ def _accumulate_kernel(
 
 def _reduce(logits: Tensor, target: Tensor, first: int, state: Tensor, want_total: bool) -> None:
     rows, columns = logits.shape
+    config = configs.get("cross_entropy_fwd", logits)
     with current_device(logits):
         _cross_entropy_fwd_kernel[(rows,)](
-            logits, target, state, rows, columns, first, WANT_TOTAL=want_total, **_ROW.options()
+            logits, target, state, rows, columns, first, WANT_TOTAL=want_total, **config.options()
         )
 
 
 def _differentiate(
     logits: Tensor,
+    gradient: Tensor,
     target: Tensor,
     first: int,
     normalizer: Tensor,
@@ -127,18 +130,29 @@ def _differentiate(
     uniform_weight: float,
 ) -> None:
     rows, columns = logits.shape
-    grid = (rows, triton.cdiv(columns, _ROW.constexprs["BLOCK"]))
+    config = configs.get("cross_entropy_bwd", logits)
+    grid = (rows, triton.cdiv(columns, config.constexprs["BLOCK"]))
     with current_device(logits):
         _cross_entropy_bwd_kernel[grid](
-            logits, target, normalizer, grad_loss, columns, first, target_weight, uniform_weight, **_ROW.options()
+            logits,
+            gradient,
+            target,
+            normalizer,
+            grad_loss,
+            columns,
+            first,
+            target_weight,
+            uniform_weight,
+            **config.options(),
         )
 
 
 def _add(accumulator: Tensor, addend: Tensor, output: Tensor | None, assign: bool) -> None:
     count = addend.numel()
-    flags = {"ASSIGN": assign, "HAS_OUTPUT": output is not None, **_FLAT.options()}
+    config = configs.get("accumulate", addend)
+    flags = {"ASSIGN": assign, "HAS_OUTPUT": output is not None, **config.options()}
     with current_device(addend):
-        grid = (triton.cdiv(count, _FLAT.constexprs["BLOCK"]),)
+        grid = (triton.cdiv(count, config.constexprs["BLOCK"]),)
         _accumulate_kernel[grid](accumulator, addend, addend if output is None else output, count, **flags)
 
 
@@ -150,22 +164,33 @@ linear_cross_entropy_bwd = partial(chunked.backward, EPILOGUE)
 
 
 def _declared() -> list[Build]:
+    """Every row of the tables for every dtype; with label smoothing in bf16."""
     builds = []
+    rows, columns = 1024, 32000  # of the problem that the cost models state
 
-    def declare(kernel: Any, dtype: str, signature: str, config: Config, note: str, **flags: Any) -> None:
-        builds.append(Build(kernel, dtype, signature, {**flags, **config.constexprs}, config.num_warps, note=note))
+    def declare(kernel: Any, dtype: str, signature: str, row: str, note: str, work: Work, **flags: Any) -> None:
+        for shipped, targets in configs.shipped(row, dtype):
+            config = shipped.config
+            constexprs, warps = {**flags, **config.constexprs}, (config.num_warps, config.num_stages)
+            builds.append(Build(kernel, dtype, signature, constexprs, *warps, note=note, work=work, targets=targets))
 
-    for dtype in ("bf16", "fp16", "fp32"):
+    for dtype, size in SIZES.items():
+        problem, count = f"[{rows}, {columns}] logits", rows * columns
         forward = "*T/16 *i64/16 *fp32/16 i32 i32/16 i32"
         for total in (False, True) if dtype == "bf16" else (False,):
+            work = Work(problem, count * size + rows * (8 + 4 * (8 if total else 6)), count * (5 if total else 4))
             note = "label smoothing" if total else ""
-            declare(_cross_entropy_fwd_kernel, dtype, forward, _ROW, note, WANT_TOTAL=total)
-        backward = "*T/16 *i64/16 *fp32/16 *fp32/16 i32/16 i32 fp32 fp32"
-        declare(_cross_entropy_bwd_kernel, dtype, backward, _ROW, "")
-    accumulate = "*fp32/16 *T/16 *T/16 i32/16"
-    for assign, last in ((True, False), (False, False), (False, True)):
-        note = "first" if assign else "last" if last else "middle"
-        declare(_accumulate_kernel, "bf16", accumulate, _FLAT, note, ASSIGN=assign, HAS_OUTPUT=last)
+            declare(_cross_entropy_fwd_kernel, dtype, forward, "cross_entropy_fwd", note, work, WANT_TOTAL=total)
+        backward = "*T/16 *T/16 *i64/16 *fp32/16 *fp32/16 i32/16 i32 fp32 fp32"
+        work = Work(problem, 2 * count * size + rows * (8 + 3 * 4), 6 * count)
+        declare(_cross_entropy_bwd_kernel, dtype, backward, "cross_entropy_bwd", "", work)
+        accumulate, count = "*fp32/16 *T/16 *T/16 i32/16", rows * 4096
+        for assign, last in ((True, False), (False, False), (False, True)):
+            note = "first" if assign else "last" if last else "middle"
+            moved = count * (size + 4 * (not assign) + (size if last else 4))
+            work = Work(f"[{rows}, 4096]", moved, 0 if assign else count)
+            flags = {"ASSIGN": assign, "HAS_OUTPUT": last}
+            declare(_accumulate_kernel, dtype, accumulate, "accumulate", note, work, **flags)
     return builds
 
 

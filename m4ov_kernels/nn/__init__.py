@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from m4ov_kernels.nn.attention import packed_attention
 from m4ov_kernels.nn.loss import CausalLMHead, causal_lm_loss
 from m4ov_kernels.nn.mlp import SwiGLUMLP
 from m4ov_kernels.nn.norm import RMSNorm
-from m4ov_kernels.nn.packing import PackedSequences
 from m4ov_kernels.nn.patch_embed import PatchEmbed
 
 __all__ = [
     "CausalLMHead",
-    "PackedSequences",
     "PatchEmbed",
     "RMSNorm",
     "SwiGLUMLP",
     "causal_lm_loss",
-    "packed_attention",
 ]

@@ -70,8 +70,10 @@ def _check(hidden_states: Tensor, weight: Tensor, eps: float, residual: Tensor |
     checks.float_tensor("rms_norm", "hidden_states", hidden_states)
     checks.float_tensor("rms_norm", "weight", weight)
     shape = hidden_states.shape
-    if not shape or weight.shape != (shape[-1],) or shape[-1] == 0:
-        expected = f"[{shape[-1] if shape else 'D'}], the size of the last dimension of hidden_states, at least 1"
+    if not shape or shape[-1] == 0:
+        checks.refuse(ValueError, "rms_norm", "hidden_states", "[..., D] with D at least 1", list(shape))
+    if weight.shape != shape[-1:]:
+        expected = f"[{shape[-1]}], the size of the last dimension of hidden_states"
         checks.refuse(ValueError, "rms_norm", "weight", expected, f"{list(weight.shape)} for {list(shape)}")
     if weight.device != hidden_states.device:
         checks.refuse(ValueError, "rms_norm", "weight", f"on {hidden_states.device}", f"one on {weight.device}")
@@ -84,6 +86,8 @@ def _check(hidden_states: Tensor, weight: Tensor, eps: float, residual: Tensor |
             checks.refuse(ValueError, "rms_norm", "residual", expected, checks.describe(residual))
     if numerics not in checks.NUMERICS:
         checks.one_of("rms_norm", "numerics", numerics, checks.NUMERICS)
+    if type(eps) is not float:
+        checks.number("rms_norm", "eps", eps)
     if not eps >= 0:
         checks.refuse(ValueError, "rms_norm", "eps", "a number, 0 or greater", repr(eps))
 
@@ -122,9 +126,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, needs: Any, bwd: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, rstd = ctx.saved_tensors
-    grad_normed = torch.zeros_like(x) if grads[0] is None else grads[0]  # None: only the returned sum was used
     grad_total = grads[1] if ctx.has_residual else None
-    grad_x, grad_weight = bwd(grad_normed, grad_total, x, weight, rstd, ctx.numerics, needs[1])
+    if grads[0] is None:  # only the returned sum was used: nothing comes from the norm, whatever it holds
+        grad_x, grad_weight = grad_total, torch.zeros_like(weight)
+    else:
+        grad_x, grad_weight = bwd(grads[0], grad_total, x, weight, rstd, ctx.numerics, needs[1])
     return (
         grad_x if needs[0] else None,
         grad_weight if needs[1] else None,

@@ -10,9 +10,10 @@ What each group replaces:
                  in memory and ``outputs.logits`` is ``None``. In eval mode, or without labels, logits are as they were.
                  ``num_items_in_batch`` and ``shift_labels`` are honoured on every version (transformers 5.14 drops
                  both). ``num_valid=`` says how many shifted labels count, if the host knows (spares work on a GPU).
-``attention``    implementation ``sdpa`` only (another that was chosen stays): attention inside the samples of a packed
-                 row, and inside the images of the vision tower, in a few batched calls: no mask over all pairs of
-                 tokens, no Python loop over images. Calls that are not packed take transformers' own function.
+``attention``    implementation ``sdpa`` only (another that was chosen stays): ``m4ov_kernels.varlen_attention`` inside
+                 the samples of a packed row and inside the images of the vision tower, without a mask over all pairs of
+                 tokens and without a loop over images; on the CPU in unpacked rows without mask and cache too. What has
+                 a mask, a cache or dropout takes PyTorch's attention.
 
 **Packed rows.** Several samples in one row ``[1, T]``; either of
 

@@ -7,12 +7,13 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 import m4ov_bench
-from m4ov_bench import cases, machine, measure, memory, peers, report, runner
+from m4ov_bench import cases, machine, measure, memory, peers, plots, report, runner
 from m4ov_bench.session import memory_bound
 from m4ov_kernels.dispatch import native_extension
 
@@ -39,7 +40,7 @@ def tiny():
 
 def test_every_family_of_the_short_run_gives_rows(tiny):
     rows, heard = tiny
-    assert [f for f in dict.fromkeys(row.family for row in rows)][:3] == ["norm", "activation", "head"]
+    assert [f for f in dict.fromkeys(row.family for row in rows)][:4] == ["norm", "activation", "attention", "head"]
     assert all(row.green for row in rows), [row.problem for row in rows if not row.green]
     assert any("kernel" in text for text in heard) == (native_extension()[0] is not None)
 
@@ -80,8 +81,19 @@ def test_json_round_trip_and_table_and_plot(tiny, tmp_path):
     assert len(loaded["rows"]) == len(rows)
     assert loaded["machine"] == json.loads(json.dumps(dataclasses.asdict(rows[0].machine)))
     assert report.table(rows, "all").row_count == len(rows)
-    report.write_plot(rows, tmp_path / "bench.png")
-    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    grown = [
+        dataclasses.replace(rows[0], what="memory, 8 tokens", tokens=tokens, memory_mib=1.0 * tokens, peers={})
+        for tokens in (8, 16)
+    ]
+    written = plots.write([*rows, *grown], tmp_path / "bench.png")
+    kernels = native_extension()[0] is not None
+    names = ["bench.png", *["bench-roofline.png"] * kernels, "bench-memory.png"]
+    assert [path.name for path in written] == names
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_there_is_no_plot_of_nothing(tmp_path):
+    assert plots.write([], tmp_path / "bench.png") == []
 
 
 def test_an_unknown_family_lists_the_families():
@@ -132,7 +144,7 @@ def test_inputs_rotate_from_call_to_call():
 
 def test_a_copy_through_the_kernels_own_buffers_is_scaled_to_its_traffic():
     source, sink = torch.ones(8), torch.zeros(8)
-    kernel = memory_bound(lambda _: None, 96, [[(source, sink)]])
+    kernel = memory_bound(lambda _: None, 96, 0.0, [[(source, sink)]])
     kernel.limit(5)
     assert torch.equal(source, sink)
     assert kernel.scale == 1.5  # 32 bytes read, 32 written
@@ -146,11 +158,11 @@ def test_page_faults_are_counted():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the high-water mark of Linux")
 def test_memory_sees_whole_logits_and_the_lack_of_them():
-    case = cases.HeadCase(256, 32, 16384)
+    case = cases.HeadCase(256, 32, 16384, kept=0)
     whole = case.rows * case.vocabulary * 2 / 2**20  # 8 MiB in bf16
     assert memory.extra_mib("eager", case) >= whole
     if native_extension()[0] is not None:
-        assert memory.extra_mib("m4ov", case) < whole
+        assert memory.extra_mib("m4ov", case) < whole <= memory.extra_mib("m4ov", replace(case, kept=None))
 
 
 def test_memory_of_an_unknown_kind_fails_loudly(monkeypatch):

@@ -21,7 +21,15 @@ def m4ov(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["run", "--help"], ["doctor", "--help"], ["bench", "--help"], ["--version"]]
+    "arguments",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["doctor", "--help"],
+        ["bench", "--help"],
+        ["kernels", "check", "--help"],
+        ["--version"],
+    ],
 )
 def test_help_imports_no_torch(arguments, capsys, tmp_path):
     code = (
@@ -49,6 +57,7 @@ def test_no_command_prints_the_help_and_fails(capsys):
         (["run", "none.yaml"], "recipe none.yaml: no such file"),
         (["run", "quickstart", "task=rl"], "has the task 'rl'; tasks: quickstart"),
         (["bench", "nrm"], "no benchmark is named 'nrm'"),
+        (["kernels", "check", "--target", "sm_70"], "--target: unknown target sm_70; known: sm_80, sm_90"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(arguments, message, capsys):

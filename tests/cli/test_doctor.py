@@ -26,6 +26,9 @@ CALLS = {
         torch.randn(16, 8, dtype=dtype, device=device),
         torch.tensor([1, -100, 3], device=device),
     ),
+    "varlen_attention": lambda dtype, device: m4ov_kernels.varlen_attention(
+        *torch.randn(3, 5, 2, 8, dtype=dtype, device=device), torch.tensor([0, 2, 5], device=device), causal=True
+    ),
 }
 
 
@@ -53,7 +56,7 @@ def test_what_runs_is_what_it_says(report, monkeypatch, name, dtype):
 
     reference = importlib.import_module(f"m4ov_kernels.{operator.family}.reference")
     watch(reference, name, "reference")
-    for backend in ("native", "triton"):
+    for backend in operator.backends:
         if operator.unavailable(backend, "cpu", dtype) is None:
             watch(importlib.import_module(f"m4ov_kernels.{operator.family}.{backend}"), f"{name}_fwd", backend)
     monkeypatch.setattr(operator, "_table", {})  # select again, through the watched modules

@@ -16,8 +16,9 @@ def poisoned(*likes: Tensor) -> tuple[Tensor, ...]:
 
 
 def assert_accurate(name: str, ours: Tensor, plain: Tensor, exact: Tensor, terms: Tensor | None = None) -> None:
-    """``plain``: PyTorch in the same dtype; ``exact``: float64. Where plain PyTorch is finite, ours must be; an
-    infinity or NaN of ours must stand where plain PyTorch has one too.
+    """``plain``: PyTorch in the same dtype; ``exact``: float64. Where both are finite, and the value (and its terms)
+    within the dtype's range, ours must be; where both are NaN or the same infinity, ours must be too. The eps of values
+    below the dtype's normal range is that range's.
 
     ``terms``: where the result is a difference of larger terms that nearly cancel, those terms in float64, shaped as
     the result (a single row of width 1 has a gradient of 1 - 0.999…). The eps is then of them, and each may carry four
@@ -28,15 +29,19 @@ def assert_accurate(name: str, ours: Tensor, plain: Tensor, exact: Tensor, terms
         return
     eps = EPS[plain.dtype]
     ours64, plain64, exact64 = (tensor.detach().double() for tensor in (ours, plain, exact))
-    finite = plain64.isfinite() & exact64.isfinite()
+    terms64 = torch.zeros_like(exact64) if terms is None else terms.double().abs().nan_to_num(0.0, 0.0, 0.0)
+    magnitude64, info = torch.maximum(exact64.abs(), terms64), torch.finfo(plain.dtype)
+    finite = plain64.isfinite() & exact64.isfinite() & (magnitude64 <= info.max * (1 - 4 * eps))
     lost = finite & ~ours64.isfinite()
     assert not lost.any(), f"{name}: {int(lost.sum())} non-finite values where PyTorch is finite, first {_where(lost)}"
+    endless = (plain64 == exact64) & plain64.isinf() & (ours64 != plain64)
+    assert not endless.any(), f"{name}: {int(endless.sum())} infinities did not propagate, first {_where(endless)}"
     made = plain64.isnan() & exact64.isnan() & ~ours64.isnan()
     assert not made.any(), f"{name}: {int(made.sum())} NaNs did not propagate, first {_where(made)}"
     if not finite.any():
         return
-    terms64 = torch.zeros_like(exact64) if terms is None else terms.double().abs()
-    scale64 = torch.maximum(exact64.abs(), terms64)[finite] * eps + terms64[finite] * (4 * EPS[torch.float32])
+    scale64 = magnitude64.clamp(min=info.smallest_normal)[finite] * eps
+    scale64 += terms64[finite] * (4 * EPS[torch.float32])
     ours64, plain64, exact64 = ours64[finite], plain64[finite], exact64[finite]
     for norm, size in (("max", _max), ("RMS", _rms)):
         error, allowed = size(ours64 - exact64), 2 * size(plain64 - exact64) + size(scale64)

@@ -1,19 +1,26 @@
-"""Hypothesis strategies that every operator's tests draw from: shapes, dtypes, magnitudes, memory layouts."""
+"""Hypothesis strategies that every operator's tests draw from: shapes, dtypes, magnitudes, memory layouts, and whole
+calls as ``operators`` declares them."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
-dtypes = st.sampled_from(HALF_AND_SINGLE)
-numerics = st.sampled_from(("hf", "vllm", "fp32"))
-# Widths around every vector width and block size, and a few that are no multiple of anything.
-widths = st.one_of(st.integers(1, 80), st.sampled_from((127, 128, 129, 255, 257, 512, 1000, 1023, 2049, 4304)))
-rows = st.one_of(st.integers(0, 9), st.sampled_from((16, 17, 63, 65, 130)))
+from .draws import DTYPES, LAYOUTS, NUMERICS, ROWS, WIDE, Draw, Drawn, laid_out
+
+T = TypeVar("T")
+
+HALF_AND_SINGLE = DTYPES
+dtypes = st.sampled_from(DTYPES)
+numerics = st.sampled_from(NUMERICS)
+widths = st.one_of(st.integers(1, 80), st.sampled_from(WIDE))
+rows = st.one_of(st.integers(0, 9), st.sampled_from(ROWS))
 magnitudes = st.sampled_from((1.0, 1.0, 1e-4, 30.0, 2000.0))
-layouts = st.sampled_from(("contiguous", "wide rows", "offset", "transposed", "every other"))
+layouts = st.sampled_from(LAYOUTS)
 
 
 def shapes(width: st.SearchStrategy[int] = widths) -> st.SearchStrategy[tuple[int, ...]]:
@@ -24,24 +31,17 @@ def shapes(width: st.SearchStrategy[int] = widths) -> st.SearchStrategy[tuple[in
     )
 
 
+def drawn(declaration: Callable[[Draw], T]) -> st.SearchStrategy[T]:
+    """What a declaration makes of a :class:`Draw`, as a strategy."""
+
+    @st.composite
+    def strategy(draw: st.DrawFn) -> T:
+        return declaration(Drawn(lambda low, high: draw(st.integers(low, high))))
+
+    return strategy()
+
+
 def tensor(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous", magnitude: float = 1.0) -> Tensor:
     """A random normal tensor of the given shape, laid out in memory as named."""
     values = torch.randn(shape) * magnitude
     return laid_out(values.to(dtype), layout)
-
-
-def laid_out(values: Tensor, layout: str) -> Tensor:
-    """The same values: in rows of a wider buffer, one element off alignment, with leading dimensions swapped in
-    memory, or with a gap between elements."""
-    shape = values.shape
-    if layout == "wide rows":
-        out = values.new_empty((*shape[:-1], shape[-1] + 3))[..., 1 : shape[-1] + 1]
-    elif layout == "offset":
-        out = values.new_empty(values.numel() + 1)[1:].view(shape)
-    elif layout == "transposed" and values.ndim > 1:
-        out = values.new_empty((shape[1], shape[0], *shape[2:])).transpose(0, 1)
-    elif layout == "every other":
-        out = values.new_empty((*shape, 2))[..., 0]
-    else:
-        return values
-    return out.copy_(values)

@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import m4ov_kernels
-from m4ov_kernels import linear_cross_entropy, rms_norm, swiglu
+from m4ov_kernels import linear_cross_entropy, rms_norm, swiglu, varlen_attention
 from m4ov_kernels.dispatch import OPERATORS
 
 
@@ -30,7 +30,18 @@ def head_case(dtype=torch.float32):
     return lambda h, w: linear_cross_entropy(h, w, target), tensors
 
 
-CASES = {"rms_norm": norm_case, "swiglu": swiglu_case, "linear_cross_entropy": head_case}
+def attention_case(dtype=torch.float32):
+    tensors = [torch.randn(11, heads, 24, dtype=dtype) for heads in (4, 2, 2)]
+    bounds = torch.tensor([0, 4, 4, 11])
+    return lambda q, k, v: varlen_attention(q, k, v, bounds, causal=True), tensors
+
+
+CASES = {
+    "rms_norm": norm_case,
+    "swiglu": swiglu_case,
+    "linear_cross_entropy": head_case,
+    "varlen_attention": attention_case,
+}
 
 
 @pytest.fixture(params=sorted(OPERATORS))
@@ -101,7 +112,29 @@ def test_activation_checkpointing(case):
     assert_same(saved, value_and_grads(function, tensors))
 
 
+QKV = (torch.randn(6, 4, 8), torch.randn(6, 2, 8), torch.randn(6, 2, 8))
+DECODE = (torch.randn(3, 2, 8).bfloat16(), *torch.randn(2, 6, 1, 8).bfloat16())
+BOUNDS = (torch.tensor([0, 1, 3]), torch.tensor([0, 4, 6], dtype=torch.int32))
 RAW_SAMPLES = {
+    "varlen_attention_fwd": [
+        (*QKV, torch.tensor([0, 2, 6]), None, 4, 4, True, 0.5),
+        (*DECODE, *BOUNDS, 2, 4, False, 0.5),
+    ],
+    "varlen_attention_bwd": [
+        (
+            torch.randn(6, 4, 8),
+            *QKV,
+            torch.randn(6, 4, 8),
+            torch.rand(4, 6),
+            torch.tensor([0, 6]),
+            None,
+            6,
+            6,
+            True,
+            1.0,
+        ),
+        (DECODE[0], *DECODE, DECODE[0], torch.rand(2, 3), *BOUNDS, 2, 4, False, 0.5),
+    ],
     "rms_norm_fwd": [
         (torch.randn(3, 8), torch.randn(8), None, 1e-6, "hf"),
         (torch.randn(2, 3, 8).bfloat16(), torch.randn(8).bfloat16(), torch.randn(2, 3, 8).bfloat16(), 1e-6, "fp32"),
@@ -114,17 +147,17 @@ RAW_SAMPLES = {
     "swiglu_fwd": [(torch.randn(3, 8), torch.randn(3, 8), "hf")],
     "swiglu_bwd": [(torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 8), "fp32")],
     "linear_cross_entropy_fwd": [
-        (torch.randn(4, 8), torch.randn(11, 8), torch.tensor([0, -100, 10, 3]), None, -100, 0.0, None),
-        (torch.randn(2, 8), torch.randn(11, 8), torch.tensor([0, 1]), torch.randn(11), -100, 0.1, None),
+        (torch.randn(4, 8), torch.randn(11, 8), torch.tensor([0, -100, 10, 3]), None, -100, 0.0, None, 0),
+        (torch.randn(2, 8), torch.randn(11, 8), torch.tensor([0, 1]), torch.randn(11), -100, 0.1, None, 1 << 20),
     ],
     "linear_cross_entropy_bwd": [
         (
             *(torch.rand(2), torch.randn(2, 8), torch.randn(11, 8), torch.tensor([0, 1]), torch.randn(11)),
-            *(torch.rand(2, 2) + 2, -100, 0.1, None, True, True, True),
+            *(torch.rand(2, 2) + 2, torch.randn(22), -100, 0.1, None, True, True, True),
         ),
         (
             *(torch.rand(2), torch.randn(2, 8), torch.randn(11, 8), torch.tensor([0, -100]), None),
-            *(torch.rand(2, 2) + 2, -100, 0.0, None, False, True, False),
+            *(torch.rand(2, 2) + 2, torch.randn(0), -100, 0.0, None, False, True, False),
         ),
     ],
 }
@@ -185,7 +218,10 @@ def test_float64_and_other_devices_are_served_by_the_reference(case):
 
 
 def test_an_override_is_checked_nested_and_per_thread():
-    with pytest.raises(ValueError, match="one of native, triton, reference; got 'cuda'"), m4ov_kernels.backend("cuda"):
+    with (
+        pytest.raises(ValueError, match="one of native, triton, library, reference; got 'cuda'"),
+        m4ov_kernels.backend("cuda"),
+    ):
         pass
     chosen = []
     operator = next(iter(OPERATORS.values()))

@@ -284,7 +284,7 @@ def logits_of(model, batch) -> Tensor:
 
 def test_bad_packing_is_refused(patched, parts):
     batch, bounds = tiny.packed(parts), tiny.cu_seqlens(parts)
-    with pytest.raises(ValueError, match=r"cu_seqlens must start at 0 and never fall, and end at \d+ tokens"):
+    with pytest.raises(ValueError, match=r"cu_seqlens\[-1\] must be \d+, the number of tokens"):
         patched(**batch, cu_seq_lens_q=bounds[:-1])
     with pytest.raises(ValueError, match="attention_mask must be None"):
         patched(**batch, cu_seq_lens_q=bounds, attention_mask=torch.ones_like(batch["input_ids"]))
@@ -303,6 +303,24 @@ def test_text_alone(plain, patched):
     expected = step(plain, {**batch, "attention_mask": torch.ones_like(input_ids)})
     ours = step(patched, batch)
     assert_same_step(with_gradients(ours), with_gradients(expected))
+
+
+def test_dropout_of_probabilities_is_kept(patched, parts):
+    batch = tiny.packed(parts)
+    patched.train()
+    kept = patched(**batch).loss
+    assert torch.equal(kept, patched(**batch).loss)
+    for layer in patched.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    dropped = [patched(**batch).loss for _ in range(2)]
+    assert not torch.equal(*dropped)
+    assert not torch.equal(dropped[0], kept)
+    alone = {name: torch.cat([value, value], 1 if name == "position_ids" else 0) for name, value in batch.items()}
+    assert patched(**alone).loss.isfinite()
+    text = {"input_ids": batch["input_ids"] % tiny.WORDS, "labels": batch["labels"]}
+    assert not torch.equal(patched(**text).loss, patched(**text).loss)
+    patched.eval()
+    assert torch.equal(logits_of(patched, batch), logits_of(patched, batch))
 
 
 def test_generate_gives_the_same_tokens(plain, patched, parts):

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import m4ov_kernels
+from m4ov_kernels import configs
 from m4ov_kernels.activation import reference as activation_reference
 from m4ov_kernels.activation import triton as activation
+from m4ov_kernels.gpu import Config
 from m4ov_kernels.head import chunked
 from m4ov_kernels.head import reference as head_reference
 from m4ov_kernels.head import triton as head
@@ -25,7 +27,8 @@ from m4ov_kernels.norm import triton as norm
 
 from . import strategies
 from .numerics import assert_accurate, gradients, leaves, poisoned, rms_norm_terms
-from .test_head import gradient_terms
+from .operators.case import Call
+from .operators.head import LINEAR_CROSS_ENTROPY
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else []))
@@ -43,21 +46,26 @@ def tensor(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous
     return strategies.laid_out(values, layout)
 
 
+def row(kernel: str, width: int | None, num_warps: int = 4, **blocks: int) -> configs.Row:
+    return configs.Row(kernel, "any", width, Config(blocks, num_warps))
+
+
+# Wide rows begin at 65 columns, and tiles are small enough that shapes cross them.
+SMALL = [
+    row(name, 2**k, BLOCK_ROWS=64 >> k, BLOCK_D=2**k) for name in ("rms_norm_fwd", "rms_norm_bwd") for k in range(7)
+]
+SMALL += [row("rms_norm_fwd_wide", None, BLOCK_D=32), row("rms_norm_bwd_wide", None, BLOCK_D=32)]
+SMALL += [row("rms_norm_bwd_weight", None, BLOCK_ROWS=2, BLOCK_D=32)]
+SMALL += [row("rms_norm_bwd_reduce", None, BLOCK_PARTIALS=2, BLOCK_D=32)]
+SMALL += [row(name, None, BLOCK_ROWS=2, BLOCK_D=32) for name in ("swiglu_fwd", "swiglu_bwd")]
+SMALL += [row(name, None, BLOCK=32) for name in ("cross_entropy_fwd", "cross_entropy_bwd")]
+SMALL += [row("accumulate", None, BLOCK=64)]
+
+
 @pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Wide rows begin at 65 columns, and tiles are small enough that shapes cross them."""
-    monkeypatch.setattr(norm, "_WHOLE_ROW", 64)
-    monkeypatch.setattr(norm, "_WIDE_BLOCK", 32)
-    monkeypatch.setattr(norm, "_WEIGHT", norm.Config({"BLOCK_ROWS": 2, "BLOCK_D": 32}))
-    monkeypatch.setattr(norm, "_REDUCE", norm.Config({"BLOCK_PARTIALS": 2, "BLOCK_D": 32}))
-    monkeypatch.setattr(activation, "_TILE", 64)
-    monkeypatch.setattr(head, "_ROW", head.Config({"BLOCK": 32}))
-    monkeypatch.setattr(head, "_FLAT", head.Config({"BLOCK": 64}))
-    norm._config.cache_clear()
-    activation._config.cache_clear()
-    yield
-    norm._config.cache_clear()
-    activation._config.cache_clear()
+def _small_blocks() -> Iterator[None]:
+    with configs.override(*SMALL):
+        yield
 
 
 @given(
@@ -78,7 +86,7 @@ def test_rms_norm(shape, dtype, layout, magnitude, numerics, residual, need_weig
     out = (*poisoned(x, x if residual else x.new_empty(0)), torch.full((rows,), torch.nan, device=DEVICE))
     normed, total, rstd = norm.rms_norm_fwd(x, weight, other if residual else None, EPS, numerics, out=out)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(norm, "_programs", lambda blocks, width: max(1, min(blocks, programs)))
+        patch.setattr(norm, "_programs", lambda blocks, width, whole: max(1, min(blocks, programs)))
         grads = norm.rms_norm_bwd(
             grad,
             grad_total if residual else None,
@@ -134,9 +142,10 @@ def test_swiglu(shape, dtype, layout, magnitude, numerics):
     ignored=st.sampled_from((0.0, 0.5, 1.0)),
     label_smoothing=st.sampled_from((0.0, 0.1, 1.0)),
     known=st.booleans(),
+    kept=st.sampled_from((0, 1000, 1 << 20)),
 )
 @settings(max_examples=40, deadline=None)
-def test_linear_cross_entropy(rows, width, vocab, chunk, dtype, bias, ignored, label_smoothing, known):
+def test_linear_cross_entropy(rows, width, vocab, chunk, dtype, bias, ignored, label_smoothing, known, kept):
     hidden, weight = tensor((rows, width), dtype), tensor((vocab, width), dtype, magnitude=width**-0.5)
     linear_bias = tensor((vocab,), dtype) if bias else None
     target = torch.randint(vocab, (rows,), device=DEVICE)
@@ -148,10 +157,11 @@ def test_linear_cross_entropy(rows, width, vocab, chunk, dtype, bias, ignored, l
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked, "CPU_COLUMNS", chunk)
         patch.setattr(chunked, "GPU_CHUNK_BYTES", 0)
-        out = torch.full((rows,), torch.nan, device=DEVICE), torch.full((rows, 2), torch.nan, device=DEVICE)
-        loss, normalizer = head.linear_cross_entropy_fwd(hidden, weight, target, linear_bias, *options, out=out)
+        whole = head.linear_cross_entropy_fwd(hidden, weight, target, linear_bias, *options, kept)
+        out = [torch.full_like(tensor, torch.nan) for tensor in whole]
+        loss, *saved = head.linear_cross_entropy_fwd(hidden, weight, target, linear_bias, *options, kept, out=out)
         grads = head.linear_cross_entropy_bwd(
-            *(grad_loss, hidden, weight, target, linear_bias, normalizer, *options, True, True, bias),
+            *(grad_loss, hidden, weight, target, linear_bias, *saved, *options, True, True, bias),
             out=(*poisoned(hidden, weight), *(poisoned(linear_bias) if bias else [hidden.new_empty(0)])),
         )
     m4ov_kernels.check()
@@ -163,8 +173,10 @@ def test_linear_cross_entropy(rows, width, vocab, chunk, dtype, bias, ignored, l
         )
         return [result, *gradients(result, inputs, [grad_loss.to(result.dtype)])]
 
-    names = ("loss", "grad_input", "grad_weight", "grad_bias")
-    terms = gradient_terms(hidden, weight, target, linear_bias, grad_loss)
+    names = ("loss", "grad_input", "grad_linear_weight", "grad_linear_bias")
+    arguments = {"input": hidden, "linear_weight": weight, "linear_bias": linear_bias, "target": target}
+    arguments |= {"ignore_index": -100, "reduction": "none", "num_items_in_batch": None}
+    terms = LINEAR_CROSS_ENTROPY.terms(Call(arguments, {"loss": grad_loss}, ("input",)))
     for name, *tensors in zip(names, (loss, *grads), reference(dtype), reference(torch.float64), strict=False):
         assert_accurate(name, *tensors, terms.get(name))
 
@@ -245,7 +257,7 @@ def test_outputs_of_the_wrong_shape_or_dtype_are_refused():
         with pytest.raises(ValueError, match="out: expected a contiguous"):
             activation.swiglu_fwd(x, x, "hf", out=bad)
         with pytest.raises(ValueError, match="out: expected a contiguous"):
-            head.linear_cross_entropy_fwd(x, x, target, None, -100, 0.0, None, out=(bad, x.new_empty(4)))
+            head.linear_cross_entropy_fwd(x, x, target, None, -100, 0.0, None, 0, out=(bad, *[x.new_empty(4)] * 2))
 
 
 def test_autograd_through_the_front_door():

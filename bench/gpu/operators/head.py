@@ -140,7 +140,8 @@ def _subject(session: Session, device: torch.device, case: cases.HeadCase) -> Su
     for what, backward, products in (("forward", False, 1), ("forward + backward", True, 4)):
         limit = matrix_products(maker, labelled, case.width, case.vocabulary, products)
         name = f"{products} mm of the labelled rows, whole logits"
-        kernels[what] = Kernel(as_called(subject, ours, backward), limit, name, products * one, "FLOP")
+        moved = sum(tensor.nbytes for tensor in inputs[0][:2]) * (3 if backward else 1)
+        kernels[what] = Kernel(as_called(subject, ours, backward), limit, name, moved, products * one, "FLOP")
     memory: dict[str, float | None] = {}
     if case.memory:
         calls = {OURS: ours, **{n: peer for n, peer in others.items() if not isinstance(peer, cpu_peers.Absent)}}

@@ -1,0 +1,205 @@
+// What forward and backward share: sequences, lanes, scratch memory, and the operands laid out once for all blocks.
+//
+// A lane is a pair of a query row and one of the query heads that share a key head: lane = row · group + head in group.
+// Scores are computed transposed, keys by lanes, so that maxima, sums and rescaling stay within a lane, and one pass
+// over keys and values serves the whole group. Keys are taken in blocks that start at the sequence's first key: what a
+// lane adds up, and in which order, depends on nothing but its own query and the keys it sees.
+#pragma once
+
+#include "../common/kernels.h"
+#include "../common/parallel.h"
+#include "pack.h"
+
+namespace m4ov {
+namespace M4OV_VARIANT {
+namespace {  // nothing that the linker could share between variants
+
+constexpr int64_t kBlockLanes = 64;
+constexpr int64_t kBlockKeys = 128;
+
+M4OV_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+M4OV_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+M4OV_INLINE int64_t rounded_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
+
+struct Sequence {
+  int64_t first_row, rows, first_key, keys;
+
+  // How many keys the query row sees; rows are aligned to the end of the keys.
+  int64_t visible(bool causal, int64_t row) const {
+    return causal ? larger(0, smaller(keys, row + 1 + keys - rows)) : keys;
+  }
+};
+
+M4OV_INLINE Sequence sequence_at(const VarlenAttention& a, int64_t n) {
+  return {a.bounds_q[n], a.bounds_q[n + 1] - a.bounds_q[n], a.bounds_k[n], a.bounds_k[n + 1] - a.bounds_k[n]};
+}
+
+// Hands out 64-byte aligned pieces of one allocation. With a null base it only counts.
+struct Scratch {
+  char* base;
+  int64_t used = 0;
+
+  template <typename E>
+  E* take(int64_t count) {
+    char* piece = base + used;
+    used += rounded_up(count * static_cast<int64_t>(sizeof(E)), 64);
+    return reinterpret_cast<E*>(piece);
+  }
+};
+
+// The last n with starts[n] <= unit.
+M4OV_INLINE int64_t owner(const int64_t* starts, int64_t sequences, int64_t unit) {
+  int64_t low = 0, high = sequences;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (starts[middle] <= unit ? low : high) = middle;
+  }
+  return low;
+}
+
+// Keys or values as left operands: [key][dim], where they lie or, for a tile of another element, converted.
+template <typename Tile, typename T>
+struct Rows {
+  using E = typename Tile::Element;
+  static constexpr bool kConverted = !kSame<E, T>;
+  E* converted;  // [kv_heads][tokens][dim]
+  const T* original;
+  int64_t row, head, tokens, dim;
+
+  Rows(Scratch& scratch, const void* x, int64_t row, int64_t head, const VarlenAttention& a)
+      : converted(kConverted ? scratch.take<E>(a.kv_heads * a.tokens_k * a.dim) : nullptr),
+        original(static_cast<const T*>(x)), row(row), head(head), tokens(a.tokens_k), dim(a.dim) {}
+
+  int64_t stride() const { return kConverted ? dim : row; }
+  const E* at(int64_t h, int64_t key) const {
+    if constexpr (kConverted) {
+      return converted + (h * tokens + key) * dim;
+    } else {
+      return original + h * head + key * row;
+    }
+  }
+  void convert(int64_t h, int64_t key, int64_t count) const {
+    if constexpr (kConverted) {
+      for (int64_t i = key; i < key + count; ++i) {
+        widen(converted + (h * tokens + i) * dim, original + h * head + i * row, dim);
+      }
+    }
+  }
+};
+
+// Keys or values as left operands of the second product: [dim][key], a panel for every block of keys.
+template <typename Tile>
+struct Panels {
+  using E = typename Tile::Element;
+  E* panels;
+  int64_t tokens, dim;
+
+  Panels(Scratch& scratch, const VarlenAttention& a)
+      : tokens(a.tokens_k + Tile::kPair * (a.sequences + 1)), dim(a.dim) {
+    panels = scratch.take<E>(a.kv_heads * tokens * dim);
+  }
+
+  // Sequences begin at multiples of kPair; the sequence's number makes room for the ones before it, rounded up.
+  E* at(int64_t h, int64_t n, const Sequence& s, int64_t key) const {
+    const int64_t first = Tile::kPair == 1 ? s.first_key : rounded_up(s.first_key + n, 2);
+    return panels + (h * tokens + first + key) * dim;
+  }
+  // Distance of the rows of the panel that begins at `key`.
+  static int64_t stride(const Sequence& s, int64_t key) {
+    return rounded_up(smaller(kBlockKeys, s.keys - key), Tile::kPair);
+  }
+  void pack(int64_t h, int64_t n, const Sequence& s, int64_t key, const E* rows, int64_t row_stride) const {
+    const int64_t count = smaller(kBlockKeys, s.keys - key), columns = stride(s, key);
+    pack_transposed<Tile>(at(h, n, s, key), columns, rows, row_stride, count, columns, dim);
+  }
+};
+
+// starts[n]: the number of the first unit of sequence n, where sequence n has count(sequence) of them.
+template <typename Count>
+static void number_units(int64_t* starts, const VarlenAttention& a, const Count& count) {
+  starts[0] = 0;
+  for (int64_t n = 0; n < a.sequences; ++n) starts[n + 1] = starts[n] + count(sequence_at(a, n));
+}
+
+// Enough threads for the work, about one for every 100 µs of one core's.
+M4OV_INLINE int team_size(const VarlenAttention& a) {
+  double products = 0;
+  for (int64_t n = 0; n < a.sequences; ++n) {
+    const Sequence s = sequence_at(a, n);
+    products += static_cast<double>(s.rows) * static_cast<double>(s.keys + 8);
+  }
+  products *= static_cast<double>(a.heads * a.dim);
+  const double wanted = 1 + products / (1 << 20);
+  return wanted < a.threads ? static_cast<int>(wanted) : a.threads;
+}
+
+// The lanes of one block: where their rows are, and how many keys each sees.
+struct Lanes {
+  int64_t count, columns;              // in the block; rounded up to whole vectors
+  int64_t fewest, most;                // keys that a lane of the block sees
+  int32_t limit[kBlockLanes];          // keys that the lane sees; 0 for a lane that is not there
+  int64_t token[kBlockLanes], head[kBlockLanes];
+
+  Lanes(const VarlenAttention& a, const Sequence& s, int64_t h, int64_t block) {
+    const int64_t group = a.heads / a.kv_heads, first = block * kBlockLanes;
+    count = smaller(kBlockLanes, s.rows * group - first);
+    columns = rounded_up(count, kLanes);
+    fewest = s.visible(a.causal, first / group);
+    most = s.visible(a.causal, (first + count - 1) / group);
+    for (int64_t i = 0; i < kBlockLanes; ++i) {
+      const int64_t row = (first + i) / group;
+      limit[i] = i < count ? static_cast<int32_t>(s.visible(a.causal, row)) : 0;
+      token[i] = s.first_row + row;
+      head[i] = h * group + (first + i) % group;
+    }
+  }
+  int64_t vectors() const { return columns / kLanes; }
+};
+
+M4OV_INLINE int64_t lane_blocks(const VarlenAttention& a, const Sequence& s) {
+  return (s.rows * (a.heads / a.kv_heads) + kBlockLanes - 1) / kBlockLanes;
+}
+
+// The lanes' rows of a tensor [token, head, dim] as the tile's elements: in place, or converted into `buffer`.
+template <typename E, typename T>
+static void lane_rows(const E** rows, E* buffer, const T* x, int64_t row, int64_t head, const Lanes& lanes,
+                      int64_t dim) {
+  for (int64_t i = 0; i < lanes.count; ++i) {
+    const T* from = x + lanes.token[i] * row + lanes.head[i] * head;
+    if constexpr (kSame<E, T>) {
+      rows[i] = from;
+    } else {
+      widen(buffer + i * dim, from, dim);
+      rows[i] = buffer + i * dim;
+    }
+  }
+}
+
+// 2^x for 16-bit results, e^x for fp32; kExponentUnit turns exponents of e into those of this power.
+template <typename T>
+constexpr float kExponentUnit = kSame<T, float> ? 1.0f : 1.44269504f;
+template <typename T>
+M4OV_INLINE V power(V x) {
+  if constexpr (kSame<T, float>) {
+    return exp_full(x);
+  } else {
+    return exp2_fast(x);
+  }
+}
+
+// score · factor + back, with the product rounded as it was where `back` comes from: fused, the exponent of the largest
+// score would not be 0 but that product's rounding, which of a large score is a large number.
+M4OV_INLINE V exponent(V score, V factor, V back) { return score * factor + back; }
+
+// Scores [keys][kBlockLanes] of keys that a lane does not see become -inf.
+static void hide(float* scores, int64_t first_key, int64_t keys, const Lanes& lanes) {
+  for (int64_t key = larger(0, lanes.fewest - first_key); key < keys; ++key) {
+    float* row = scores + key * kBlockLanes;
+    const int32_t position = static_cast<int32_t>(first_key + key);
+    for (int64_t i = 0; i < lanes.columns; ++i) row[i] = position < lanes.limit[i] ? row[i] : -__builtin_inff();
+  }
+}
+
+}  // namespace
+}  // namespace M4OV_VARIANT
+}  // namespace m4ov

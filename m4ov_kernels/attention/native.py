@@ -1,0 +1,93 @@
+"""``varlen_attention`` through the compiled kernels (CPU)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m4ov_kernels import _C
+from m4ov_kernels.attention.bounds import check_bounds
+from m4ov_kernels.layout import DTYPES, output
+
+_ALIGNED = 64
+
+
+def varlen_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen: int,
+    max_seqlen_k: int,
+    causal: bool,
+    scale: float,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(output [T, H, D], lse float32 [H, T])``; ``lse``: log of the sum of exponentials of the scores."""
+    result = output(out and out[0], q.shape, q, q.dtype)
+    lse = output(out and out[1], (q.shape[1], q.shape[0]), q, torch.float32)
+    arguments, alive = _arguments(q, k, v, cu_seqlens, cu_seqlens_k, causal, scale)
+    _run(_C.varlen_attention_fwd, arguments, result.data_ptr(), lse.data_ptr())
+    del alive
+    return result, lse
+
+
+def varlen_attention_bwd(
+    grad_output: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    result: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen: int,
+    max_seqlen_k: int,
+    causal: bool,
+    scale: float,
+    *,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(grad_q, grad_k, grad_v)``, contiguous, from the forward's ``result`` and ``lse``."""
+    grads = tuple(output(out and out[i], x.shape, x, x.dtype) for i, x in enumerate((q, k, v)))
+    grad_output, result, lse = _dense(grad_output), result.contiguous(), lse.contiguous()
+    arguments, alive = _arguments(q, k, v, cu_seqlens, cu_seqlens_k, causal, scale)
+    addresses = (*(x.data_ptr() for x in (*grads, grad_output, result, lse)),)
+    _run(_C.varlen_attention_bwd, arguments, addresses, grad_output.stride(0), grad_output.stride(1))
+    del alive
+    return grads  # type: ignore[return-value]
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _arguments(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, causal: bool, scale: float
+) -> tuple[list[Any], tuple[Tensor, ...]]:
+    """What both kernels take, and the tensors that must outlive the call."""
+    bounds_q = check_bounds("cu_seqlens", cu_seqlens, q.shape[0])
+    bounds_k = bounds_q if cu_seqlens_k is None else check_bounds("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    if len(bounds_k) != len(bounds_q):
+        raise ValueError(
+            f"varlen_attention: cu_seqlens_k must be of {len(bounds_q) - 1} sequences, as cu_seqlens; "
+            f"got {len(bounds_k) - 1}"
+        )
+    bounds = torch.tensor([bounds_q, bounds_k])
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    addresses = [x.data_ptr() for x in (q, k, v, bounds)]
+    inputs = [*addresses, addresses[3] + 8 * len(bounds_q), 0]
+    sizes = (len(bounds_q) - 1, q.shape[0], k.shape[0], q.shape[1], k.shape[1], q.shape[2])
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
+    return [inputs, sizes, strides, scale, causal, DTYPES[q.dtype], torch.get_num_threads()], (q, k, v, bounds)
+
+
+def _run(kernel: Any, arguments: list[Any], *others: Any) -> None:
+    size = kernel(*arguments, *others)  # without scratch memory it only says how much it needs
+    scratch = torch.empty(size + _ALIGNED, dtype=torch.uint8)
+    arguments[0][5] = -(-scratch.data_ptr() // _ALIGNED) * _ALIGNED
+    kernel(*arguments, *others)

@@ -1,0 +1,151 @@
+"""Compiles everything that is declared, in parallel, from a cache where nothing has changed, and judges it."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import importlib
+import json
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from m4ov_kernels.gpu import FP_FUSION, Build, CudaBuild
+from m4ov_kernels.lockfile import compile as compilers
+from m4ov_kernels.lockfile.families import CSRC, Declared
+from m4ov_kernels.lockfile.report import Report, violations
+from m4ov_kernels.lockfile.targets import CUDA_TARGETS, STATIC_SHARED, TARGETS
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel and what it was declared to be."""
+
+    report: Report
+    build: Build | CudaBuild
+    violations: list[str]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one compiler made; ``errors``: what is wrong and is no kernel's."""
+
+    kernels: list[Kernel] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def failures(self) -> list[str]:
+        broken = [f"{k.report.kernel} on {k.report.target}: {text}" for k in self.kernels for text in k.violations]
+        return self.errors + broken
+
+
+@dataclass(frozen=True)
+class _Job:
+    function: Callable[..., list[Report]]
+    arguments: tuple[Any, ...]
+    key: str  # of the cache: whatever the result depends on
+
+
+def triton_kernels(declared: Declared, targets: Iterable[str], cache: Path | None) -> Found:
+    """Every declared Triton kernel on every target that it ships for."""
+    wanted = [(*entry, target) for entry in declared.builds for target in targets if target in entry[2].targets]
+    jobs = [
+        _Job(compilers.compile_triton, (module, index, target), _triton_key(build, target))
+        for module, index, build, target in wanted
+    ]
+    kernels = []
+    for (_, _, build, target), (report,) in zip(wanted, _run(jobs, cache), strict=True):
+        kernels.append(Kernel(report, build, violations(report, build, TARGETS[target].shared_block)))
+    return Found(kernels)
+
+
+def cuda_kernels(declared: Declared, targets: Iterable[str], cache: Path | None, version: str) -> Found:
+    """Every kernel of every ``.cu`` file, held to what its family declares."""
+    found = Found()
+    headers = _digest(path.read_bytes() for path in sorted(CSRC.rglob("*")) if path.suffix in (".cu", ".cuh", ".h"))
+    for folder, builds in declared.cuda.items():
+        files = [(file, target) for file in sorted(folder.glob("*.cu")) for target in targets]
+        facts = (version, tuple(compilers.NVCC_FLAGS), headers)
+        jobs = [_Job(compilers.compile_cuda, (file, target), _key(file.name, target, *facts)) for file, target in files]
+        seen: set[str] = set()
+        for report in (report for reports in _run(jobs, cache) for report in reports):
+            build = next((b for b in builds if fnmatch.fnmatchcase(report.kernel, b.pattern)), None)
+            if build is None:
+                found.errors.append(f"csrc/{folder.name}: {report.kernel} is in no CudaBuild of KERNELS")
+                continue
+            seen.add(build.pattern)
+            found.kernels.append(Kernel(report, build, violations(report, build, STATIC_SHARED)))
+        if jobs:
+            missing = [build.pattern for build in builds if build.pattern not in seen]
+            found.errors.extend(f"csrc/{folder.name}: no kernel is named {pattern}" for pattern in missing)
+    found.errors[:] = sorted(set(found.errors))
+    return found
+
+
+def cuda_targets(targets: Sequence[str] | None) -> list[str]:
+    """nvcc's targets for the chips of ``targets`` (Triton's names; ``None``: all)."""
+    return [name for name in CUDA_TARGETS if targets is None or name.rstrip("af") in targets]
+
+
+def default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m4ov" / "lockfile"
+
+
+def _run(jobs: Sequence[_Job], cache: Path | None) -> list[list[Report]]:
+    """The reports of every job, in order; what the cache lacks is compiled on every core that this process may use."""
+    paths = [cache / f"{job.key}.json" if cache else None for job in jobs]
+    results = [_load(path) for path in paths]
+    missing = [i for i, reports in enumerate(results) if reports is None]
+    if missing:
+        workers = min(len(missing), len(os.sched_getaffinity(0)))
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            futures: dict[int, Future[list[Report]]] = {
+                i: pool.submit(jobs[i].function, *jobs[i].arguments) for i in missing
+            }
+            for i, future in futures.items():
+                results[i] = future.result()
+                _store(paths[i], future.result())
+    return [reports for reports in results if reports is not None]
+
+
+def _load(path: Path | None) -> list[Report] | None:
+    if path is None or not path.exists():
+        return None
+    return [Report(**entry) for entry in json.loads(path.read_text())]
+
+
+def _store(path: Path | None, reports: list[Report]) -> None:
+    """Whole or not at all: several checks may run at once."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump([report.as_json() for report in reports], file)
+        os.replace(file.name, path)
+
+
+def _triton_key(build: Build, target: str) -> str:
+    module = importlib.import_module(build.kernel.__module__)
+    # Triton's own switches (another ptxas, a debug mode) change what it makes.
+    switches = sorted(
+        (name, value) for name, value in os.environ.items() if name.startswith("TRITON_") and "CACHE" not in name
+    )
+    facts = (build.name, compilers.source(build).hash(), target, build.num_warps, build.num_stages, FP_FUSION)
+    return _key(module.__name__, *facts, compilers.triton_version(), switches)
+
+
+def _key(*facts: Any) -> str:
+    """The code that compiles and reads is one of the facts: a change of it makes old reports void."""
+    readers = _digest(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return hashlib.sha256(repr((*facts, readers)).encode()).hexdigest()
+
+
+def _digest(contents: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for content in contents:
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()

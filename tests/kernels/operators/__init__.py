@@ -1,0 +1,12 @@
+"""Every operator's case, in one table: a new operator is entered here, and nowhere else, for the shared properties
+(``test_operators.py``), the calls from threads (``test_threads.py``) and the fuzzer (``make fuzz``)."""
+
+from __future__ import annotations
+
+from . import activation, head, norm
+from .case import Call, OperatorCase
+from .corruptions import Corruption
+
+__all__ = ["CASES", "Call", "Corruption", "OperatorCase"]
+
+CASES = {case.name: case for case in (norm.RMS_NORM, activation.SWIGLU, head.LINEAR_CROSS_ENTROPY)}

@@ -1,0 +1,189 @@
+"""Cases of the language-model head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m4ov_kernels import linear_cross_entropy
+from m4ov_kernels.head import chunked
+
+from .. import draws
+from ..draws import Draw
+from . import corruptions
+from .case import Call, OperatorCase
+from .options import number, tensor_dtype
+
+
+def _arguments(draw: Draw) -> dict[str, Any]:
+    # A sum of logits near the end of float32 overflows in one order and not in another.
+    dtype, kind = tensor_dtype(draw), draws.kinds(draw, draws.GRADIENT_VALUES)
+    # Mostly small: the matrix products are PyTorch's. At times enough logits for threads to share, and several chunks.
+    if draw.one_in(128):
+        rows, width, vocab = draw.choice(((130, 24, 700), (3, 8, 9000), (64, 33, 4100)))
+    else:
+        rows = draw.integer(0, 12) if not draw.one_in(8) else draw.choice((17, 40, 65))
+        width = draw.choice((1, 3, 8, 16, 65, 128))
+        vocab = draw.integer(1, 80) if not draw.one_in(8) else draw.choice((127, 128, 333, 513, 1025))
+    leading = (rows,) if not draw.one_in(6) else draw.choice(((1, rows), (rows, 1), (2, 1, rows)))
+    ignore_index = draw.choice((-100, -100, -100, -1, 0, vocab - 1, 2**40))
+    generator = torch.Generator().manual_seed(draw.integer(0, 2**32 - 1))
+    target = torch.randint(vocab, leading, generator=generator)
+    target[torch.rand(leading, generator=generator) < draw.choice((0.0, 0.0, 0.4, 1.0))] = ignore_index
+    reduction = draw.choice(("none", "mean", "sum"))
+    counted = reduction == "mean" and draw.one_in(3)
+    return {
+        "input": draws.tensor(draw, (*leading, width), dtype, kind()),
+        "linear_weight": draws.tensor(draw, (vocab, width), dtype, kind(), width**-0.5),
+        "target": draws.laid_out(target, draws.layout_of(draw)) if draw.one_in(4) else target,
+        "linear_bias": draws.tensor(draw, (vocab,), dtype, kind()) if draw.one_in(3) else None,
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": draw.choice((0.0, 0.0, 0.1, 1.0, 1, 0)),
+        "num_items_in_batch": draw.choice((7, 0.5, torch.tensor(3), torch.tensor([2.0]))) if counted else None,
+        # On the CPU the rows that count are seen: what is said of them makes no difference.
+        "keep_logits_bytes": draw.choice((None, 0, 1000, 1 << 14)),
+        "num_valid": int((target != ignore_index).sum()) if draw.one_in(4) else None,
+    }
+
+
+def _results(input: Tensor, target: Tensor, reduction: str, **_: Any) -> Any:
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    return {"loss": (target.shape if reduction == "none" else (), dtype)}
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    return tensor.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _terms(call: Call) -> dict[str, Tensor]:
+    """What nearly cancels, in float64: in the loss the largest logit; in a gradient the softmax, which moves by
+    p · |logit| · eps when logits are rounded, and the target's share, times the other factor."""
+    arguments = call.arguments
+    hidden = arguments["input"].double().reshape(-1, arguments["input"].shape[-1])
+    weight, bias = arguments["linear_weight"].double(), arguments["linear_bias"]
+    vocab = weight.shape[0]
+    target = arguments["target"].reshape(-1)
+    keep = target != arguments["ignore_index"]
+    logits = F.linear(hidden, weight, None if bias is None else bias.double())
+    largest = torch.where(keep, _finite(logits).abs().amax(-1), 0.0)
+    divisor = 1.0
+    if arguments["reduction"] == "mean":
+        items = arguments["num_items_in_batch"]
+        divisor = float(keep.sum() if items is None else items)
+    if arguments["reduction"] == "none":
+        terms = {"loss": largest.reshape(arguments["target"].shape)}
+    else:
+        terms = {"loss": largest.sum() / divisor}
+    if call.wanted:
+        grad = call.grads["loss"].double().reshape(-1).expand(keep.shape) / divisor
+        classes = target.masked_fill(~keep, 0)
+        shares = logits.softmax(-1) * (1 + largest)[:, None] + F.one_hot(classes, vocab)
+        shares = _finite(torch.where(keep[:, None], shares * grad.abs()[:, None], 0.0))
+        hidden = _finite(torch.where(keep[:, None], hidden, 0.0))
+        # Every chunk's share is rounded to the dtype, and so cannot be smaller than its smallest value.
+        chunks = -(-vocab // chunked.CPU_COLUMNS)
+        least = chunks * torch.finfo(arguments["input"].dtype).smallest_normal
+        terms["grad_input"] = (shares @ _finite(weight).abs() + least).reshape(arguments["input"].shape)
+        terms["grad_linear_weight"] = shares.t() @ hidden.abs()
+        terms["grad_linear_bias"] = shares.sum(0)
+    return terms
+
+
+def _without_ignored_rows(
+    input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int, reduction: str, num_valid: Any, **rest: Any
+) -> Tensor:
+    """Rows without a loss reach no result and no gradient, not even by a NaN; in plain PyTorch they do."""
+    keep = target != ignore_index
+    loss = linear_cross_entropy(
+        input[keep], linear_weight, target[keep], ignore_index=ignore_index, reduction=reduction, **rest
+    )
+    return loss if reduction != "none" else loss.new_zeros(target.shape).masked_scatter(keep, loss)
+
+
+@contextmanager
+def _chunk_width(columns: int) -> Iterator[None]:
+    previous, chunked.CPU_COLUMNS = chunked.CPU_COLUMNS, columns
+    try:
+        yield
+    finally:
+        chunked.CPU_COLUMNS = previous
+
+
+def _out_of_range(arguments: dict[str, Any], draw: Draw) -> tuple[dict[str, Any], str] | None:
+    target, vocab = arguments["target"].clone().contiguous(), arguments["linear_weight"].shape[0]
+    wrong = draw.choice([index for index in (vocab, -1, -(2**40), 2**62) if index != arguments["ignore_index"]])
+    if not target.numel():
+        return None
+    target.view(-1)[draw.integer(0, target.numel() - 1)] = wrong
+    return {"target": target}, str(wrong)
+
+
+def _too_many_valid(arguments: dict[str, Any], draw: Draw) -> tuple[dict[str, Any], str]:
+    wrong = draw.choice((-1, arguments["target"].numel() + 1))
+    return {"num_valid": wrong}, str(wrong)
+
+
+def _count_without_mean(arguments: dict[str, Any], draw: Draw) -> tuple[dict[str, Any], str]:
+    reduction = draw.choice(("sum", "none"))
+    return {"num_items_in_batch": 3, "reduction": reduction}, f"{reduction!r}"
+
+
+def _items(what: str, error: type[Exception], *options: Any) -> corruptions.Corruption:
+    def change(arguments: dict[str, Any], draw: Draw) -> tuple[dict[str, Any], str]:
+        wrong = draw.choice(options)
+        came = str(list(wrong.shape)) if isinstance(wrong, Tensor) else repr(wrong)
+        return {"num_items_in_batch": wrong, "reduction": "mean"}, came
+
+    return corruptions.Corruption("num_items_in_batch", what, error, change)
+
+
+LINEAR_CROSS_ENTROPY = OperatorCase(
+    "linear_cross_entropy",
+    linear_cross_entropy,
+    _arguments,
+    _results,
+    ("input", "linear_weight", "linear_bias"),
+    (
+        *corruptions.float_tensor("input"),
+        corruptions.shape("input", corruptions.scalar, lambda shape: (*shape[:-1], 0)),
+        corruptions.shape("input", corruptions.wider, blamed="linear_weight"),
+        corruptions.shape("input", corruptions.longer, corruptions.deeper, blamed="target"),
+        *corruptions.float_tensor("linear_weight"),
+        corruptions.shape("linear_weight", corruptions.wider, corruptions.deeper, lambda shape: (0, shape[1])),
+        corruptions.device("linear_weight"),
+        *corruptions.index_tensor("target"),
+        corruptions.shape("target", corruptions.longer, corruptions.deeper),
+        corruptions.device("target"),
+        corruptions.Corruption("target", "out of range", ValueError, _out_of_range),
+        *corruptions.float_tensor("linear_bias", optional=True),
+        corruptions.shape("linear_bias", corruptions.wider, corruptions.deeper, corruptions.scalar),
+        corruptions.device("linear_bias"),
+        corruptions.value("weight", ValueError, "class weights", 1.0, [1.0]),
+        corruptions.value("ignore_index", TypeError, "not an int", 1.5, "-100", True, None),
+        corruptions.value("ignore_index", ValueError, "more than 64 bits", 2**63, -(2**70)),
+        corruptions.value("reduction", ValueError, "unknown", "average", "", None, 0, ["mean"]),
+        corruptions.value("label_smoothing", ValueError, "out of range", 1.5, -0.1, math.nan, math.inf),
+        number("label_smoothing"),
+        corruptions.value("label_smoothing", TypeError, "missing", None),
+        _items("not above 0", ValueError, 0, -1, -0.5, math.nan),
+        _items("not a number", TypeError, "3", [3], 1j),
+        _items("no single real number", ValueError, torch.ones(2), torch.ones(0), torch.tensor([1j])),
+        corruptions.Corruption("num_items_in_batch", "without a mean", ValueError, _count_without_mean),
+        corruptions.Corruption("num_valid", "out of range", ValueError, _too_many_valid),
+        corruptions.value("keep_logits_bytes", ValueError, "negative", -1, -(2**40)),
+        corruptions.value("keep_logits_bytes", TypeError, "not an int", 0.5, "1", True),
+        corruptions.value("num_valid", TypeError, "not an int", 0.5, "1", True),
+    ),
+    _terms,
+    _without_ignored_rows,
+    lambda dtype: dtype is not torch.float32,  # PyTorch's fp32 matrix products depend on threads and alignment
+    1,
+    lambda draw, call: _chunk_width(draw.choice((2048, max(7, call["linear_weight"].shape[0] // draw.integer(2, 5))))),
+)

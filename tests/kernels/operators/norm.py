@@ -1,0 +1,77 @@
+"""Cases of the norms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m4ov_kernels import rms_norm
+
+from .. import draws
+from ..draws import Draw
+from ..numerics import rms_norm_terms
+from . import corruptions
+from .case import Call, OperatorCase
+from .options import NUMERICS, nonnegative, tensor_dtype
+
+
+def _arguments(draw: Draw) -> dict[str, Any]:
+    shape, dtype, numerics = draws.shape(draw), tensor_dtype(draw), draw.choice(draws.NUMERICS)
+    mixed, added = draw.one_in(64), draw.boolean()
+    # With "fp32" a sum may be normalised that is infinite when rounded, and the backward sees it rounded.
+    kind = draws.kinds(draw, draws.GRADIENT_VALUES if added and numerics == "fp32" else draws.VALUES)
+    return {
+        "hidden_states": draws.tensor(draw, shape, dtype, kind()),
+        "weight": draws.tensor(draw, shape[-1:], torch.float32 if mixed else dtype, kind()),
+        "residual": draws.tensor(draw, shape, dtype, kind()) if added else None,
+        "eps": draw.choice((1e-6, 1e-5, 1.0, 0, 1e-38)),
+        "numerics": numerics,
+    }
+
+
+def _results(hidden_states: Tensor, weight: Tensor, residual: Tensor | None, numerics: str, **_: Any) -> Any:
+    dtype = hidden_states.dtype
+    promoted = torch.promote_types(dtype, weight.dtype) if numerics == "hf" else dtype
+    normed = {"normed": (hidden_states.shape, promoted)}
+    return normed if residual is None else normed | {"total": (hidden_states.shape, dtype)}
+
+
+def _terms(call: Call) -> dict[str, Tensor]:
+    if not call.wanted:
+        return {}
+    x, weight = (call.arguments[name].double() for name in ("hidden_states", "weight"))
+    if call.arguments["residual"] is not None:
+        x = x + call.arguments["residual"].double()
+    grad = call.grads["normed"].double() if "normed" in call.grads else torch.zeros_like(x)
+    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + call.arguments["eps"])
+    to_x = rms_norm_terms(grad, x, weight, rstd)
+    if "total" in call.grads:
+        to_x = to_x + call.grads["total"].double().abs()
+    to_weight = (grad * x * rstd).abs().reshape(-1, x.shape[-1]).sum(0)
+    return {"grad_hidden_states": to_x, "grad_residual": to_x, "grad_weight": to_weight}
+
+
+RMS_NORM = OperatorCase(
+    "rms_norm",
+    rms_norm,
+    _arguments,
+    _results,
+    ("hidden_states", "weight", "residual"),
+    (
+        *corruptions.float_tensor("hidden_states"),
+        corruptions.shape("hidden_states", corruptions.scalar),
+        corruptions.shape("hidden_states", corruptions.wider, corruptions.doubled, blamed="weight"),
+        *corruptions.float_tensor("weight"),
+        corruptions.shape("weight", corruptions.wider, corruptions.deeper, corruptions.scalar),
+        corruptions.device("weight"),
+        *corruptions.float_tensor("residual", optional=True),
+        corruptions.float_dtype("residual"),
+        corruptions.shape("residual", corruptions.wider, corruptions.deeper, corruptions.scalar),
+        corruptions.device("residual"),
+        *nonnegative("eps"),
+        NUMERICS,
+    ),
+    _terms,
+)

@@ -1,0 +1,120 @@
+"""What ``KERNELS`` declares, and so what is locked, is what the launchers launch: types, divisibility, constants.
+
+Launches are recorded instead of interpreted; what Triton would specialise on is read off their arguments.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from m4ov_kernels import configs, gpu
+from m4ov_kernels.activation import triton as activation
+from m4ov_kernels.gpu import FP_FUSION, Build
+from m4ov_kernels.head import triton as head
+from m4ov_kernels.norm import triton as norm
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="records the interpreter's launches")
+ROWS = 32
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+TYPES = {torch.int64: "i64", **gpu.DTYPES}
+
+Launch = tuple[str, tuple[str, ...], tuple[tuple[str, Any], ...], int, int]
+
+
+def specialised(kernel: Any, name: str, value: Any) -> str:
+    """The type that Triton compiles for, with ``/16`` where it knows of divisibility."""
+    if isinstance(value, Tensor):
+        return f"*{TYPES[value.dtype]}" + ("/16" if value.data_ptr() % 16 == 0 else "")
+    if isinstance(value, float):
+        return "fp32"
+    assert isinstance(value, int)
+    if name in (kernel.kwargs["do_not_specialize"] or ()):
+        return "i32"
+    assert value != 1, f"{name}: Triton makes a constant of 1"
+    return "i32/16" if value % 16 == 0 else "i32"
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    seen: list[Launch] = []
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in OPTIONS}
+        assert options["enable_fp_fusion"] is FP_FUSION
+        types = tuple(specialised(self, name, value) for name, value in zip(self.arg_names, args, strict=False))
+        assert len(types) + len(kwargs) == len(self.arg_names)
+        seen.append((self.__name__, types, tuple(sorted(kwargs.items())), options["num_warps"], options["num_stages"]))
+
+    monkeypatch.setattr(InterpretedFunction, "run", record)
+    return seen
+
+
+def declared(build: Build) -> Launch:
+    types = tuple(token.replace("T", build.dtype) for token in build.signature.split())
+    constants = tuple(sorted(build.constexprs.items()))
+    return build.kernel.__name__, types, constants, build.num_warps, build.num_stages
+
+
+def launch_norm(dtype: torch.dtype) -> None:
+    widths = {row.width for row in configs.rows_of("rms_norm_fwd", "cpu", gpu.DTYPES[dtype])} | {16384}
+    for width, residual, numerics in itertools.product(widths, (False, True), ("hf", "vllm", "fp32")):
+        x, weight = torch.empty(ROWS, width, dtype=dtype), torch.empty(width, dtype=dtype)
+        _, _, rstd = norm.rms_norm_fwd(x, weight, x if residual else None, 1e-6, numerics)
+        for need_weight in (False, True):
+            norm.rms_norm_bwd(x, x if residual else None, x, weight, rstd, numerics, need_weight)
+
+
+def launch_swiglu(dtype: torch.dtype) -> None:
+    widths = {row.width or 4096 for row in configs.rows_of("swiglu_fwd", "cpu", gpu.DTYPES[dtype])}
+    for width, numerics in itertools.product(widths, ("hf", "vllm", "fp32")):
+        dense = torch.empty(ROWS, width, dtype=dtype)
+        halves = torch.empty(ROWS, 2 * width, dtype=dtype).chunk(2, -1)
+        for gate, up in ((dense, dense), halves):
+            activation.swiglu_fwd(gate, up, numerics)
+            activation.swiglu_bwd(gate, gate, up, numerics)
+
+
+def launch_head(dtype: torch.dtype) -> None:
+    logits, target = torch.empty(ROWS, 32000, dtype=dtype), torch.zeros(ROWS, dtype=torch.int64)
+    state, normalizer = torch.empty(4, ROWS), torch.empty(ROWS, 2)
+    for total in (False, True):
+        head.EPILOGUE.reduce(logits, target, 0, state, total)
+    head.EPILOGUE.differentiate(logits, logits, target, 0, normalizer, state[0], 1.0, 0.0)
+    addend, accumulator = torch.empty(ROWS * 4096, dtype=dtype), torch.empty(ROWS * 4096 + 32)
+    for assign, output in itertools.product((False, True), (None, addend)):
+        head.EPILOGUE.add(accumulator, addend, output, assign)
+
+
+FAMILIES = ((norm, launch_norm), (activation, launch_swiglu), (head, launch_head))
+
+
+def builds(module: Any) -> Iterator[Build]:
+    return (entry for entry in module.KERNELS if isinstance(entry, Build))
+
+
+@pytest.mark.parametrize(("module", "launch"), FAMILIES, ids=[module.__name__ for module, _ in FAMILIES])
+def test_what_is_declared_is_what_is_launched(module, launch, launches):
+    for dtype in gpu.DTYPES:
+        launch(dtype)
+    found = set(launches)
+    for build in builds(module):
+        if build.targets == gpu.ARCHITECTURES:  # an architecture's own rows are in force there, not here
+            assert declared(build) in found, build.name
+    # And the other way: no kernel is launched with a configuration, for a dtype, that is not declared.
+    known = {
+        (name, _blocks(constants), warps, stages) for name, _, constants, warps, stages in map(declared, builds(module))
+    }
+    for name, _, constants, warps, stages in found:
+        assert (name, _blocks(constants), warps, stages) in known
+
+
+def _blocks(constants: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
+    return tuple(item for item in constants if item[0].startswith("BLOCK"))
