@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from m4ov_bench.gpu.example import Example, Maker
-from m4ov_bench.gpu.operators import activation, head, norm
+from m4ov_bench.gpu.operators import activation, attention, head, norm
 from m4ov_bench.session import Subject
 from m4ov_kernels.dispatch import OPERATORS
 
@@ -26,6 +26,7 @@ class Cases(NamedTuple):
 CASES = {
     "rms_norm": Cases(norm.examples, norm.subjects),
     "swiglu": Cases(activation.examples, activation.subjects),
+    "varlen_attention": Cases(attention.examples, attention.subjects),
     "linear_cross_entropy": Cases(head.examples, head.subjects),
 }
 
