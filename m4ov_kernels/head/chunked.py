@@ -178,11 +178,14 @@ def forward(
     itemsize = input.element_size()
     size = room_for_logits(target.shape[0], vocab_size, itemsize, num_valid, keep_logits_bytes)
     kept = output(out and out[2], (size,), input, input.dtype)
+    used = 0
     if count:
         for first, last, keep, buffer in _chunks(count, vocab_size, kept, epilogue.on_host):
             logits = buffer if keep is None else keep
+            used = used if keep is None else count * last
             _project(rows.input, linear_weight, linear_bias, slice(first, last), logits)
             epilogue.reduce(logits, rows.target, first, state, label_smoothing > 0)
+    kept[used:].zero_()  # where rows were dropped there is room left, and what is returned is written
     maximum, total_exp, at_target, total = state
     log_total = total_exp.log_()
     row_loss = maximum - at_target
