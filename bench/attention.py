@@ -115,9 +115,10 @@ def kernels(
     def limit(_: int) -> None:
         torch.mm(left, right, out=product)
 
-    def bound(call: measure.Call, products: int) -> Kernel:
+    def bound(call: measure.Call, moved: int, products: int) -> Kernel:
         work = 2.0 * products * case.pairs * case.dim
-        moved = sum(tensor.nbytes for tensor in (*plain[0], plain[0][0])) * (1.0 if products == 2 else 2.0)
         return Kernel(call, limit, "mm of as many operations", moved, work, "FLOP", work / (2.0 * _SIZE**3))
 
-    return {"forward": bound(forward, 2), "backward": bound(backward, 5)}
+    # read q, k and v, write the output; read those and its gradient, write three gradients
+    own, given = plain[0][0].nbytes, sum(tensor.nbytes for tensor in plain[0])
+    return {"forward": bound(forward, given + own, 2), "backward": bound(backward, 2 * given + 2 * own, 5)}

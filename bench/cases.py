@@ -137,14 +137,13 @@ GPU_HEAD = (
     HeadCase(4096, 4096, 151936, memory=True),
 )
 GPU_ATTENTION = (
-    AttentionCase("text", (8192,), 16, 8, 128, causal=True, compiled=False),
-    AttentionCase("packed text", (1024,) * 8, 16, 8, 128, causal=True),
-    AttentionCase("vision", (4096,) * 4, 16, 16, 64, causal=False),
+    AttentionCase("text", (512, 640, 768, 896, 1152, 1280, 1408, 1536), 16, 8, 128, causal=True, compiled=True),
+    AttentionCase("images", (1024,) * 8, 16, 16, 64, causal=False),
 )
 # The same code where kernels are interpreted; float32, for interpreted bfloat16 stores truncate.
 TINY_NORM = (NormCase(4, 64, dtype=torch.float32), NormCase(3, 32, dtype=torch.float32, residual=True))
 TINY_ACTIVATION = (GatedCase(4, 48, dtype=torch.float32, compiled=True),)
-TINY_ATTENTION = (AttentionCase("tiny", (5, 3), 2, 1, 8, causal=True, dtype=torch.float32),)
+TINY_ATTENTION = (AttentionCase("tiny", (5, 9), 2, 1, 16, causal=True, dtype=torch.float32),)
 TINY_HEAD = (HeadCase(8, 16, 96, dtype=torch.float32, labelled=0.5, memory=True),)
 
 

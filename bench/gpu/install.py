@@ -62,7 +62,9 @@ def install(target: Path, limit: float) -> dict[str, object]:
 
 def _pip(target: Path, variables: dict[str, str], limit: float) -> str:
     """The end of pip's output if it failed; empty if it did not."""
-    shutil.rmtree(target, ignore_errors=True)
+    # What setuptools left of an earlier build would be installed again, files that are gone by now included.
+    for old in (target, *(ROOT / "build").glob("lib*"), *(ROOT / "build").glob("bdist*")):
+        shutil.rmtree(old, ignore_errors=True)
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index"]
     command += ["--disable-pip-version-check", "--no-compile", "--target", str(target), str(ROOT)]
     try:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from m4ov_bench.peers import Absent, Peer
@@ -44,19 +43,6 @@ def swiglu() -> dict[str, Peer]:
         "Liger": _bind(liger, lambda m: m.liger_swiglu),
         "flash-attn": _bind(flash, lambda m: m.swiglu),
     }
-
-
-def varlen_attention(sizes: Sequence[int], causal: bool, device: torch.device) -> dict[str, Peer]:
-    """Functions of ``(q, k, v)``, ``[T, H | KV, D]``."""
-    flash = _module("flash_attn")
-    bounds = torch.tensor([0, *sizes], device=device).cumsum(0).to(torch.int32)
-    longest = max(sizes)
-
-    def bind(module: Any) -> Callable[..., Tensor]:
-        function = module.flash_attn_varlen_func
-        return lambda q, k, v: function(q, k, v, bounds, bounds, longest, longest, causal=causal)
-
-    return {"flash-attn": _bind(flash, bind)}
 
 
 def linear_cross_entropy() -> dict[str, Peer]:

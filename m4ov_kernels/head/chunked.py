@@ -120,8 +120,8 @@ def _columns(rows: int, vocab_size: int, itemsize: int, on_host: bool) -> int:
 
 
 def room_for_logits(rows: int, vocab_size: int, itemsize: int, num_valid: int | None, keep_logits_bytes: int) -> int:
-    """Elements of the room in which logits are kept. Only whole chunks of the rows that count are: what is left of the
-    room stays unwritten (and on the CPU, whose memory comes page by page as it is written, costs nothing)."""
+    """Elements of the room in which logits are kept. Only whole chunks of the rows that count are; what is left of the
+    room holds zeros."""
     return min(keep_logits_bytes // itemsize, (rows if num_valid is None else num_valid) * vocab_size)
 
 

@@ -138,7 +138,9 @@ def test_a_red_gate_has_no_speed(capsys, monkeypatch, tmp_path):
     from m4ov_bench import runner
 
     monkeypatch.setattr(runner, "stream", lambda *_: iter(made))
-    options = type("Options", (), {"family": [], "quick": True, "json": tmp_path / "a" / "b.json", "plot": None})
+    options = type(
+        "Options", (), {"family": [], "quick": True, "json": tmp_path / "a" / "b.json", "plot": None, "against": None}
+    )
     assert execute(options) == 1
     assert "no speed" in capsys.readouterr().out
     assert (tmp_path / "a" / "b.json").is_file()
