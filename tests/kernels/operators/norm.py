@@ -20,13 +20,14 @@ from .options import NUMERICS, nonnegative, tensor_dtype
 def _arguments(draw: Draw) -> dict[str, Any]:
     shape, dtype, numerics = draws.shape(draw), tensor_dtype(draw), draw.choice(draws.NUMERICS)
     mixed, added = draw.one_in(64), draw.boolean()
-    # With "fp32" a sum may be normalised that is infinite when rounded, and the backward sees it rounded.
-    kind = draws.kinds(draw, draws.GRADIENT_VALUES if added and numerics == "fp32" else draws.VALUES)
+    # Then the sum that is normalised may be infinite, or 0, only after rounding, and the backward sees it rounded.
+    apart = added and numerics == "fp32"
+    kind = draws.kinds(draw, draws.GRADIENT_VALUES if apart else draws.VALUES)
     return {
         "hidden_states": draws.tensor(draw, shape, dtype, kind()),
         "weight": draws.tensor(draw, shape[-1:], torch.float32 if mixed else dtype, kind()),
         "residual": draws.tensor(draw, shape, dtype, kind()) if added else None,
-        "eps": draw.choice((1e-6, 1e-5, 1.0, 0, 1e-38)),
+        "eps": draw.choice((1e-6, 1e-5, 1.0) if apart else (1e-6, 1e-5, 1.0, 0, 1e-38)),
         "numerics": numerics,
     }
 
