@@ -19,6 +19,10 @@ from pathlib import Path
 from typing import Any
 
 _ROOT = Path(__file__).resolve().parent.parent
+# An editable install's finder would serve this tree's modules wherever the other commit lacks one.
+_ALONE = """import sys
+sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable___m4ov_")]
+"""
 _WHERE = "import m4ov_kernels, m4ov_bench; print(m4ov_kernels.__file__); print(m4ov_bench.__file__)"
 
 
@@ -104,6 +108,7 @@ def _build(commit: str, work: Path) -> Path:
     subprocess.run(["tar", "-x", "-C", str(source)], input=archive, check=True)
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(source)]
     _checked(command, os.environ | {"M4OV_BUILD": os.environ.get("M4OV_BUILD", "1")}, work, f"building {commit[:12]}")
+    (site / "sitecustomize.py").write_text(_ALONE, encoding="utf-8")
     return site
 
 
