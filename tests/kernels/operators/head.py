@@ -74,14 +74,16 @@ def _terms(call: Call) -> dict[str, Tensor]:
     keep = target != arguments["ignore_index"]
     logits = F.linear(hidden, weight, None if bias is None else bias.double())
     largest = torch.where(keep, _finite(logits).abs().amax(-1), 0.0)
+    # Of the loss; and one float32 rounding more than PyTorch's of the log of a sum of V exponentials.
+    loss = largest + keep * (math.log(vocab) / 4)
     divisor = 1.0
     if arguments["reduction"] == "mean":
         items = arguments["num_items_in_batch"]
         divisor = float(keep.sum() if items is None else items)
     if arguments["reduction"] == "none":
-        terms = {"loss": largest.reshape(arguments["target"].shape)}
+        terms = {"loss": loss.reshape(arguments["target"].shape)}
     else:
-        terms = {"loss": largest.sum() / divisor}
+        terms = {"loss": loss.sum() / divisor}
     if call.wanted:
         grad = call.grads["loss"].double().reshape(-1).expand(keep.shape) / divisor
         classes = target.masked_fill(~keep, 0)

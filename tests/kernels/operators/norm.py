@@ -51,8 +51,12 @@ def _terms(call: Call) -> dict[str, Tensor]:
     if "total" in call.grads:
         to_x = to_x + call.grads["total"].double().abs()
     # With an infinite sum of squares the factor is 0, and 0 times another infinite sum NaN.
-    sums = torch.maximum(x.square().sum(-1, keepdim=True), (grad * weight * x).abs().sum(-1, keepdim=True))
+    dots = (grad * weight * x).abs().sum(-1, keepdim=True)
+    sums = torch.maximum(x.square().sum(-1, keepdim=True), torch.maximum(dots, dots * rstd))
     to_x = torch.where(sums > 0.9 * torch.finfo(torch.float32).max, BEYOND, to_x)
+    if call.arguments["residual"] is not None and call.arguments["numerics"] == "fp32":  # the rounded sum may overflow
+        largest = x.abs().amax(-1, keepdim=True)
+        to_x = torch.where(largest > 0.99 * torch.finfo(call.arguments["hidden_states"].dtype).max, BEYOND, to_x)
     to_weight = (grad * x * rstd).abs().reshape(-1, x.shape[-1]).sum(0)
     return {"grad_hidden_states": to_x, "grad_residual": to_x, "grad_weight": to_weight}
 
