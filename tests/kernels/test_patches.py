@@ -284,7 +284,7 @@ def logits_of(model, batch) -> Tensor:
 
 def test_bad_packing_is_refused(patched, parts):
     batch, bounds = tiny.packed(parts), tiny.cu_seqlens(parts)
-    with pytest.raises(ValueError, match=r"cu_seqlens\[-1\] must be \d+, the number of tokens"):
+    with pytest.raises(ValueError, match=r"cu_seqlens\[\d+\] is \d+: expected \d+, the number of tokens"):
         patched(**batch, cu_seq_lens_q=bounds[:-1])
     with pytest.raises(ValueError, match="attention_mask must be None"):
         patched(**batch, cu_seq_lens_q=bounds, attention_mask=torch.ones_like(batch["input_ids"]))
