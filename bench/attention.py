@@ -83,7 +83,7 @@ def check(
         return result
     q, k, v = (tensor.detach() for tensor in inputs)
     options = (bounds, None, max(case.sizes), max(case.sizes), case.causal, scale)
-    output, lse = gate.poisoned(q, torch.empty(case.heads, case.tokens))
+    output, lse = gate.poisoned(q, torch.empty(2, case.heads, case.tokens))
     implementation.fwd(q, k, v, *options, out=(output, lse))
     out = gate.poisoned(q, k, v)
     implementation.bwd(grads[0], q, k, v, output, lse, *options, out=out)

@@ -145,17 +145,17 @@ VarlenAttention varlen_attention(const Addresses& at_, const Sizes& sizes, const
 
 void bind_attention(py::module_& m) {
   m.def("varlen_attention_fwd", [](const Addresses& inputs, const Sizes& sizes, const Sizes& strides, float scale,
-                                   bool causal, int dtype, int threads, Address output, Address lse) {
+                                   bool causal, int dtype, int threads, Address output, Address normalizer) {
     return run<&Kernels::varlen_attention_fwd>(VarlenAttentionFwd{
-        varlen_attention(inputs, sizes, strides, scale, causal, dtype, threads), at<void>(output), at<float>(lse)});
+        varlen_attention(inputs, sizes, strides, scale, causal, dtype, threads), at<void>(output), at<float>(normalizer)});
   });
   m.def("varlen_attention_bwd", [](const Addresses& inputs, const Sizes& sizes, const Sizes& strides, float scale,
                                    bool causal, int dtype, int threads, const Addresses& tensors, int64_t grad_row,
                                    int64_t grad_head) {
-    const auto [grad_q, grad_k, grad_v, grad_output, output, lse] = tensors;
+    const auto [grad_q, grad_k, grad_v, grad_output, output, normalizer] = tensors;
     return run<&Kernels::varlen_attention_bwd>(VarlenAttentionBwd{
         varlen_attention(inputs, sizes, strides, scale, causal, dtype, threads), at<void>(grad_q), at<void>(grad_k),
-        at<void>(grad_v), at<void>(grad_output), at<void>(output), at<float>(lse), grad_row, grad_head});
+        at<void>(grad_v), at<void>(grad_output), at<void>(output), at<float>(normalizer), grad_row, grad_head});
   });
 }
 

@@ -9,7 +9,6 @@ Triton kernels can still be checked and measured.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import shutil
@@ -28,12 +27,21 @@ def missing() -> list[str]:
     """What the build needs and this Python or this machine does not have, in words."""
     found = []
     for name, oldest in _NEEDED.items():
-        version = metadata.version(name) if importlib.util.find_spec(name) else ""
+        version = _version(name)
         if not version or int(version.split(".")[0]) < oldest:
             found.append(f"Python package {name}>={oldest} (here: {version or 'none'}); carry its wheel and install it")
     if shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:
         found.append("a C++ compiler: g++ 11 or newer, or CXX naming one")
     return found
+
+
+def _version(package: str) -> str:
+    """Empty if it is not installed. By its metadata: to look for the module ``pip`` makes setuptools give up its own
+    ``distutils`` for the rest of the process."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def install(target: Path, limit: float) -> dict[str, object]:
@@ -52,7 +60,7 @@ def install(target: Path, limit: float) -> dict[str, object]:
         if problem:
             status = "cut off" if problem.startswith("cut off") else "failed"
     usable = status == "passed"
-    if not usable and importlib.util.find_spec("setuptools") and importlib.util.find_spec("pip"):
+    if not usable and _version("setuptools") and _version("pip"):
         second = _pip(target, {"M4OV_BUILD": "0"}, limit)
         usable = not second
         problem += f"; and pure Python: {second}" if second else "; installed as pure Python instead"

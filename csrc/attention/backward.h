@@ -34,7 +34,7 @@ struct BackwardScratch {
   float *scores, *grad_probabilities;  // [key][lane]
   float *grad_q;                       // [dim][lane], then [lane][dim]
   float *grad_k, *grad_v;              // [key][padded]
-  float *row, *other_row, *shift, *delta;
+  float *row, *other_row, *shift, *inverse, *delta;
 
   BackwardScratch(Scratch& scratch, int64_t dim, int64_t keys) : padded(rounded_up(dim, kLanes)) {
     constexpr int64_t kBlock = kBlockKeys * kBlockLanes;
@@ -53,6 +53,7 @@ struct BackwardScratch {
     row = scratch.take<float>(dim);
     other_row = scratch.take<float>(dim);
     shift = scratch.take<float>(kBlockLanes);
+    inverse = scratch.take<float>(kBlockLanes);
     delta = scratch.take<float>(kBlockLanes);
     grad_k = scratch.take<float>(padded * keys);
     grad_v = scratch.take<float>(padded * keys);
@@ -85,9 +86,11 @@ static void prepare_lanes(const VarlenAttentionBwd& a, const BackwardScratch<Til
   pack_steps<Tile>(w.grad_steps, w.padded * kPair, grads, lanes.count, w.padded, dim);
   for (int64_t i = 0; i < lanes.columns; ++i) {
     w.shift[i] = __builtin_inff();  // of a lane that sees nothing: probabilities 0
-    w.delta[i] = 0.0f;
+    w.inverse[i] = w.delta[i] = 0.0f;
     if (lanes.limit[i] == 0) continue;
-    w.shift[i] = a.lse[lanes.head[i] * shared.tokens_q + lanes.token[i]] * kExponentUnit<T>;
+    const float* normalizer = a.normalizer + lanes.head[i] * shared.tokens_q + lanes.token[i];
+    w.shift[i] = normalizer[0] * (shared.scale * kExponentUnit<T>);  // the product that the forward subtracted
+    w.inverse[i] = 1.0f / normalizer[shared.heads * shared.tokens_q];
     widen(w.row, grad_output + lanes.token[i] * a.grad_row + lanes.head[i] * a.grad_head, dim);
     widen(w.other_row, static_cast<const T*>(a.output) + (lanes.token[i] * shared.heads + lanes.head[i]) * dim, dim);
     w.delta[i] = dot(w.row, w.other_row, dim);
@@ -102,11 +105,12 @@ static void differentiate(const BackwardScratch<Tile, T>& w, int64_t keys, int64
   for (int64_t j = 0; j < vectors; ++j) {
     const int64_t first = j * kLanes;
     const V back = set1(0.0f) - load_vector(w.shift + first), delta = load_vector(w.delta + first);
+    const V inverse = load_vector(w.inverse + first);
     for (int64_t key = 0; key < keys; key += kPair) {
       V grad[2] = {set1(0.0f), set1(0.0f)};
       for (int64_t i = 0; i < kPair && key + i < keys; ++i) {
         const int64_t at = (key + i) * kBlockLanes + first;
-        const V p = power<T>(exponent(load_vector(w.scores + at), factor, back));
+        const V p = power<T>(exponent(load_vector(w.scores + at), factor, back)) * inverse;
         grad[i] = p * (load_vector(w.grad_probabilities + at) - delta);
         put_row(w.probabilities + at, p);
         put_row(w.grad_scores + at, grad[i]);

@@ -74,13 +74,16 @@ static void write_lanes(const VarlenAttentionFwd& a, const Lanes& lanes, const f
   const int64_t dim = a.shared.dim;
   for (int64_t i = 0; i < lanes.count; ++i) {
     T* to = static_cast<T*>(a.output) + (lanes.token[i] * a.shared.heads + lanes.head[i]) * dim;
-    float* lse = a.lse + lanes.head[i] * a.shared.tokens_q + lanes.token[i];
+    float* normalizer = a.normalizer + lanes.head[i] * a.shared.tokens_q + lanes.token[i];
+    const int64_t apart = a.shared.heads * a.shared.tokens_q;
     if (lanes.limit[i] == 0) {  // sees no key
       memset(to, 0, dim * sizeof(T));
-      *lse = -__builtin_inff();
+      normalizer[0] = -__builtin_inff();
+      normalizer[apart] = 0.0f;
     } else {
       narrow(to, rows + i * dim, 1.0f / sum[i], dim);
-      *lse = maximum[i] * a.shared.scale + __builtin_logf(sum[i]);
+      normalizer[0] = maximum[i];
+      normalizer[apart] = sum[i];
     }
   }
 }

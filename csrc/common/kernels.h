@@ -105,7 +105,9 @@ struct VarlenAttention {
 struct VarlenAttentionFwd {
   VarlenAttention shared;
   void* output;  // [tokens_q, heads, dim]
-  float* lse;    // [heads, tokens_q]: log of the sum of exponentials of the scores; -inf where no key is seen
+  // [2, heads, tokens_q]: the largest score, before the scale, and the sum of exponentials relative to it; -inf and 0
+  // where no key is seen. In two parts: one float32 of their logarithm is as coarse as scores are large.
+  float* normalizer;
 };
 
 struct VarlenAttentionBwd {
@@ -113,7 +115,7 @@ struct VarlenAttentionBwd {
   void *grad_q, *grad_k, *grad_v;  // dense
   const void* grad_output;
   const void* output;  // dense
-  const float* lse;
+  const float* normalizer;
   int64_t grad_row, grad_head;
 };
 

@@ -52,8 +52,8 @@ def varlen_attention(
         ``[T, H, D]``, contiguous. Probabilities are computed in float32; for bfloat16 on processors with AVX512-BF16
         they are rounded to bfloat16 before the product with ``v``.
 
-    Saves for backward: ``q``, ``k``, ``v``, the output, and the log of the sum of exponentials, float32 ``[H, T]``. On
-    the CPU the gradients are summed in a fixed order: their bits do not depend on the number of threads.
+    Saves for backward: ``q``, ``k``, ``v``, the output, and the log of the sum of exponentials, float32 ``[H, T]`` (on the
+    CPU in two parts, ``[2, H, T]``). On the CPU the gradients are summed in a fixed order: their bits do not depend on the number of threads.
 
     Raises:
         TypeError: a tensor argument is not a dense floating-point tensor, dtypes differ, or bounds are not integers.
@@ -144,7 +144,8 @@ def _fwd_fake(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     output = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return output, q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    parts = (2,) if q.device.type == "cpu" else ()
+    return output, q.new_empty((*parts, q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
 def _bwd_fake(
@@ -153,7 +154,7 @@ def _bwd_fake(
     k: Tensor,
     v: Tensor,
     result: Tensor,
-    lse: Tensor,
+    normalizer: Tensor,
     cu_seqlens: Tensor,
     cu_seqlens_k: Tensor | None,
     max_seqlen: int,
@@ -179,9 +180,9 @@ VARLEN_ATTENTION = Operator(
     "attention",
     _OP,
     fwd_schema="(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_seqlens_k, SymInt max_seqlen,"
-    " SymInt max_seqlen_k, bool causal, float scale) -> (Tensor output, Tensor lse)",
-    bwd_schema="(Tensor grad_output, Tensor q, Tensor k, Tensor v, Tensor result, Tensor lse, Tensor cu_seqlens,"
-    " Tensor? cu_seqlens_k, SymInt max_seqlen, SymInt max_seqlen_k, bool causal, float scale)"
+    " SymInt max_seqlen_k, bool causal, float scale) -> (Tensor output, Tensor normalizer)",
+    bwd_schema="(Tensor grad_output, Tensor q, Tensor k, Tensor v, Tensor result, Tensor normalizer,"
+    " Tensor cu_seqlens, Tensor? cu_seqlens_k, SymInt max_seqlen, SymInt max_seqlen_k, bool causal, float scale)"
     " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     fwd_fake=_fwd_fake,
     bwd_fake=_bwd_fake,

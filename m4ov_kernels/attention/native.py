@@ -27,13 +27,14 @@ def varlen_attention_fwd(
     *,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(output [T, H, D], lse float32 [H, T])``; ``lse``: log of the sum of exponentials of the scores."""
+    """``(output [T, H, D], normalizer float32 [2, H, T])``: the largest score before the scale, and the sum of
+    exponentials relative to it."""
     result = output(out and out[0], q.shape, q, q.dtype)
-    lse = output(out and out[1], (q.shape[1], q.shape[0]), q, torch.float32)
+    normalizer = output(out and out[1], (2, q.shape[1], q.shape[0]), q, torch.float32)
     arguments, alive = _arguments(q, k, v, cu_seqlens, cu_seqlens_k, causal, scale)
-    _run(_C.varlen_attention_fwd, arguments, result.data_ptr(), lse.data_ptr())
+    _run(_C.varlen_attention_fwd, arguments, result.data_ptr(), normalizer.data_ptr())
     del alive
-    return result, lse
+    return result, normalizer
 
 
 def varlen_attention_bwd(
@@ -42,7 +43,7 @@ def varlen_attention_bwd(
     k: Tensor,
     v: Tensor,
     result: Tensor,
-    lse: Tensor,
+    normalizer: Tensor,
     cu_seqlens: Tensor,
     cu_seqlens_k: Tensor | None,
     max_seqlen: int,
@@ -52,11 +53,11 @@ def varlen_attention_bwd(
     *,
     out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(grad_q, grad_k, grad_v)``, contiguous, from the forward's ``result`` and ``lse``."""
+    """``(grad_q, grad_k, grad_v)``, contiguous, from the forward's ``result`` and ``normalizer``."""
     grads = tuple(output(out and out[i], x.shape, x, x.dtype) for i, x in enumerate((q, k, v)))
-    grad_output, result, lse = _dense(grad_output), result.contiguous(), lse.contiguous()
+    grad_output, result, normalizer = _dense(grad_output), result.contiguous(), normalizer.contiguous()
     arguments, alive = _arguments(q, k, v, cu_seqlens, cu_seqlens_k, causal, scale)
-    addresses = (*(x.data_ptr() for x in (*grads, grad_output, result, lse)),)
+    addresses = (*(x.data_ptr() for x in (*grads, grad_output, result, normalizer)),)
     _run(_C.varlen_attention_bwd, arguments, addresses, grad_output.stride(0), grad_output.stride(1))
     del alive
     return grads  # type: ignore[return-value]

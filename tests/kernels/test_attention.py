@@ -135,12 +135,12 @@ def test_every_element_of_preallocated_outputs_is_written(isa, sizes, dtype):
     q, grad = (strategies.tensor((sum(sizes), 4, 20), dtype) for _ in range(2))
     k, v = (strategies.tensor((sum(sizes), 2, 20), dtype) for _ in range(2))
     options = (bounds(sizes), None, 9, 9, True, 0.3)
-    out = poisoned(q, torch.empty(4, sum(sizes)))
-    result, lse = native.varlen_attention_fwd(q, k, v, *options, out=out)
+    out = poisoned(q, torch.empty(2, 4, sum(sizes)))
+    result, normalizer = native.varlen_attention_fwd(q, k, v, *options, out=out)
     assert result is out[0]
-    assert lse is out[1]
+    assert normalizer is out[1]
     grads = poisoned(q, k, v)
-    native.varlen_attention_bwd(grad, q, k, v, result, lse, *options, out=grads)
+    native.varlen_attention_bwd(grad, q, k, v, result, normalizer, *options, out=grads)
     assert not any(tensor.isnan().any() for tensor in (*out, *grads))
 
 
@@ -154,8 +154,8 @@ def test_bits_do_not_depend_on_the_number_of_threads(isa, dtype, causal):
 
     def results(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
-        result, lse = native.varlen_attention_fwd(q, k, v, *options)
-        return [result, lse, *native.varlen_attention_bwd(grad, q, k, v, result, lse, *options)]
+        result, normalizer = native.varlen_attention_fwd(q, k, v, *options)
+        return [result, normalizer, *native.varlen_attention_bwd(grad, q, k, v, result, normalizer, *options)]
 
     before = torch.get_num_threads()
     try:

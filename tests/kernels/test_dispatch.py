@@ -125,7 +125,7 @@ RAW_SAMPLES = {
             torch.randn(6, 4, 8),
             *QKV,
             torch.randn(6, 4, 8),
-            torch.rand(4, 6),
+            torch.rand(2, 4, 6) + 0.5,
             torch.tensor([0, 6]),
             None,
             6,
@@ -133,7 +133,7 @@ RAW_SAMPLES = {
             True,
             1.0,
         ),
-        (DECODE[0], *DECODE, DECODE[0], torch.rand(2, 3), *BOUNDS, 2, 4, False, 0.5),
+        (DECODE[0], *DECODE, DECODE[0], torch.rand(2, 2, 3) + 0.5, *BOUNDS, 2, 4, False, 0.5),
     ],
     "rms_norm_fwd": [
         (torch.randn(3, 8), torch.randn(8), None, 1e-6, "hf"),
