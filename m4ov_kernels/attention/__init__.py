@@ -52,8 +52,9 @@ def varlen_attention(
         ``[T, H, D]``, contiguous. Probabilities are computed in float32; for bfloat16 on processors with AVX512-BF16
         they are rounded to bfloat16 before the product with ``v``.
 
-    Saves for backward: ``q``, ``k``, ``v``, the output, and the log of the sum of exponentials, float32 ``[H, T]`` (on the
-    CPU in two parts, ``[2, H, T]``). On the CPU the gradients are summed in a fixed order: their bits do not depend on the number of threads.
+    Saves for backward: ``q``, ``k``, ``v``, the output, and the log of the sum of exponentials, float32 ``[H, T]`` (on
+    the CPU its two parts, ``[2, H, T]``). On the CPU the gradients are summed in a fixed order: their bits do not
+    depend on the number of threads.
 
     Raises:
         TypeError: a tensor argument is not a dense floating-point tensor, dtypes differ, or bounds are not integers.
