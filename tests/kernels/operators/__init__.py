@@ -11,5 +11,13 @@ __all__ = ["CASES", "Call", "Corruption", "OperatorCase"]
 
 CASES = {
     case.name: case
-    for case in (norm.RMS_NORM, activation.SWIGLU, head.LINEAR_CROSS_ENTROPY, attention.VARLEN_ATTENTION)
+    for case in (
+        norm.RMS_NORM,
+        norm.LAYER_NORM,
+        activation.SWIGLU,
+        activation.GEGLU,
+        activation.GELU,
+        head.LINEAR_CROSS_ENTROPY,
+        attention.VARLEN_ATTENTION,
+    )
 }
