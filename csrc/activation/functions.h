@@ -71,7 +71,8 @@ M4OV_INLINE V gelu_tanh(V x) {
 
 template <typename T>
 M4OV_INLINE Activated gelu_tanh_slope(V x) {
-  const V square = x * x, e = exp_minus_2u<T>(x, square), sigmoid = reciprocal_for<T>(set1(1.0f) + e);
+  const V square = min(set1(1e30f), x * x);  // infinite, it would meet a sigmoid of 0
+  const V e = exp_minus_2u<T>(x, square), sigmoid = reciprocal_for<T>(set1(1.0f) + e);
   const V rest = min(set1(kHuge), e) * sigmoid;  // 1 - sigmoid, without cancellation; 0 where the sigmoid is
   const V derivative = fma(square, set1(3 * kCubic), set1(kLinear));  // of 2u
   return {x * sigmoid, fma(x * (sigmoid * rest), derivative, sigmoid)};

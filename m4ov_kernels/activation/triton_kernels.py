@@ -33,7 +33,8 @@ def _slope(x, FUNCTION: tl.constexpr):
         exponential = _exp_minus_2u(x)
         sigmoid = 1.0 / (1.0 + exponential)
         rest = tl.minimum(exponential, 3.4028234663852886e38) * sigmoid  # 1 - sigmoid, without cancellation
-        derivative = 1.5957691216057308 + 3 * 0.07135481282553748 * x * x  # of 2u
+        square = tl.minimum(x * x, 1e30)  # infinite, it would meet a sigmoid of 0
+        derivative = 1.5957691216057308 + 3 * 0.07135481282553748 * square  # of 2u
         return sigmoid + x * (sigmoid * rest) * derivative
     else:
         density = tl.exp(-0.5 * x * x) * 0.3989422804014327
