@@ -18,11 +18,11 @@ PEERS = ("eager", "Hugging Face", "F.rms_norm", "SDPA with a mask", "F.linear_cr
 
 
 @cache
-def subject(case: cases.NormCase | cases.GatedCase | cases.AttentionCase | cases.HeadCase) -> Subject:
+def subject(case: cases.NormCase | cases.GatedCase | cases.GeluCase | cases.AttentionCase | cases.HeadCase) -> Subject:
     session = Session(machine.describe(), quick=True)
     if isinstance(case, cases.NormCase):
         made = norm.subject(case, False)
-    elif isinstance(case, cases.GatedCase):
+    elif isinstance(case, (cases.GatedCase, cases.GeluCase)):
         made = activation.subject(case, False)
     elif isinstance(case, cases.AttentionCase):
         made = attention.subject(case, False)

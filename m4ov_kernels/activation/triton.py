@@ -158,9 +158,7 @@ def _declared() -> list[Build]:
             model = _work(4096, row.width or 4096, dtype, *work)
             constexprs = {**flags, **config.constexprs}
             stages = (config.num_warps, config.num_stages)
-            builds.append(
-                Build(kernel, dtype, signature, constexprs, *stages, note=title, work=model, targets=targets)
-            )
+            builds.append(Build(kernel, dtype, signature, constexprs, *stages, note=title, work=model, targets=targets))
 
     rows_of, sizes = "*T/16 i32/16", "i32 i32/16"
     for dtype in SIZES:
