@@ -38,16 +38,26 @@ struct Activated {
 
 // ---- silu(x) = x · sigmoid(x)
 
+constexpr float kLog2e = 1.44269504f, kHuge = 3.40282347e38f;
+
+template <typename T>
+M4OV_INLINE V exp_minus(V x) {
+  if constexpr (kSame<T, float>) {
+    return exp_full(set1(0.0f) - x);
+  } else {
+    return exp2_fast(x * set1(-kLog2e));
+  }
+}
+
 template <typename T>
 M4OV_INLINE Activated silu(V x) {
-  const V one = set1(1.0f), sigmoid = reciprocal_for<T>(one + exp_for<T>(set1(0.0f) - x));
+  const V one = set1(1.0f), sigmoid = reciprocal_for<T>(one + exp_minus<T>(x));
   return {x * sigmoid, sigmoid * fma(x, one - sigmoid, one)};
 }
 
 // ---- gelu(x), tanh approximation: x/2 · (1 + tanh u) = x · sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)
 
 constexpr float kLinear = 1.59576912f, kCubic = 0.0713548163f;  // of 2u
-constexpr float kLog2e = 1.44269504f, kHuge = 3.40282347e38f;
 
 // exp(-2u), which may be infinite.
 template <typename T>

@@ -80,7 +80,7 @@ static void write_row(T* normed, T* new_residual, const Input<T, kResidual, kRou
                       const T* bias, Moments row, int64_t columns, int64_t next_x, int64_t next_residual) {
   const Pair center = both(set1(row.center)), shift = both(set1(row.shift)), rstd = both(set1(row.rstd));
   each_group(columns, [&](auto whole, int64_t i, int64_t count) M4OV_ALWAYS {
-    if constexpr (whole.value) {  // the next row is read while this one is written
+    if constexpr (whole.value) {  // the row after the next is read while this one is written
       prefetch(input.x + next_x + i);
       if constexpr (kResidual) prefetch(input.residual + next_residual + i);
     }
@@ -98,22 +98,31 @@ static void forward(const LayerNormFwd& a) {
   const bool large = bytes >= kStreamBytes;
   const T *weight = static_cast<const T*>(a.weight), *bias = static_cast<const T*>(a.bias);
   parallel_ranges(a.rows, bytes, a.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const Input<T, kResidual, kRounded> input = {
+    const auto input = [&](int64_t row) {
+      return Input<T, kResidual, kRounded>{
           static_cast<const T*>(a.hidden_states) + row * a.hidden_stride,
           kResidual ? static_cast<const T*>(a.residual) + row * a.residual_stride : nullptr};
-      T* normed = static_cast<T*>(a.normed) + row * a.columns;
-      T* new_residual = kResidual ? static_cast<T*>(a.new_residual) + row * a.columns : nullptr;
-      const Moments found = moments<T>(input, a.columns, a.eps);
+    };
+    const auto measure = [&](int64_t row) {
+      const Moments found = moments<T>(input(row), a.columns, a.eps);
       a.mean[row] = found.saved_mean;
       a.rstd[row] = found.saved_rstd;
+      return found;
+    };
+    // The next row's moments end in a chain of slow operations: they are found while this row is written.
+    Moments current = measure(begin);
+    for (int64_t row = begin; row < end; ++row) {
+      const Moments next = row + 1 < end ? measure(row + 1) : Moments{};
+      T* normed = static_cast<T*>(a.normed) + row * a.columns;
+      T* new_residual = kResidual ? static_cast<T*>(a.new_residual) + row * a.columns : nullptr;
       if (large && vector_aligned(normed) && vector_aligned(new_residual)) {
-        write_row<T, true>(normed, new_residual, input, weight, bias, found, a.columns, a.hidden_stride,
-                           a.residual_stride);
+        write_row<T, true>(normed, new_residual, input(row), weight, bias, current, a.columns, 2 * a.hidden_stride,
+                           2 * a.residual_stride);
       } else {
-        write_row<T, false>(normed, new_residual, input, weight, bias, found, a.columns, a.hidden_stride,
-                            a.residual_stride);
+        write_row<T, false>(normed, new_residual, input(row), weight, bias, current, a.columns, 2 * a.hidden_stride,
+                            2 * a.residual_stride);
       }
+      current = next;
     }
     if (large) fence();
   });

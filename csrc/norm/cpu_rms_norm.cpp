@@ -56,7 +56,7 @@ static void write_row(T* normed, T* new_residual, const T* x, const T* residual,
   const Pair rstd = both(set1(rstd_value));
   int64_t i = 0;
   for (; i + kGroup <= columns; i += kGroup) {
-    // The next row is read while this one is written.
+    // The row after the next is read while this one is written.
     prefetch(x + next_x + i);
     if constexpr (kResidual) prefetch(residual + next_residual + i);
     const Pair sum = add_residual<T, kResidual, kRounded>(load(x + i), kResidual ? load(residual + i) : Pair{});
@@ -78,21 +78,29 @@ static void forward(const RmsNormFwd& a) {
   const int64_t bytes = a.rows * a.columns * static_cast<int64_t>(sizeof(T));
   const bool large = bytes >= kStreamBytes;
   parallel_ranges(a.rows, bytes, a.threads, [&](int64_t begin, int64_t end) {
+    const auto input = [&](int64_t row) { return static_cast<const T*>(a.hidden_states) + row * a.hidden_stride; };
+    const auto added = [&](int64_t row) {
+      return kResidual ? static_cast<const T*>(a.residual) + row * a.residual_stride : nullptr;
+    };
+    const auto factor = [&](int64_t row) {
+      const float squares = square_sum<T, kResidual, kRounded>(input(row), added(row), a.columns);
+      return a.rstd[row] = reciprocal_root(squares, a.columns, a.eps);
+    };
+    // The next row's factor is a chain of slow operations: it is found while this row is written.
+    float rstd = factor(begin);
     for (int64_t row = begin; row < end; ++row) {
-      const T* x = static_cast<const T*>(a.hidden_states) + row * a.hidden_stride;
-      const T* residual = kResidual ? static_cast<const T*>(a.residual) + row * a.residual_stride : nullptr;
+      const float next = row + 1 < end ? factor(row + 1) : 0.0f;
+      const T *x = input(row), *residual = added(row), *weight = static_cast<const T*>(a.weight);
       T* normed = static_cast<T*>(a.normed) + row * a.columns;
       T* new_residual = kResidual ? static_cast<T*>(a.new_residual) + row * a.columns : nullptr;
-      const T* weight = static_cast<const T*>(a.weight);
-      const float rstd = reciprocal_root(square_sum<T, kResidual, kRounded>(x, residual, a.columns), a.columns, a.eps);
-      a.rstd[row] = rstd;
       if (large && vector_aligned(normed) && vector_aligned(new_residual)) {
         write_row<T, kNumerics, kResidual, true>(normed, new_residual, x, residual, weight, rstd, a.columns,
-                                                 a.hidden_stride, a.residual_stride);
+                                                 2 * a.hidden_stride, 2 * a.residual_stride);
       } else {
         write_row<T, kNumerics, kResidual, false>(normed, new_residual, x, residual, weight, rstd, a.columns,
-                                                  a.hidden_stride, a.residual_stride);
+                                                  2 * a.hidden_stride, 2 * a.residual_stride);
       }
+      rstd = next;
     }
     if (large) fence();
   });
