@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import m4ov_kernels
 from m4ov_kernels import linear_cross_entropy, rms_norm, swiglu, varlen_attention
-from m4ov_kernels.dispatch import OPERATORS
+from m4ov_kernels.dispatch import OPERATORS, Operator
 
 
 def norm_case(dtype=torch.float32):
@@ -259,3 +259,11 @@ def test_eight_threads_at_once(case):
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_importing_the_operators_imports_no_compiler():
+    """torch._dynamo takes as long as torch itself; dispatch marks its constant without it, as torch.compiler would."""
+    code = "import sys, m4ov_kernels; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    marked = torch.compiler.assume_constant_result(lambda: 0)
+    assert vars(marked).items() <= vars(Operator._has_kernel).items()
