@@ -175,7 +175,7 @@ class Operator:
     def _has_kernel(self, device: torch.device, dtype: torch.dtype | None, override: str | None) -> bool:
         return self._resolve(device, dtype, override) is not None
 
-    # Dynamo cannot trace the imports behind the choice. This is what torch.compiler.assume_constant_result does, without
+    # Dynamo cannot trace the imports behind the choice. As torch.compiler.assume_constant_result marks it, but without
     # its import of the whole compiler, which takes as long as all the rest.
     _has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
