@@ -3,8 +3,26 @@ operators; this one hands their raw functions on, and the table of all their ker
 
 from __future__ import annotations
 
-from typing import Any
+from m4ov_kernels.vision.triton import interpolate, scatter
+from m4ov_kernels.vision.triton.interpolate import (
+    interpolate_position_embeddings_bwd,
+    interpolate_position_embeddings_fwd,
+)
+from m4ov_kernels.vision.triton.scatter import (
+    deepstack_add_bwd,
+    deepstack_add_fwd,
+    scatter_vision_bwd,
+    scatter_vision_fwd,
+)
 
-__all__ = ["KERNELS"]
+__all__ = [
+    "KERNELS",
+    "deepstack_add_bwd",
+    "deepstack_add_fwd",
+    "interpolate_position_embeddings_bwd",
+    "interpolate_position_embeddings_fwd",
+    "scatter_vision_bwd",
+    "scatter_vision_fwd",
+]
 
-KERNELS: list[Any] = []
+KERNELS = [*interpolate.KERNELS, *scatter.KERNELS]
