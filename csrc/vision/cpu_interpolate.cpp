@@ -84,8 +84,9 @@ static void forward(const InterpolateFwd& a) {
   });
 }
 
-// The gradient of one cell of the table is a weighted sum of rows of the output's gradient: those of the patches around
-// it, image by image and in their order there. Nobody else writes it, so nothing depends on the number of threads.
+// The gradient of one row of the table, some columns of it, is gathered from the rows of patches around it: those of one
+// image after the other, first summed down (over its rows and frames), then along. Nobody else writes it, and the order
+// of the sums does not depend on who does it, so neither do the bits on the number of threads.
 
 // The first index on an axis of `size` patches whose lower tap is `low` or beyond.
 M4OV_INLINE int64_t first_of(int64_t low, int64_t size, int64_t side) {
@@ -97,87 +98,129 @@ M4OV_INLINE int64_t first_of(int64_t low, int64_t size, int64_t side) {
 // How much patch `index` of an axis gives to `cell` of the table: as `taps` has it.
 M4OV_INLINE float weight_of(int64_t index, int64_t size, int64_t side, int64_t cell) {
   const Taps t = taps(index, size, side);
-  if (t.low == t.high) return cell == t.low ? t.low_weight + t.high_weight : 0.0f;  // the second one is 0
-  return cell == t.low ? t.low_weight : cell == t.high ? t.high_weight : 0.0f;
+  return cell == t.low ? t.low_weight : cell == t.high ? t.high_weight : 0.0f;  // the last one's second weight is 0
 }
 
-template <typename T>
-struct Term {
-  const T* row;
+// A row of patches that counts: where it begins, in patches, and how much.
+struct Line {
+  int64_t begin;
   float weight;
 };
 
-constexpr int64_t kTerms = 128;
-constexpr int64_t kPanel = 2048;                // columns whose sums a thread keeps at hand
-constexpr int kSums = kLanes == 16 ? 8 : 4;     // pairs of vectors that are summed in registers
+constexpr int64_t kLines = 64;                 // of one image, summed at once
+constexpr int kPairs = kLanes == 16 ? 4 : 2;   // of vectors that are summed in registers
+constexpr int64_t kPanel = 512;                // columns that a thread takes at a time
+static_assert(kPairs * kGroup <= kSumsColumns, "the scratch is too narrow");
 
-template <int kCount, typename T>
-M4OV_INLINE void add_terms(float* sums, const Term<T>* terms, int64_t count, int64_t column) {
-  Pair total[kCount];
-  for (int k = 0; k < kCount; ++k) total[k] = load(sums + column + k * kGroup);
-  for (int64_t n = 0; n < count; ++n) {
-    const T* row = terms[n].row + column;
-    const Pair weight = both(set1(terms[n].weight));
-    for (int k = 0; k < kCount; ++k) total[k] = fma(load(row + k * kGroup), weight, total[k]);
-  }
-  for (int k = 0; k < kCount; ++k) store(sums + column + k * kGroup, total[k]);
+template <int kCount, bool kTail, typename T>
+M4OV_INLINE void load_columns(Pair (&x)[kCount], const T* row, int64_t rest) {
+  for (int k = 0; k < kCount; ++k) x[k] = kTail ? load_tail(row, rest) : load(row + k * kGroup);
 }
 
-// sums[0, columns) += the terms; the order of elements within a group is T's. Has room for whole groups.
-template <typename T>
-static void flush(float* sums, const Term<T>* terms, int64_t count, int64_t columns) {
-  int64_t column = 0;
-  for (; column + kSums * kGroup <= columns; column += kSums * kGroup) add_terms<kSums>(sums, terms, count, column);
-  for (; column + kGroup <= columns; column += kGroup) add_terms<1>(sums, terms, count, column);
-  if (column == columns) return;
-  Pair total = load(sums + column);
-  for (int64_t n = 0; n < count; ++n) {
-    total = fma(load_tail(terms[n].row + column, columns - column), both(set1(terms[n].weight)), total);
+template <int kCount>
+M4OV_INLINE void add_to(float* sums, Pair (&x)[kCount]) {
+  for (int k = 0; k < kCount; ++k) {
+    store(sums + k * kGroup, load(sums + k * kGroup) + x[k]);
+    x[k] = both(set1(0.0f));
   }
-  store(sums + column, total);
 }
 
-template <typename T>
-static void cell_gradient(const InterpolateBwd& a, int64_t cell, int64_t first, int64_t columns) {
-  alignas(64) float sums[kPanel];
-  Term<T> terms[kTerms];
-  memset(sums, 0, static_cast<size_t>((columns + kGroup - 1) / kGroup * kGroup) * sizeof(float));
-  const int64_t row = cell / a.side, column = cell % a.side, m = a.merge_size;
-  const T* frame = static_cast<const T*>(a.grad_output) + first;
-  int64_t count = 0;
+// sums[cell] += what the lines give to it, in kCount · kGroup columns; `rest` of them, if kTail. What a load has in one
+// lane is in that lane of every sum: their order is T's own until they are stored.
+template <int kCount, bool kTail, typename T>
+static void add_lines(float* sums, const Line* lines, int64_t count, const T* grad, int64_t stride, int64_t w,
+                      int64_t side, int64_t m, int64_t rest, bool prefetched) {
+  constexpr int64_t kWidth = kCount * kGroup;
+  Pair low[kCount], high[kCount], down[kCount], x[kCount];
+  for (int k = 0; k < kCount; ++k) low[k] = high[k] = both(set1(0.0f));
+  int64_t cell = 0;
+  for (int64_t block = 0; block < w; block += m) {
+    for (int64_t j = 0; j < m; ++j) {
+      const Taps t = taps(block + j, w, side);
+      if (t.low != cell) {
+        add_to(sums + cell * kWidth, low);
+        if (t.low == cell + 1) {
+          for (int k = 0; k < kCount; ++k) low[k] = high[k];
+          for (int k = 0; k < kCount; ++k) high[k] = both(set1(0.0f));
+        } else {
+          add_to(sums + (cell + 1) * kWidth, high);
+        }
+        cell = t.low;
+      }
+      for (int k = 0; k < kCount; ++k) down[k] = both(set1(0.0f));
+      for (int64_t n = 0; n < count; ++n) {
+        const T* row = grad + (lines[n].begin + block * m + j) * stride;
+        const Pair weight = both(set1(lines[n].weight));
+        if (prefetched) {
+          for (int k = 0; k < kCount; ++k) prefetch(row + kWidth + k * kGroup);
+        }
+        load_columns<kCount, kTail>(x, row, rest);
+        for (int k = 0; k < kCount; ++k) down[k] = fma(x[k], weight, down[k]);
+      }
+      const Pair low_weight = both(set1(t.low_weight)), high_weight = both(set1(t.high_weight));
+      for (int k = 0; k < kCount; ++k) {
+        low[k] = fma(down[k], low_weight, low[k]);
+        high[k] = fma(down[k], high_weight, high[k]);
+      }
+    }
+  }
+  add_to(sums + cell * kWidth, low);
+  add_to(sums + (cell + 1) * kWidth, high);  // beyond the table's last place: of weight 0, and room for it
+}
+
+template <int kCount, bool kTail, typename T>
+static void row_gradient(const InterpolateBwd& a, float* sums, int64_t row, int64_t column, int64_t rest,
+                         bool prefetched) {
+  constexpr int64_t kWidth = kCount * kGroup;
+  memset(sums, 0, static_cast<size_t>((a.side + 1) * kWidth) * sizeof(float));
+  const int64_t m = a.merge_size;
+  const T* image = static_cast<const T*>(a.grad_output) + column;
   for (const int64_t* grid = a.grid_thw; grid < a.grid_thw + 3 * a.images; grid += 3) {
     const int64_t t = grid[0], h = grid[1], w = grid[2];
     const int64_t top = first_of(row - 1, h, a.side), bottom = first_of(row + 1, h, a.side);
-    const int64_t left = first_of(column - 1, w, a.side), right = first_of(column + 1, w, a.side);
-    for (int64_t f = 0; top < bottom && left < right && f < t; ++f) {
+    Line lines[kLines];
+    int64_t count = 0;
+    for (int64_t f = 0; f < t; ++f) {
       for (int64_t i = top; i < bottom; ++i) {
-        const float y = weight_of(i, h, a.side, row);
-        const int64_t line = f * h * w + i / m * m * w + i % m * m;  // where the patches of row i begin in merge order
-        for (int64_t j = left; j < right; ++j) {
-          terms[count++] = {frame + (line + j / m * m * m + j % m) * a.grad_stride, y * weight_of(j, w, a.side, column)};
-          if (count == kTerms) {
-            flush(sums, terms, count, columns);
-            count = 0;
-          }
+        // In merge order a row's patches lie m by m, a block of m · m apart.
+        lines[count++] = {f * h * w + i / m * m * w + i % m * m, weight_of(i, h, a.side, row)};
+        if (count == kLines || (f == t - 1 && i == bottom - 1)) {
+          add_lines<kCount, kTail>(sums, lines, count, image, a.grad_stride, w, a.side, m, rest, prefetched);
+          count = 0;
         }
       }
     }
-    frame += t * h * w * a.grad_stride;
+    image += t * h * w * a.grad_stride;
   }
-  flush(sums, terms, count, columns);
-  T* output = static_cast<T*>(a.grad_table) + cell * a.columns + first;
-  int64_t i = 0;
-  for (; i + kGroup <= columns; i += kGroup) store(output + i, load(sums + i));
-  if (i < columns) store_tail(output + i, load(sums + i), columns - i);
+  T* output = static_cast<T*>(a.grad_table) + row * a.side * a.columns + column;
+  for (int64_t cell = 0; cell < a.side; ++cell, output += a.columns) {
+    for (int k = 0; k < kCount; ++k) {
+      const Pair total = load(sums + cell * kWidth + k * kGroup);
+      if (kTail) {
+        store_tail(output, total, rest);
+      } else {
+        store(output + k * kGroup, total);
+      }
+    }
+  }
 }
 
 template <typename T>
 static void backward(const InterpolateBwd& a) {
   const int64_t bytes = a.patches * a.columns * static_cast<int64_t>(sizeof(T));
-  parallel_ranges(a.side * a.side, bytes, a.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t cell = begin; cell < end; ++cell) {
-      for (int64_t first = 0; first < a.columns; first += kPanel) {
-        cell_gradient<T>(a, cell, first, a.columns - first < kPanel ? a.columns - first : kPanel);
+  const int64_t panels = (a.columns + kPanel - 1) / kPanel, units = panels * a.side;
+  parallel_ranges(a.threads, bytes, a.threads, [&](int64_t first, int64_t last) {
+    for (int64_t id = first; id < last; ++id) {
+      float* sums = a.sums + id * (a.side + 1) * kSumsColumns;
+      for (int64_t unit = units * id / a.threads; unit < units * (id + 1) / a.threads; ++unit) {
+        const int64_t row = unit % a.side;
+        int64_t column = unit / a.side * kPanel;
+        const int64_t end = column + kPanel < a.columns ? column + kPanel : a.columns;
+        for (; column + kPairs * kGroup <= end; column += kPairs * kGroup) {
+          row_gradient<kPairs, false, T>(a, sums, row, column, 0, column + 2 * kPairs * kGroup <= end);
+        }
+        for (; column + kGroup <= end; column += kGroup) row_gradient<1, false, T>(a, sums, row, column, 0, false);
+        if (column < end) row_gradient<1, true, T>(a, sums, row, column, end - column, false);
       }
     }
   });

@@ -39,8 +39,11 @@ struct InterpolateFwd {
   int numerics, dtype, threads;
 };
 
+constexpr int64_t kSumsColumns = 128;
+
 struct InterpolateBwd {
   void* grad_table;  // [side · side, columns]
+  float* sums;       // scratch [threads, side + 1, kSumsColumns]
   const void* grad_output;
   const int64_t* grid_thw;
   int64_t images, patches, columns, side, grad_stride, merge_size;
