@@ -36,10 +36,10 @@ void bind_vision(py::module_& m) {
   m.attr("sums_columns") = kSumsColumns;
   m.def("interpolate_bwd", [](Address grad_table, Address sums, Address grad_output, Address grid_thw, int64_t images,
                               int64_t patches, int64_t columns, int64_t side, int64_t grad_stride, int64_t merge_size,
-                              int dtype, int threads) {
+                              int64_t sums_columns, int dtype, int threads) {
     return run<&Kernels::interpolate_bwd>(InterpolateBwd{at<void>(grad_table), at<float>(sums), at<void>(grad_output),
                                                          at<int64_t>(grid_thw), images, patches, columns, side,
-                                                         grad_stride, merge_size, dtype, threads});
+                                                         grad_stride, merge_size, sums_columns, dtype, threads});
   });
 }
 

@@ -101,126 +101,104 @@ M4OV_INLINE float weight_of(int64_t index, int64_t size, int64_t side, int64_t c
   return cell == t.low ? t.low_weight : cell == t.high ? t.high_weight : 0.0f;  // the last one's second weight is 0
 }
 
+template <int kValue>
+struct Number {
+  static constexpr int value = kValue;
+};
+
 // A row of patches that counts: where it begins, in patches, and how much.
 struct Line {
   int64_t begin;
   float weight;
 };
 
-constexpr int64_t kLines = 64;                 // of one image, summed at once
-constexpr int kPairs = kLanes == 16 ? 4 : 2;   // of vectors that are summed in registers
-constexpr int64_t kPanel = 512;                // columns that a thread takes at a time
-static_assert(kPairs * kGroup <= kSumsColumns, "the scratch is too narrow");
+constexpr int kLines = 4;  // of one image, summed at once
 
-template <int kCount, bool kTail, typename T>
-M4OV_INLINE void load_columns(Pair (&x)[kCount], const T* row, int64_t rest) {
-  for (int k = 0; k < kCount; ++k) x[k] = kTail ? load_tail(row, rest) : load(row + k * kGroup);
-}
-
-template <int kCount>
-M4OV_INLINE void add_to(float* sums, Pair (&x)[kCount]) {
-  for (int k = 0; k < kCount; ++k) {
-    store(sums + k * kGroup, load(sums + k * kGroup) + x[k]);
-    x[k] = both(set1(0.0f));
-  }
-}
-
-// sums[cell] += what the lines give to it, in kCount · kGroup columns; `rest` of them, if kTail. What a load has in one
-// lane is in that lane of every sum: their order is T's own until they are stored.
-template <int kCount, bool kTail, typename T>
-static void add_lines(float* sums, const Line* lines, int64_t count, const T* grad, int64_t stride, int64_t w,
-                      int64_t side, int64_t m, int64_t rest, bool prefetched) {
-  constexpr int64_t kWidth = kCount * kGroup;
-  Pair low[kCount], high[kCount], down[kCount], x[kCount];
-  for (int k = 0; k < kCount; ++k) low[k] = high[k] = both(set1(0.0f));
-  int64_t cell = 0;
+// sums[cell] += what the lines give to it, over all patches of their image's width. What a load has in one lane is in
+// that lane of every sum: their order is T's own until they are stored.
+template <int kCount, typename T>
+static void add_lines(float* sums, const Line (&lines)[kLines], const T* image, int64_t stride, int64_t w, int64_t side,
+                      int64_t m, int64_t columns, int64_t pitch) {
+  Pair weights[kCount];
+  for (int n = 0; n < kCount; ++n) weights[n] = both(set1(lines[n].weight));
+  const int64_t next = m * m * stride;  // the same place in the next block
   for (int64_t block = 0; block < w; block += m) {
     for (int64_t j = 0; j < m; ++j) {
       const Taps t = taps(block + j, w, side);
-      if (t.low != cell) {
-        add_to(sums + cell * kWidth, low);
-        if (t.low == cell + 1) {
-          for (int k = 0; k < kCount; ++k) low[k] = high[k];
-          for (int k = 0; k < kCount; ++k) high[k] = both(set1(0.0f));
-        } else {
-          add_to(sums + (cell + 1) * kWidth, high);
-        }
-        cell = t.low;
-      }
-      for (int k = 0; k < kCount; ++k) down[k] = both(set1(0.0f));
-      for (int64_t n = 0; n < count; ++n) {
-        const T* row = grad + (lines[n].begin + block * m + j) * stride;
-        const Pair weight = both(set1(lines[n].weight));
-        if (prefetched) {
-          for (int k = 0; k < kCount; ++k) prefetch(row + kWidth + k * kGroup);
-        }
-        load_columns<kCount, kTail>(x, row, rest);
-        for (int k = 0; k < kCount; ++k) down[k] = fma(x[k], weight, down[k]);
-      }
       const Pair low_weight = both(set1(t.low_weight)), high_weight = both(set1(t.high_weight));
-      for (int k = 0; k < kCount; ++k) {
-        low[k] = fma(down[k], low_weight, low[k]);
-        high[k] = fma(down[k], high_weight, high[k]);
-      }
-    }
-  }
-  add_to(sums + cell * kWidth, low);
-  add_to(sums + (cell + 1) * kWidth, high);  // beyond the table's last place: of weight 0, and room for it
-}
-
-template <int kCount, bool kTail, typename T>
-static void row_gradient(const InterpolateBwd& a, float* sums, int64_t row, int64_t column, int64_t rest,
-                         bool prefetched) {
-  constexpr int64_t kWidth = kCount * kGroup;
-  memset(sums, 0, static_cast<size_t>((a.side + 1) * kWidth) * sizeof(float));
-  const int64_t m = a.merge_size;
-  const T* image = static_cast<const T*>(a.grad_output) + column;
-  for (const int64_t* grid = a.grid_thw; grid < a.grid_thw + 3 * a.images; grid += 3) {
-    const int64_t t = grid[0], h = grid[1], w = grid[2];
-    const int64_t top = first_of(row - 1, h, a.side), bottom = first_of(row + 1, h, a.side);
-    Line lines[kLines];
-    int64_t count = 0;
-    for (int64_t f = 0; f < t; ++f) {
-      for (int64_t i = top; i < bottom; ++i) {
-        // In merge order a row's patches lie m by m, a block of m · m apart.
-        lines[count++] = {f * h * w + i / m * m * w + i % m * m, weight_of(i, h, a.side, row)};
-        if (count == kLines || (f == t - 1 && i == bottom - 1)) {
-          add_lines<kCount, kTail>(sums, lines, count, image, a.grad_stride, w, a.side, m, rest, prefetched);
-          count = 0;
+      float* low = sums + t.low * pitch;
+      float* high = low + pitch;  // behind the table's last place: of weight 0, and there is room for it
+      const T* rows[kCount];
+      for (int n = 0; n < kCount; ++n) rows[n] = image + (lines[n].begin + block * m + j) * stride;
+      const auto add = [&](int64_t i, const Pair (&x)[kCount]) {
+        Pair down = x[0] * weights[0];
+        for (int n = 1; n < kCount; ++n) down = fma(x[n], weights[n], down);
+        store(low + i, fma(down, low_weight, load(low + i)));
+        store(high + i, fma(down, high_weight, load(high + i)));
+      };
+      Pair x[kCount];
+      int64_t i = 0;
+      for (; i + kGroup <= columns; i += kGroup) {
+        for (int n = 0; n < kCount; ++n) {
+          prefetch(rows[n] + next + i);
+          x[n] = load(rows[n] + i);
         }
+        add(i, x);
       }
-    }
-    image += t * h * w * a.grad_stride;
-  }
-  T* output = static_cast<T*>(a.grad_table) + row * a.side * a.columns + column;
-  for (int64_t cell = 0; cell < a.side; ++cell, output += a.columns) {
-    for (int k = 0; k < kCount; ++k) {
-      const Pair total = load(sums + cell * kWidth + k * kGroup);
-      if (kTail) {
-        store_tail(output, total, rest);
-      } else {
-        store(output + k * kGroup, total);
+      if (i < columns) {
+        for (int n = 0; n < kCount; ++n) x[n] = load_tail(rows[n] + i, columns - i);
+        add(i, x);
       }
     }
   }
 }
 
 template <typename T>
+static void row_gradient(const InterpolateBwd& a, float* sums, int64_t row, int64_t column, int64_t columns) {
+  const int64_t pitch = (columns + kGroup - 1) / kGroup * kGroup, m = a.merge_size;
+  memset(sums, 0, static_cast<size_t>((a.side + 1) * pitch) * sizeof(float));
+  const T* image = static_cast<const T*>(a.grad_output) + column;
+  for (const int64_t* grid = a.grid_thw; grid < a.grid_thw + 3 * a.images; grid += 3) {
+    const int64_t t = grid[0], h = grid[1], w = grid[2];
+    const int64_t top = first_of(row - 1, h, a.side), bottom = first_of(row + 1, h, a.side);
+    Line lines[kLines];
+    int count = 0;
+    const auto flush = [&](auto number) {
+      add_lines<decltype(number)::value, T>(sums, lines, image, a.grad_stride, w, a.side, m, columns, pitch);
+      count = 0;
+    };
+    for (int64_t f = 0; f < t; ++f) {
+      for (int64_t i = top; i < bottom; ++i) {
+        // In merge order a row's patches lie m by m, a block of m · m apart.
+        lines[count++] = {f * h * w + i / m * m * w + i % m * m, weight_of(i, h, a.side, row)};
+        if (count == kLines) flush(Number<kLines>{});
+      }
+    }
+    if (count == 1) flush(Number<1>{});
+    if (count == 2) flush(Number<2>{});
+    if (count == 3) flush(Number<3>{});
+    image += t * h * w * a.grad_stride;
+  }
+  T* output = static_cast<T*>(a.grad_table) + row * a.side * a.columns + column;
+  for (int64_t cell = 0; cell < a.side; ++cell, output += a.columns, sums += pitch) {
+    int64_t i = 0;
+    for (; i + kGroup <= columns; i += kGroup) store(output + i, load(sums + i));
+    if (i < columns) store_tail(output + i, load(sums + i), columns - i);
+  }
+}
+
+template <typename T>
 static void backward(const InterpolateBwd& a) {
   const int64_t bytes = a.patches * a.columns * static_cast<int64_t>(sizeof(T));
-  const int64_t panels = (a.columns + kPanel - 1) / kPanel, units = panels * a.side;
+  // Whole rows as far as they go: the hardware's prefetchers follow rows, and lose a thread that reads parts of them.
+  const int64_t panels = (a.columns + kSumsColumns - 1) / kSumsColumns;
+  const int64_t panel = ((a.columns + panels - 1) / panels + kGroup - 1) / kGroup * kGroup, units = panels * a.side;
   parallel_ranges(a.threads, bytes, a.threads, [&](int64_t first, int64_t last) {
     for (int64_t id = first; id < last; ++id) {
-      float* sums = a.sums + id * (a.side + 1) * kSumsColumns;
+      float* sums = a.sums + id * (a.side + 1) * a.sums_columns;
       for (int64_t unit = units * id / a.threads; unit < units * (id + 1) / a.threads; ++unit) {
-        const int64_t row = unit % a.side;
-        int64_t column = unit / a.side * kPanel;
-        const int64_t end = column + kPanel < a.columns ? column + kPanel : a.columns;
-        for (; column + kPairs * kGroup <= end; column += kPairs * kGroup) {
-          row_gradient<kPairs, false, T>(a, sums, row, column, 0, column + 2 * kPairs * kGroup <= end);
-        }
-        for (; column + kGroup <= end; column += kGroup) row_gradient<1, false, T>(a, sums, row, column, 0, false);
-        if (column < end) row_gradient<1, true, T>(a, sums, row, column, end - column, false);
+        const int64_t column = unit / a.side * panel, left = a.columns - column;
+        row_gradient<T>(a, sums, unit % a.side, column, left < panel ? left : panel);
       }
     }
   });

@@ -56,7 +56,8 @@ def interpolate_position_embeddings_bwd(
     result = output(out, (table_rows, columns), grad_output, grad_output.dtype)
     (grad_output, grad_stride), grid_thw = as_rows(grad_output), grid_thw.contiguous()
     threads, side = torch.get_num_threads(), math.isqrt(table_rows)
-    sums = torch.empty(threads * (side + 1) * _C.sums_columns)
+    sums_columns = min(columns + 31, _C.sums_columns)
+    sums = torch.empty(threads * (side + 1) * sums_columns)
     found = _C.interpolate_bwd(
         result.data_ptr(),
         sums.data_ptr(),
@@ -68,6 +69,7 @@ def interpolate_position_embeddings_bwd(
         side,
         grad_stride,
         merge_size,
+        sums_columns,
         DTYPES[grad_output.dtype],
         threads,
     )
