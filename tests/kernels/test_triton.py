@@ -64,7 +64,10 @@ SMALL += [row(name, None, BLOCK_ROWS=2, BLOCK_D=32) for name in ("swiglu_fwd", "
 SMALL += [row(name, None, BLOCK=32) for name in ("cross_entropy_fwd", "cross_entropy_bwd")]
 SMALL += [row("accumulate", None, BLOCK=64), row("feature_rows_index", None, BLOCK=4)]
 SMALL += [row(f"feature_rows_{name}", None, BLOCK_ROWS=2, BLOCK_D=32) for name in ("fwd", "clear", "gather")]
-SMALL += [row("interpolate_fwd", None, BLOCK_ROWS=4, BLOCK_D=32), row("interpolate_bwd", None, BLOCK_PATCHES=4, BLOCK_D=32)]
+SMALL += [
+    row("interpolate_fwd", None, BLOCK_ROWS=4, BLOCK_D=32),
+    row("interpolate_bwd", None, BLOCK_PATCHES=4, BLOCK_D=32),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -226,11 +229,17 @@ def test_positions_without_a_row_of_their_own_are_nan_and_found_by_check():
             out = operator(*inputs, positions)
         assert out.isnan().any(-1).flatten().nonzero().flatten().tolist() == [3]
         assert torch.equal(out[0, 0], features[0] + (operator is m4ov_kernels.deepstack_add) * base[0, 0])
-        with pytest.raises(ValueError, match=rf"{operator.__name__}: positions\[2\] is not in \[0, rows\), or is there tw"):
+        with pytest.raises(
+            ValueError, match=rf"{operator.__name__}: positions\[2\] is not in \[0, rows\), or is there tw"
+        ):
             m4ov_kernels.check()
         grads = gradients(out, inputs, [base])
         assert grads[1].isnan().any(-1).tolist() == [False, False, False, True, True, False]
-        with pytest.raises(ValueError, match=r"positions\[2\]") if operator is m4ov_kernels.scatter_vision else nullcontext():
+        with (
+            pytest.raises(ValueError, match=r"positions\[2\]")
+            if operator is m4ov_kernels.scatter_vision
+            else nullcontext()
+        ):
             m4ov_kernels.check()
 
 
@@ -249,7 +258,11 @@ def test_interpolate_position_embeddings(grids, side, width, merge, dtype, layou
     grid_thw = torch.tensor([(t, h * merge, w * merge) for t, h, w in grids], dtype=torch.int64).reshape(-1, 3)
     grid_thw = grid_thw.to(DEVICE)
     patches = int(grid_thw.prod(1).sum())
-    table, hidden, grad = tensor((side**2, width), dtype), tensor((patches, width), dtype, layout), tensor((patches, width), dtype)
+    table, hidden, grad = (
+        tensor((side**2, width), dtype),
+        tensor((patches, width), dtype, layout),
+        tensor((patches, width), dtype),
+    )
     out, given_hidden = poisoned(hidden)[0], None if alone else hidden
     got = [
         vision.interpolate_position_embeddings_fwd(table, grid_thw, given_hidden, patches, merge, numerics, out=out),
@@ -287,7 +300,9 @@ def test_grids_that_do_not_fit_are_nan_and_found_by_check(grids, first, lost):
     with m4ov_kernels.backend("triton"):
         out = m4ov_kernels.interpolate_position_embeddings(table, grid_thw, merge_size=2, hidden_states=hidden)
     assert out.isnan().any(-1).nonzero().flatten().tolist() == list(lost)
-    with pytest.raises(ValueError, match=rf"interpolate_position_embeddings: grid_thw\[{first}\] is not positive, or not a"):
+    with pytest.raises(
+        ValueError, match=rf"interpolate_position_embeddings: grid_thw\[{first}\] is not positive, or not a"
+    ):
         m4ov_kernels.check()
     if len(lost) < 34 and [grid for grid in grids if min(grid) < 1 or grid[1] % 2 or grid[2] % 2]:
         assert torch.autograd.grad(out.sum(), table)[0].isnan().all()

@@ -225,7 +225,11 @@ class TestPatchEmbed:
         ("change", "error", "said"),
         [
             ({"pixel_values": torch.randn(5, 95)}, ValueError, r"pixel_values must be \[N, 96\].*\[5, 95\]"),
-            ({"pixel_values": torch.zeros(5, 96, dtype=torch.uint8)}, TypeError, "pixel_values must be a bfloat16.*uint8"),
+            (
+                {"pixel_values": torch.zeros(5, 96, dtype=torch.uint8)},
+                TypeError,
+                "pixel_values must be a bfloat16.*uint8",
+            ),
             ({"weight": torch.randn(10, 3, 32)}, ValueError, r"weight must be \[D, K\] or.*\[10, 3, 32\]"),
             ({"weight": [1.0]}, TypeError, "weight must be a tensor; got list"),
             ({"bias": torch.randn(9)}, ValueError, r"bias must be \[10\].*\[9\]"),
@@ -276,7 +280,10 @@ class TestVisionPositions:
             ({"image_grid_thw": torch.tensor([[1, 2, 8], [1, 2, 2]])}, "sample 2 has 2 image tokens.*from image 1"),
             ({"image_grid_thw": torch.tensor([[1, 2, 8], [1, 2, 2], [1, 2, 4]])}, "sample 2 has 2 image tokens"),
             ({"image_grid_thw": None}, "sample 0 has 4 image tokens"),
-            ({"image_grid_thw": torch.tensor([[1, 2, 8], [1, 2, 4], [1, 2, 2]])}, "sample 3 has 0 image .* 1 more are left"),
+            (
+                {"image_grid_thw": torch.tensor([[1, 2, 8], [1, 2, 4], [1, 2, 2]])},
+                "sample 3 has 0 image .* 1 more are left",
+            ),
             ({"video_grid_thw": torch.tensor([[3, 2, 2]])}, "sample 2 has 2 video tokens"),
             ({"images_per_sample": [1, 1, 1, 0]}, "sample 0 has 4 image tokens, but its images 1 have 1 features"),
             ({"mm_token_type_ids": torch.zeros(14, dtype=torch.int64)}, "sample 3 has 0 image .* 3 more are left"),
@@ -290,11 +297,19 @@ class TestVisionPositions:
         ("change", "error", "said"),
         [
             ({"cu_seqlens": torch.tensor([0, 6, 13])}, ValueError, r"cu_seqlens must be \[S \+ 1\], from 0 to 14"),
-            ({"cu_seqlens": torch.tensor([0, 8, 6, 14])}, ValueError, "cu_seqlens must be in ascending .*6 after 8.*sample 1"),
+            (
+                {"cu_seqlens": torch.tensor([0, 8, 6, 14])},
+                ValueError,
+                "cu_seqlens must be in ascending .*6 after 8.*sample 1",
+            ),
             ({"cu_seqlens": torch.tensor([])}, TypeError, "cu_seqlens must be a tensor of integers"),
             ({"cu_seqlens": [0, 14]}, TypeError, "cu_seqlens must be a tensor of integers"),
             ({"mm_token_type_ids": torch.zeros(2, 7, dtype=torch.int64)}, ValueError, "mm_token_type_ids must be"),
-            ({"mm_token_type_ids": torch.zeros(14, dtype=torch.int64, device="meta")}, ValueError, "mm_token.* on the CPU"),
+            (
+                {"mm_token_type_ids": torch.zeros(14, dtype=torch.int64, device="meta")},
+                ValueError,
+                "mm_token.* on the CPU",
+            ),
             ({"image_grid_thw": torch.tensor([[1, 2]])}, ValueError, r"image_grid_thw must be \[n, 3\]"),
             ({"merge_size": 0}, ValueError, "merge_size must be at least 1"),
             ({"merge_size": 2.0}, TypeError, "merge_size must be an int"),
@@ -307,5 +322,7 @@ class TestVisionPositions:
             self.call(**change)
 
     def test_no_grid(self):
-        with pytest.raises(ValueError, match=r"^vision_positions: video_grid_thw\[0\] is \[2, 3, 2\]: expected positive"):
+        with pytest.raises(
+            ValueError, match=r"^vision_positions: video_grid_thw\[0\] is \[2, 3, 2\]: expected positive"
+        ):
             self.call(video_grid_thw=torch.tensor([[2, 3, 2]]))
