@@ -9,18 +9,30 @@ from m4ov_kernels.dispatch import backend
 from m4ov_kernels.head import linear_cross_entropy
 from m4ov_kernels.norm import layer_norm, rms_norm
 from m4ov_kernels.patches import patch, unpatch
+from m4ov_kernels.vision import (
+    deepstack_add,
+    interpolate_position_embeddings,
+    patch_embed,
+    scatter_vision,
+    vision_positions,
+)
 
 __all__ = [
     "backend",
     "check",
+    "deepstack_add",
     "geglu",
     "gelu",
     "gelu_tanh",
+    "interpolate_position_embeddings",
     "layer_norm",
     "linear_cross_entropy",
     "patch",
+    "patch_embed",
     "rms_norm",
+    "scatter_vision",
     "swiglu",
     "unpatch",
     "varlen_attention",
+    "vision_positions",
 ]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from . import activation, attention, head, norm
+from . import activation, attention, head, norm, vision
 from .case import Call, OperatorCase
 from .corruptions import Corruption
 
@@ -19,5 +19,8 @@ CASES = {
         activation.GELU,
         head.LINEAR_CROSS_ENTROPY,
         attention.VARLEN_ATTENTION,
+        vision.SCATTER_VISION,
+        vision.DEEPSTACK_ADD,
+        vision.INTERPOLATE,
     )
 }
