@@ -22,6 +22,7 @@ class NormCase:
     numerics: str = "hf"
     quick: bool = False
     compiled: bool = False
+    operator: str = "rms_norm"
 
     def __str__(self) -> str:
         return f"[{self.rows}, {self.width}] {_dtype_name(self.dtype)}" + " + residual" * self.residual
@@ -35,9 +36,27 @@ class GatedCase:
     numerics: str = "hf"
     quick: bool = False
     compiled: bool = False
+    operator: str = "swiglu"
 
     def __str__(self) -> str:
         return f"[{self.rows}, {self.width}] {_dtype_name(self.dtype)}"
+
+
+@dataclass(frozen=True)
+class GeluCase:
+    """``bias``: of the linear layer before it, added on the way."""
+
+    rows: int
+    width: int
+    dtype: torch.dtype = torch.bfloat16
+    approximate: str = "tanh"
+    bias: bool = True
+    quick: bool = False
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        name = {"tanh": "tanh", "none": "erf"}[self.approximate]
+        return f"[{self.rows}, {self.width}] {_dtype_name(self.dtype)}, {name}" + " + bias" * self.bias
 
 
 @dataclass(frozen=True)
@@ -135,11 +154,20 @@ NORM = (
     NormCase(4096, 4096, residual=True),
     NormCase(4096, 4096, dtype=torch.float32),
     NormCase(1024, 512),
+    NormCase(65536, 128),  # the norm of heads
+    NormCase(16384, 1152, operator="layer_norm", quick=True, compiled=True),  # Qwen3-VL's tower
+    NormCase(16384, 1152, operator="layer_norm", residual=True),
+    NormCase(16384, 1152, operator="layer_norm", dtype=torch.float32),
+    NormCase(1024, 1280, operator="layer_norm"),
 )
 ACTIVATION = (
     GatedCase(4096, 4096, quick=True, compiled=True),
     GatedCase(4096, 4096, dtype=torch.float32),
     GatedCase(1024, 1536),
+    GeluCase(4096, 4304, quick=True, compiled=True),  # Qwen3-VL's tower, and the merger below
+    GeluCase(4096, 4608, approximate="none", bias=False, compiled=True),
+    GeluCase(4096, 4304, dtype=torch.float32),
+    GatedCase(4096, 4096, operator="geglu", compiled=True),
 )
 ATTENTION = (  # the first two are those of the training step
     AttentionCase("text", (1024,), 4, 2, 128, causal=True, quick=True, compiled=True),
@@ -178,8 +206,17 @@ GPU_NORM = (
     NormCase(8192, 2048),
     NormCase(131072, 128),  # the queries' norm: 8,192 tokens of 16 heads
     NormCase(8192, 4096, dtype=torch.float32),
+    NormCase(32768, 1152, operator="layer_norm", compiled=True),
+    NormCase(32768, 1152, operator="layer_norm", residual=True),
 )
-GPU_ACTIVATION = (GatedCase(8192, 6144, compiled=True), GatedCase(8192, 12288), GatedCase(8192, 6144, torch.float32))
+GPU_ACTIVATION = (
+    GatedCase(8192, 6144, compiled=True),
+    GatedCase(8192, 12288),
+    GatedCase(8192, 6144, torch.float32),
+    GeluCase(32768, 4304, compiled=True),
+    GeluCase(32768, 4608, approximate="none", bias=False),
+    GatedCase(8192, 6144, operator="geglu"),
+)
 GPU_HEAD = (
     HeadCase(8192, 2048, 151936, compiled=True, memory=True),
     HeadCase(8192, 2048, 151936, labelled=0.25, memory=True),
@@ -195,8 +232,16 @@ GPU_POSITION_EMBEDDINGS = (
     PositionEmbeddingsCase("a video", ((64, 24, 42),), 1152),
 )
 # The same code where kernels are interpreted; float32, for interpreted bfloat16 stores truncate.
-TINY_NORM = (NormCase(4, 64, dtype=torch.float32), NormCase(3, 32, dtype=torch.float32, residual=True))
-TINY_ACTIVATION = (GatedCase(4, 48, dtype=torch.float32, compiled=True),)
+TINY_NORM = (
+    NormCase(4, 64, dtype=torch.float32),
+    NormCase(3, 32, dtype=torch.float32, residual=True),
+    NormCase(4, 48, dtype=torch.float32, operator="layer_norm"),
+)
+TINY_ACTIVATION = (
+    GatedCase(4, 48, dtype=torch.float32, compiled=True),
+    GatedCase(4, 48, dtype=torch.float32, operator="geglu"),
+    GeluCase(4, 48, dtype=torch.float32),
+)
 TINY_ATTENTION = (AttentionCase("tiny", (5, 9), 2, 1, 16, causal=True, dtype=torch.float32),)
 TINY_HEAD = (HeadCase(8, 16, 96, dtype=torch.float32, labelled=0.5, memory=True),)
 

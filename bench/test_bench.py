@@ -24,7 +24,7 @@ def subject(case: Any) -> Subject:
     session = Session(machine.describe(), quick=True)
     if isinstance(case, cases.NormCase):
         made = norm.subject(case, False)
-    elif isinstance(case, cases.GatedCase):
+    elif isinstance(case, (cases.GatedCase, cases.GeluCase)):
         made = activation.subject(case, False)
     elif isinstance(case, cases.AttentionCase):
         made = attention.subject(case, False)

@@ -36,3 +36,25 @@ def output(given: Tensor | None, shape: tuple[int, ...] | torch.Size, like: Tens
     if given.shape != shape or given.dtype != dtype or given.device != like.device or not given.is_contiguous():
         raise ValueError(f"out: expected a contiguous {dtype} tensor {list(shape)} on {like.device}")
     return given
+
+
+def vector(given: Tensor | None, like: Tensor, missing: float) -> Tensor:
+    """``[D]``, contiguous; full of ``missing`` where none was given."""
+    return like.new_full((like.shape[-1],), missing) if given is None else given.contiguous()
+
+
+# Gradients of a vector that all rows share are summed in order within a block of rows, then over blocks in order.
+# Enough blocks for many cores, few enough that the partial sums stay small beside the tensors; a function of the number
+# of rows only.
+_BLOCK_ROWS, _MAX_BLOCKS = 32, 64
+_PARTIAL_ALIGN = 32  # as csrc/common/types.h has it
+
+
+def row_blocks(rows: int) -> int:
+    """How many partial sums the compiled CPU kernels make."""
+    return min(_MAX_BLOCKS, (rows + _BLOCK_ROWS - 1) // _BLOCK_ROWS)
+
+
+def padded(columns: int) -> int:
+    """The length of one partial sum in scratch."""
+    return (columns + _PARTIAL_ALIGN - 1) // _PARTIAL_ALIGN * _PARTIAL_ALIGN

@@ -1,10 +1,10 @@
 """What our operators are compared with, by family. A peer that cannot run here is an ``Absent`` with the reason."""
 
-from m4ov_bench.peers.activation import swiglu
+from m4ov_bench.peers.activation import geglu, gelu, swiglu
 from m4ov_bench.peers.attention import varlen_attention
 from m4ov_bench.peers.base import Absent, Compiled, Peer
 from m4ov_bench.peers.head import linear_cross_entropy
-from m4ov_bench.peers.norm import rms_norm
+from m4ov_bench.peers.norm import layer_norm, rms_norm
 from m4ov_bench.peers.vision import deepstack_add, interpolate_position_embeddings, scatter_vision
 
 __all__ = [
@@ -12,7 +12,10 @@ __all__ = [
     "Compiled",
     "Peer",
     "deepstack_add",
+    "geglu",
+    "gelu",
     "interpolate_position_embeddings",
+    "layer_norm",
     "linear_cross_entropy",
     "rms_norm",
     "scatter_vision",

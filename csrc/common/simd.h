@@ -71,6 +71,16 @@ M4OV_INLINE Pair round_to(Pair x) {
 }
 
 template <typename T>
+M4OV_INLINE T one() {
+  if constexpr (kSame<T, Bf16>) {
+    return {0x3f80};
+  } else if constexpr (kSame<T, Fp16>) {
+    return {0x3c00};
+  } else {
+    return 1.0f;
+  }
+}
+template <typename T>
 M4OV_INLINE T minus_infinity() {
   if constexpr (kSame<T, Bf16>) {
     return {0xff80};

@@ -24,6 +24,9 @@ M4OV_INLINE V operator/(V x, V y) { return {_mm256_div_ps(x.v, y.v)}; }
 M4OV_INLINE V fma(V x, V y, V z) { return {_mm256_fmadd_ps(x.v, y.v, z.v)}; }
 M4OV_INLINE V min(V x, V y) { return {_mm256_min_ps(x.v, y.v)}; }
 M4OV_INLINE V max(V x, V y) { return {_mm256_max_ps(x.v, y.v)}; }
+M4OV_INLINE V magnitude(V x) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.v)}; }
+// `yes` where the sign bit of x is set, else `no`.
+M4OV_INLINE V where_negative(V x, V yes, V no) { return {_mm256_blendv_ps(no.v, yes.v, x.v)}; }
 M4OV_INLINE V nearest(V x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 // x · 2^n for whole n in [-151, 129]. In two steps, because 2^n alone need not be a normal number.
 M4OV_INLINE V scale_by_power(V x, V n) {

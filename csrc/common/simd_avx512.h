@@ -24,6 +24,11 @@ M4OV_INLINE V operator/(V x, V y) { return {_mm512_div_ps(x.v, y.v)}; }
 M4OV_INLINE V fma(V x, V y, V z) { return {_mm512_fmadd_ps(x.v, y.v, z.v)}; }
 M4OV_INLINE V min(V x, V y) { return {_mm512_min_ps(x.v, y.v)}; }
 M4OV_INLINE V max(V x, V y) { return {_mm512_max_ps(x.v, y.v)}; }
+M4OV_INLINE V magnitude(V x) { return {_mm512_abs_ps(x.v)}; }
+// `yes` where the sign bit of x is set, else `no`.
+M4OV_INLINE V where_negative(V x, V yes, V no) {
+  return {_mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x.v)), no.v, yes.v)};
+}
 M4OV_INLINE V nearest(V x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 M4OV_INLINE V scale_by_power(V x, V n) { return {_mm512_scalef_ps(x.v, n.v)}; }  // x · 2^floor(n)
 // x without its whole part, in [0, 1), and something whose floor that is.

@@ -24,6 +24,12 @@ M4OV_INLINE V operator/(V x, V y) { return {_mm_div_ps(x.v, y.v)}; }
 M4OV_INLINE V fma(V x, V y, V z) { return {_mm_add_ps(_mm_mul_ps(x.v, y.v), z.v)}; }  // rounds twice
 M4OV_INLINE V min(V x, V y) { return {_mm_min_ps(x.v, y.v)}; }
 M4OV_INLINE V max(V x, V y) { return {_mm_max_ps(x.v, y.v)}; }
+M4OV_INLINE V magnitude(V x) { return {_mm_andnot_ps(_mm_set1_ps(-0.0f), x.v)}; }
+// `yes` where the sign bit of x is set, else `no`.
+M4OV_INLINE V where_negative(V x, V yes, V no) {
+  const __m128 mask = _mm_castsi128_ps(_mm_srai_epi32(_mm_castps_si128(x.v), 31));
+  return {_mm_or_ps(_mm_and_ps(mask, yes.v), _mm_andnot_ps(mask, no.v))};
+}
 M4OV_INLINE V nearest(V x) { return {_mm_cvtepi32_ps(_mm_cvtps_epi32(x.v))}; }  // |x| < 2^31
 // x · 2^n for whole n in [-151, 129]. In two steps, because 2^n alone need not be a normal number.
 M4OV_INLINE V scale_by_power(V x, V n) {

@@ -72,8 +72,15 @@ def launch_norm(dtype: torch.dtype) -> None:
         for need_weight in (False, True):
             norm.rms_norm_bwd(x, x if residual else None, x, weight, rstd, numerics, need_weight)
 
+    widths = {row.width for row in configs.rows_of("layer_norm_fwd", "cpu", gpu.DTYPES[dtype])} | {16384}
+    for width, residual, numerics in itertools.product(widths, (False, True), ("hf", "vllm", "fp32")):
+        x, weight = torch.empty(ROWS, width, dtype=dtype), torch.empty(width, dtype=dtype)
+        *_, mean, rstd = norm.layer_norm_fwd(x, weight, weight, x if residual else None, 1e-6, numerics)
+        for need in (False, True):
+            norm.layer_norm_bwd(x, x if residual else None, x, weight, mean, rstd, need, need)
 
-def launch_swiglu(dtype: torch.dtype) -> None:
+
+def launch_activation(dtype: torch.dtype) -> None:
     widths = {row.width or 4096 for row in configs.rows_of("swiglu_fwd", "cpu", gpu.DTYPES[dtype])}
     for width, numerics in itertools.product(widths, ("hf", "vllm", "fp32")):
         dense = torch.empty(ROWS, width, dtype=dtype)
@@ -81,6 +88,12 @@ def launch_swiglu(dtype: torch.dtype) -> None:
         for gate, up in ((dense, dense), halves):
             activation.swiglu_fwd(gate, up, numerics)
             activation.swiglu_bwd(gate, gate, up, numerics)
+            for approximate in ("tanh", "none"):
+                activation.geglu_fwd(gate, up, approximate, numerics)
+                activation.geglu_bwd(gate, gate, up, approximate, numerics)
+                for bias in (None, torch.empty(width, dtype=dtype)):
+                    activation.gelu_fwd(gate, bias, approximate)
+                    activation.gelu_bwd(gate, gate, bias, approximate, bias is not None)
 
 
 def launch_head(dtype: torch.dtype) -> None:
@@ -109,7 +122,7 @@ def launch_vision(dtype: torch.dtype) -> None:
         vision.interpolate_position_embeddings_bwd(x, grid_thw, 48 * 48, 2)
 
 
-FAMILIES = ((norm, launch_norm), (activation, launch_swiglu), (head, launch_head), (vision, launch_vision))
+FAMILIES = ((norm, launch_norm), (activation, launch_activation), (head, launch_head), (vision, launch_vision))
 
 
 def builds(module: Any) -> Iterator[Build]:

@@ -13,7 +13,10 @@ from torch.utils.checkpoint import checkpoint
 import m4ov_kernels
 from m4ov_kernels import (
     deepstack_add,
+    geglu,
+    gelu,
     interpolate_position_embeddings,
+    layer_norm,
     linear_cross_entropy,
     rms_norm,
     scatter_vision,
@@ -26,6 +29,20 @@ from m4ov_kernels.dispatch import OPERATORS, Operator
 def norm_case(dtype=torch.float32):
     x, weight = torch.randn(6, 40, dtype=dtype), torch.randn(40, dtype=dtype)
     return lambda x, w: rms_norm(x, w, eps=1e-6, residual=x * 2)[0], [x, weight]
+
+
+def layer_norm_case(dtype=torch.float32):
+    tensors = [torch.randn(*shape, dtype=dtype) for shape in ((6, 40), (40,), (40,))]
+    return lambda x, w, b: layer_norm(x, w, b, eps=1e-6, residual=x * 2)[0], tensors
+
+
+def gelu_case(dtype=torch.float32):
+    tensors = [torch.randn(6, 40, dtype=dtype), torch.randn(40, dtype=dtype)]
+    return lambda x, b: gelu(x, bias=b, approximate="tanh"), tensors
+
+
+def geglu_case(dtype=torch.float32):
+    return geglu, [torch.randn(6, 40, dtype=dtype), torch.randn(6, 40, dtype=dtype)]
 
 
 def swiglu_case(dtype=torch.float32):
@@ -64,6 +81,9 @@ def interpolate_case(dtype=torch.float32):
 
 CASES = {
     "rms_norm": norm_case,
+    "layer_norm": layer_norm_case,
+    "gelu": gelu_case,
+    "geglu": geglu_case,
     "swiglu": swiglu_case,
     "linear_cross_entropy": head_case,
     "varlen_attention": attention_case,
@@ -192,6 +212,22 @@ RAW_SAMPLES = {
         (torch.randn(3, 8), None, torch.randn(3, 8), torch.randn(8), torch.rand(3) + 0.5, "hf", True),
         (torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 8), torch.randn(8), torch.rand(3), "hf", False),
     ],
+    "layer_norm_fwd": [
+        (torch.randn(3, 8), torch.randn(8), torch.randn(8), None, 1e-6, "hf"),
+        (torch.randn(2, 3, 8).bfloat16(), None, None, torch.randn(2, 3, 8).bfloat16(), 1e-6, "fp32"),
+        (torch.randn(8, 3).t(), torch.randn(8), None, None, 1e-6, "vllm"),
+    ],
+    "layer_norm_bwd": [
+        (torch.randn(3, 8), None, torch.randn(3, 8), torch.randn(8), torch.rand(3), torch.rand(3), True, True),
+        (torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 8), None, torch.rand(3), torch.rand(3), False, True),
+    ],
+    "gelu_fwd": [(torch.randn(3, 8), torch.randn(8), "tanh"), (torch.randn(8, 3).t(), None, "none")],
+    "gelu_bwd": [
+        (torch.randn(3, 8), torch.randn(3, 8), torch.randn(8), "tanh", True),
+        (torch.randn(3, 8), torch.randn(8, 3).t(), None, "none", False),
+    ],
+    "geglu_fwd": [(torch.randn(3, 8), torch.randn(3, 8), "tanh", "hf")],
+    "geglu_bwd": [(torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 8), "none", "fp32")],
     "swiglu_fwd": [(torch.randn(3, 8), torch.randn(3, 8), "hf")],
     "swiglu_bwd": [(torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 8), "fp32")],
     "linear_cross_entropy_fwd": [

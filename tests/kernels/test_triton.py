@@ -6,7 +6,6 @@ Interpreted, bfloat16 proves nothing (its stores truncate), so it is tested on a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
@@ -16,10 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import m4ov_kernels
-from m4ov_kernels import configs
 from m4ov_kernels.activation import reference as activation_reference
 from m4ov_kernels.activation import triton as activation
-from m4ov_kernels.gpu import Config
 from m4ov_kernels.head import chunked
 from m4ov_kernels.head import reference as head_reference
 from m4ov_kernels.head import triton as head
@@ -32,48 +29,9 @@ from . import strategies
 from .numerics import assert_accurate, gradients, leaves, poisoned, rms_norm_terms
 from .operators.case import Call
 from .operators.head import LINEAR_CROSS_ENTROPY
+from .triton_blocks import DEVICE, EPS, dtypes, shapes, small_blocks, tensor
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else []))
-EPS = 1e-6
-dtypes = st.sampled_from(DTYPES)
-# Interpreted programs take about a millisecond each, so blocks are made small instead of shapes large.
-shapes = st.one_of(
-    st.tuples(st.integers(0, 9), st.sampled_from((1, 2, 7, 16, 33, 128, 130))),
-    st.tuples(st.integers(1, 3), st.integers(0, 3), st.sampled_from((5, 64))),
-)
-
-
-def tensor(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous", magnitude: float = 1.0) -> Tensor:
-    values = strategies.tensor(shape, dtype, magnitude=magnitude).to(DEVICE)
-    return strategies.laid_out(values, layout)
-
-
-def row(kernel: str, width: int | None, num_warps: int = 4, **blocks: int) -> configs.Row:
-    return configs.Row(kernel, "any", width, Config(blocks, num_warps))
-
-
-# Wide rows begin at 65 columns, and tiles are small enough that shapes cross them.
-SMALL = [
-    row(name, 2**k, BLOCK_ROWS=64 >> k, BLOCK_D=2**k) for name in ("rms_norm_fwd", "rms_norm_bwd") for k in range(7)
-]
-SMALL += [row("rms_norm_fwd_wide", None, BLOCK_D=32), row("rms_norm_bwd_wide", None, BLOCK_D=32)]
-SMALL += [row("rms_norm_bwd_weight", None, BLOCK_ROWS=2, BLOCK_D=32)]
-SMALL += [row("rms_norm_bwd_reduce", None, BLOCK_PARTIALS=2, BLOCK_D=32)]
-SMALL += [row(name, None, BLOCK_ROWS=2, BLOCK_D=32) for name in ("swiglu_fwd", "swiglu_bwd")]
-SMALL += [row(name, None, BLOCK=32) for name in ("cross_entropy_fwd", "cross_entropy_bwd")]
-SMALL += [row("accumulate", None, BLOCK=64), row("feature_rows_index", None, BLOCK=4)]
-SMALL += [row(f"feature_rows_{name}", None, BLOCK_ROWS=2, BLOCK_D=32) for name in ("fwd", "clear", "gather")]
-SMALL += [
-    row("interpolate_fwd", None, BLOCK_ROWS=4, BLOCK_D=32),
-    row("interpolate_bwd", None, BLOCK_PATCHES=4, BLOCK_D=32),
-]
-
-
-@pytest.fixture(autouse=True)
-def _small_blocks() -> Iterator[None]:
-    with configs.override(*SMALL):
-        yield
+__all__ = ["small_blocks"]  # a fixture of every test here
 
 
 @given(
@@ -94,7 +52,7 @@ def test_rms_norm(shape, dtype, layout, magnitude, numerics, residual, need_weig
     out = (*poisoned(x, x if residual else x.new_empty(0)), torch.full((rows,), torch.nan, device=DEVICE))
     normed, total, rstd = norm.rms_norm_fwd(x, weight, other if residual else None, EPS, numerics, out=out)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(norm, "_programs", lambda blocks, width, whole: max(1, min(blocks, programs)))
+        patch.setattr(norm, "programs_for", lambda blocks, width, whole: max(1, min(blocks, programs)))
         grads = norm.rms_norm_bwd(
             grad,
             grad_total if residual else None,

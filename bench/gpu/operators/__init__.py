@@ -25,6 +25,9 @@ class Cases(NamedTuple):
 
 CASES = {
     "rms_norm": Cases(norm.examples, norm.subjects),
+    "layer_norm": Cases(norm.layer_norm_examples, norm.layer_norm_subjects),
+    "gelu": Cases(activation.gelu_examples, activation.gelu_subjects),
+    "geglu": Cases(activation.geglu_examples, activation.geglu_subjects),
     "swiglu": Cases(activation.examples, activation.subjects),
     "varlen_attention": Cases(attention.examples, attention.subjects),
     "linear_cross_entropy": Cases(head.examples, head.subjects),

@@ -13,7 +13,10 @@ CASES = {
     case.name: case
     for case in (
         norm.RMS_NORM,
+        norm.LAYER_NORM,
         activation.SWIGLU,
+        activation.GEGLU,
+        activation.GELU,
         head.LINEAR_CROSS_ENTROPY,
         attention.VARLEN_ATTENTION,
         vision.SCATTER_VISION,
