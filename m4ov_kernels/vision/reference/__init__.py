@@ -1,0 +1,8 @@
+"""The definitions of the vision operators, in plain PyTorch: differentiable any number of times, exact in float64.
+
+One file for each group of operators; this one hands their names on.
+"""
+
+from __future__ import annotations
+
+__all__: list[str] = []
