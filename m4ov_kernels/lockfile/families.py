@@ -28,8 +28,9 @@ class Declared:
 
 
 def families() -> list[str]:
-    """The ``triton.py`` of every operator family."""
-    return [f"m4ov_kernels.{path.parent.name}.triton" for path in sorted(PACKAGE.glob("*/triton.py"))]
+    """The ``triton.py``, or the package ``triton`` with a file for each operator, of every operator family."""
+    found = (*PACKAGE.glob("*/triton.py"), *PACKAGE.glob("*/triton/__init__.py"))
+    return [f"m4ov_kernels.{name}.triton" for name in sorted(path.relative_to(PACKAGE).parts[0] for path in found)]
 
 
 def declared(modules: list[str] | None = None) -> Declared:
@@ -66,11 +67,11 @@ def declared(modules: list[str] | None = None) -> Declared:
 
 def _strays() -> list[str]:
     """Triton kernels outside the families, which nobody would compile."""
-    homes = {path.parent for path in PACKAGE.glob("*/triton.py")}
+    homes = {PACKAGE / name.split(".")[1] for name in families()}
     return [
         f"{path.relative_to(PACKAGE.parent)} has Triton kernels, but no triton.py beside it declares them"
         for path in sorted(PACKAGE.rglob("*.py"))
-        if path.parent not in homes and _JIT.search(path.read_text())
+        if homes.isdisjoint(path.parents) and _JIT.search(path.read_text())
     ]
 
 
@@ -89,9 +90,9 @@ def _undeclared(name: str, entries: list[Any]) -> list[str]:
 
     modules = [importlib.import_module(name)]
     if name in families():
-        package = PACKAGE / name.split(".")[-2]
-        stems = [path.stem for path in sorted(package.glob("*.py")) if _JIT.search(path.read_text())]
-        modules = [importlib.import_module(f"{name.rpartition('.')[0]}.{stem}") for stem in stems]
+        paths = sorted((PACKAGE / name.split(".")[1]).rglob("*.py"))
+        jitted = [path.relative_to(PACKAGE.parent) for path in paths if _JIT.search(path.read_text())]
+        modules = [importlib.import_module(".".join(path.with_suffix("").parts)) for path in jitted]
     reached: set[Any] = set()
     waiting = [entry.kernel for entry in entries if isinstance(entry, Build)]
     while waiting:
