@@ -186,7 +186,7 @@ def extensions() -> list[Extension]:
 if __name__ == "__main__":  # also as setuptools runs it for pip; a test imports this file
     found = find_packages(include=["m4ov", "m4ov.*", "m4ov_kernels", "m4ov_kernels.*"])
     setup(
-        packages=[*found, "m4ov_bench", "m4ov_bench.gpu", "m4ov_bench.gpu.operators"],
+        packages=[*found, "m4ov_bench", *(f"m4ov_bench.{name}" for name in find_packages(str(ROOT / "bench")))],
         package_dir={"m4ov_bench": "bench"},
         package_data={"": ["*.yaml", "*.html", "*.j2", "*.json", "py.typed"]},
         ext_modules=extensions(),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 NUMERICS = {"hf": 0, "vllm": 1, "fp32": 2}
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/common/kernels.h numbers them
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/common/types.h numbers them
 
 
 def as_rows(tensor: Tensor) -> tuple[Tensor, int]:

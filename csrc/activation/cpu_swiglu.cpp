@@ -1,7 +1,7 @@
 // SwiGLU, silu(gate)·up: forward and backward.
-#include "../common/kernels.h"
 #include "../common/parallel.h"
 #include "../common/simd.h"
+#include "kernels.h"
 
 namespace m4ov {
 namespace M4OV_VARIANT {

@@ -6,8 +6,8 @@
 // lane adds up, and in which order, depends on nothing but its own query and the keys it sees.
 #pragma once
 
-#include "../common/kernels.h"
 #include "../common/parallel.h"
+#include "kernels.h"
 #include "pack.h"
 
 namespace m4ov {

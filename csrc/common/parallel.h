@@ -4,8 +4,8 @@
 #include <omp.h>
 #include <stdint.h>
 
-#include "kernels.h"
 #include "simd.h"
+#include "types.h"
 
 namespace m4ov {
 namespace M4OV_VARIANT {

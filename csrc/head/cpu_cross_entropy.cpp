@@ -1,7 +1,7 @@
 // Cross entropy over a chunk of the vocabulary: the passes over logits between the matrix products of head/chunked.py.
-#include "../common/kernels.h"
 #include "../common/parallel.h"
 #include "../common/simd.h"
+#include "kernels.h"
 
 namespace m4ov {
 namespace M4OV_VARIANT {

@@ -1,7 +1,7 @@
 // RMSNorm, with the addition of a residual before it: forward and backward.
-#include "../common/kernels.h"
 #include "../common/parallel.h"
 #include "../common/simd.h"
+#include "kernels.h"
 
 namespace m4ov {
 namespace M4OV_VARIANT {

@@ -3,7 +3,7 @@
 
 #include <stdint.h>
 
-#include "../common/kernels.h"
+#include "kernels.h"
 
 namespace m4ov {
 

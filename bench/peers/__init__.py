@@ -1,0 +1,9 @@
+"""What our operators are compared with, by family. A peer that cannot run here is an ``Absent`` with the reason."""
+
+from m4ov_bench.peers.activation import swiglu
+from m4ov_bench.peers.attention import varlen_attention
+from m4ov_bench.peers.base import Absent, Compiled, Peer
+from m4ov_bench.peers.head import linear_cross_entropy
+from m4ov_bench.peers.norm import rms_norm
+
+__all__ = ["Absent", "Compiled", "Peer", "linear_cross_entropy", "rms_norm", "swiglu", "varlen_attention"]

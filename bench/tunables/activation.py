@@ -1,0 +1,63 @@
+"""Tunable kernels of the activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from m4ov_bench import gate
+from m4ov_bench.tunables.problem import Problem, Size, Tunable, poison, randn, warp_counts
+from m4ov_kernels.activation import reference as activation_reference
+from m4ov_kernels.activation import triton as activation
+from m4ov_kernels.gpu import Config
+
+
+def gated_tiles(width: int | None) -> Iterator[Config]:
+    columns = (width,) if width else (512, 1024, 2048, 4096, 8192)
+    for tile in (2048, 1024, 4096, 8192):
+        for block in columns:
+            if block <= tile and (width or block == tile):
+                for warps in warp_counts(tile):
+                    yield Config({"BLOCK_ROWS": tile // block, "BLOCK_D": block}, warps)
+
+
+def _swiglu(backward: bool) -> Callable[[int, torch.dtype, torch.device, Size], Problem]:
+    def problem(width: int, dtype: torch.dtype, device: torch.device, size: Size) -> Problem:
+        rows = max(2, size.elements // width)
+        if width == size.wide:  # dense
+            gated, up = (randn((rows, width), dtype, device) for _ in range(2))
+        else:  # the halves of one projection
+            gated, up = randn((rows, 2 * width), dtype, device).chunk(2, -1)
+        grad = randn((rows, width), dtype, device)
+
+        def definition(a: Tensor, b: Tensor) -> Tensor:
+            return activation_reference.swiglu(a, b, "hf")
+
+        def judged(*, double: bool) -> list[Tensor]:
+            tensors = [t.double() if double else t for t in (gated, up)]
+            if not backward:
+                return [definition(*tensors)]
+            leaves = [t.detach().requires_grad_() for t in tensors]
+            return gate.differentiated(definition, leaves, [grad.double() if double else grad])[1:]
+
+        out = tuple(torch.empty_like(grad) for _ in range(1 + backward))
+
+        def run() -> None:
+            if backward:
+                activation.swiglu_bwd(grad, gated, up, "hf", out=(out[0], out[1]))
+            else:
+                activation.swiglu_fwd(gated, up, "hf", out=out[0])
+
+        names = ("grad_gate", "grad_up") if backward else ("out",)
+        plain, exact = judged(double=False), judged(double=True)
+        return Problem(lambda: poison(out), run, lambda: out, names, plain, exact)
+
+    return problem
+
+
+TUNABLES = (
+    Tunable("swiglu_fwd", gated_tiles, _swiglu(False)),
+    Tunable("swiglu_bwd", gated_tiles, _swiglu(True)),
+)

@@ -1,0 +1,42 @@
+// The arguments of the kernels of `attention`, and their list: X(result, function, arguments).
+#pragma once
+
+#include "../common/types.h"
+
+namespace m4ov {
+
+// Softmax attention inside the sequences of a packed batch. Tensors are [tokens, heads, dim] with dense last dimension;
+// sequence n has the query rows bounds_q[n] to bounds_q[n + 1] and the keys bounds_k[n] to bounds_k[n + 1].
+struct VarlenAttention {
+  const void *q, *k, *v;
+  const int64_t *bounds_q, *bounds_k;  // [sequences + 1], checked
+  int64_t sequences, tokens_q, tokens_k, heads, kv_heads, dim;
+  int64_t q_row, q_head, k_row, k_head, v_row, v_head;  // strides
+  float scale;                                          // > 0
+  int causal;                                           // aligned to the end of the keys
+  int dtype, threads;
+  char* scratch;  // 64-byte aligned; null: the kernel only returns how many bytes it needs
+};
+
+struct VarlenAttentionFwd {
+  VarlenAttention shared;
+  void* output;  // [tokens_q, heads, dim]
+  // [2, heads, tokens_q]: the largest score, before the scale, and the sum of exponentials relative to it; -inf and 0
+  // where no key is seen. In two parts: one float32 of their logarithm is as coarse as scores are large.
+  float* normalizer;
+};
+
+struct VarlenAttentionBwd {
+  VarlenAttention shared;
+  void *grad_q, *grad_k, *grad_v;  // dense
+  const void* grad_output;
+  const void* output;  // dense
+  const float* normalizer;
+  int64_t grad_row, grad_head;
+};
+
+}  // namespace m4ov
+
+#define M4OV_ATTENTION_KERNELS(X) \
+  X(int64_t, varlen_attention_fwd, VarlenAttentionFwd) \
+  X(int64_t, varlen_attention_bwd, VarlenAttentionBwd)
