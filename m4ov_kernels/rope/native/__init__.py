@@ -1,0 +1,3 @@
+"""The operators through the compiled kernels (CPU); a file for each."""
+
+from __future__ import annotations

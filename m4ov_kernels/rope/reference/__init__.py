@@ -1,0 +1,3 @@
+"""The definitions, in plain PyTorch; a file for each operator."""
+
+from __future__ import annotations
