@@ -9,5 +9,16 @@ from m4ov_kernels.dispatch import backend
 from m4ov_kernels.head import linear_cross_entropy
 from m4ov_kernels.norm import rms_norm
 from m4ov_kernels.patches import patch, unpatch
+from m4ov_kernels.rope import qk_norm_mrope
 
-__all__ = ["backend", "check", "linear_cross_entropy", "patch", "rms_norm", "swiglu", "unpatch", "varlen_attention"]
+__all__ = [
+    "backend",
+    "check",
+    "linear_cross_entropy",
+    "patch",
+    "qk_norm_mrope",
+    "rms_norm",
+    "swiglu",
+    "unpatch",
+    "varlen_attention",
+]

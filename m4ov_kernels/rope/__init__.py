@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from m4ov_kernels.rope.qk_norm_mrope import QK_NORM_MROPE, qk_norm_mrope
+
+__all__ = ["QK_NORM_MROPE", "qk_norm_mrope"]
