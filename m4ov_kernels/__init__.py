@@ -10,6 +10,7 @@ from m4ov_kernels.head import linear_cross_entropy
 from m4ov_kernels.norm import rms_norm
 from m4ov_kernels.patches import patch, unpatch
 from m4ov_kernels.rope import qk_norm_mrope
+from m4ov_kernels.vision import vision_rope
 
 __all__ = [
     "backend",
@@ -21,4 +22,5 @@ __all__ = [
     "swiglu",
     "unpatch",
     "varlen_attention",
+    "vision_rope",
 ]

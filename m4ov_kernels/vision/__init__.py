@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from m4ov_kernels.vision.rope import VISION_ROPE, vision_rope
+
+__all__ = ["VISION_ROPE", "vision_rope"]

@@ -3,4 +3,6 @@ their raw functions on, under the names that :meth:`m4ov_kernels.dispatch.Operat
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from m4ov_kernels.vision.native.rope import vision_rope_bwd, vision_rope_fwd
+
+__all__ = ["vision_rope_bwd", "vision_rope_fwd"]

@@ -5,4 +5,6 @@ One file for each group of operators; this one hands their names on.
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from m4ov_kernels.vision.reference.rope import vision_rope
+
+__all__ = ["vision_rope"]
