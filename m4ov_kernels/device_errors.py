@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 # What a slot of the flag tensor reports: the operator, the argument, and what is wrong with element `position` of it.
-SLOTS = (("linear_cross_entropy", "target", "is neither ignore_index nor in [0, vocabulary size)"),)
+SLOTS = (
+    ("linear_cross_entropy", "target", "is neither ignore_index nor in [0, vocabulary size)"),
+    ("vision_rope", "grid_thw", "is not positive, is no multiple of merge_size, or ends beside the number of patches"),
+)
 _NO_ERROR = torch.iinfo(torch.int64).max
 _flags: dict[torch.device, Tensor] = {}
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
-from m4ov_kernels.gpu import Build
+from m4ov_kernels.rope.triton import qk_norm_mrope as _qk_norm_mrope
+from m4ov_kernels.rope.triton.qk_norm_mrope import qk_norm_mrope_bwd, qk_norm_mrope_fwd
 
-KERNELS: list[Build] = []
+__all__ = ["KERNELS", "qk_norm_mrope_bwd", "qk_norm_mrope_fwd"]
+
+KERNELS = [*_qk_norm_mrope.KERNELS]

@@ -3,8 +3,9 @@ operators; this one hands their raw functions on, and the table of all their ker
 
 from __future__ import annotations
 
-from typing import Any
+from m4ov_kernels.vision.triton import rope as _rope
+from m4ov_kernels.vision.triton.rope import vision_rope_bwd, vision_rope_fwd
 
-__all__ = ["KERNELS"]
+__all__ = ["KERNELS", "vision_rope_bwd", "vision_rope_fwd"]
 
-KERNELS: list[Any] = []
+KERNELS = [*_rope.KERNELS]
