@@ -113,7 +113,9 @@ def _check(
     elif isinstance(rotary_dim, bool) or not isinstance(rotary_dim, (int, torch.SymInt)):
         checks.refuse(TypeError, _OP, "rotary_dim", "an int or None", checks.describe(rotary_dim))
     if not 2 <= rotary_dim <= width or rotary_dim % 2:
-        checks.refuse(ValueError, _OP, "rotary_dim", f"an even number from 2 to {width}, the width of a head", rotary_dim)
+        checks.refuse(
+            ValueError, _OP, "rotary_dim", f"an even number from 2 to {width}, the width of a head", rotary_dim
+        )
     sections = _sections(mrope_section, rotary_dim // 2)
     integers(_OP, "position_ids", position_ids, q.device)
     tokens = q.shape[:-2]

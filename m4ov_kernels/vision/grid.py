@@ -12,7 +12,11 @@ def check_grid(operator: str, grid_thw: Tensor, merge_size: int, tokens: int) ->
     """Refuse a grid on the CPU whose values cannot be, or do not make up so many tokens; names the image."""
     total = 0
     for i, (frames, rows, columns) in enumerate(grid_thw.tolist()):
-        for what, value, multiple in (("frames", frames, 1), ("rows", rows, merge_size), ("columns", columns, merge_size)):
+        for what, value, multiple in (
+            ("frames", frames, 1),
+            ("rows", rows, merge_size),
+            ("columns", columns, merge_size),
+        ):
             if value <= 0 or value % multiple:
                 expected = f"[frames, rows, columns], positive, the last two multiples of merge_size {merge_size}"
                 came = f"{value} {what} of image {i}, {[frames, rows, columns]}"

@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import m4ov_kernels
-from m4ov_kernels import linear_cross_entropy, rms_norm, swiglu, varlen_attention
+from m4ov_kernels import linear_cross_entropy, qk_norm_mrope, rms_norm, swiglu, varlen_attention, vision_rope
 from m4ov_kernels.dispatch import OPERATORS
 
 
@@ -36,11 +36,27 @@ def attention_case(dtype=torch.float32):
     return lambda q, k, v: varlen_attention(q, k, v, bounds, causal=True), tensors
 
 
+def rope_case(dtype=torch.float32):
+    tensors = [torch.randn(5, heads, 16, dtype=dtype) for heads in (4, 2)]
+    tensors += [torch.randn(16, dtype=dtype) for _ in range(2)]
+    positions = torch.arange(15).view(3, 5)
+    options = {"mrope_section": [4, 2, 2], "theta": 1e4, "eps": 1e-6, "interleaved": True}
+    return lambda *t: torch.cat(qk_norm_mrope(*t, positions, **options), 1), tensors
+
+
+def vision_rope_case(dtype=torch.float32):
+    tensors = [torch.randn(8, 3, 16, dtype=dtype) for _ in range(2)]
+    grid = torch.tensor([[1, 2, 2], [1, 2, 2]])
+    return lambda q, k: torch.cat(vision_rope(q, k, grid, merge_size=2), 1), tensors
+
+
 CASES = {
     "rms_norm": norm_case,
     "swiglu": swiglu_case,
     "linear_cross_entropy": head_case,
     "varlen_attention": attention_case,
+    "qk_norm_mrope": rope_case,
+    "vision_rope": vision_rope_case,
 }
 
 
@@ -115,6 +131,7 @@ def test_activation_checkpointing(case):
 QKV = (torch.randn(6, 4, 8), torch.randn(6, 2, 8), torch.randn(6, 2, 8))
 DECODE = (torch.randn(3, 2, 8).bfloat16(), *torch.randn(2, 6, 1, 8).bfloat16())
 BOUNDS = (torch.tensor([0, 1, 3]), torch.tensor([0, 4, 6], dtype=torch.int32))
+ROPE, VLLM = ([2, 1, 1], 1e4, 1e-6), (1e4, 1e-6, False, 6, "vllm")
 RAW_SAMPLES = {
     "varlen_attention_fwd": [
         (*QKV, torch.tensor([0, 2, 6]), None, 4, 4, True, 0.5),
@@ -144,6 +161,29 @@ RAW_SAMPLES = {
         (torch.randn(3, 8), None, torch.randn(3, 8), torch.randn(8), torch.rand(3) + 0.5, "hf", True),
         (torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 8), torch.randn(8), torch.rand(3), "hf", False),
     ],
+    "qk_norm_mrope_fwd": [
+        (
+            torch.randn(3, 2, 8),
+            torch.randn(3, 1, 8),
+            *torch.rand(2, 8),
+            torch.arange(9).view(3, 3),
+            *ROPE,
+            True,
+            8,
+            "hf",
+        ),
+        (*torch.randn(2, 2, 2, 8).bfloat16(), None, None, torch.arange(2), [], 1e4, 0.0, False, 4, "fp32"),
+        (torch.randn(2, 8, 3).mT, torch.randn(2, 3, 8), None, torch.rand(8), torch.arange(2), [], *VLLM),
+    ],
+    "qk_norm_mrope_bwd": [
+        (*torch.randn(4, 3, 2, 8), *torch.rand(2, 8), torch.arange(9).view(3, 3), *ROPE, True, 8, "hf", True, True),
+        (*torch.randn(2, 3, 2, 8), None, None, None, None, torch.arange(3), [], 1e4, 0.0, False, 8, "hf", False, False),
+    ],
+    "vision_rope_fwd": [
+        (*torch.randn(2, 4, 2, 8), torch.tensor([[1, 2, 2]]), None, 2, 1e4, "hf"),
+        (*torch.randn(2, 4, 2, 8), None, torch.arange(8, dtype=torch.int32).view(4, 2), 2, 1e4, "fp32"),
+    ],
+    "vision_rope_bwd": [(*torch.randn(2, 4, 2, 8), torch.tensor([[1, 2, 2]]), None, 2, 1e4, "hf")],
     "swiglu_fwd": [(torch.randn(3, 8), torch.randn(3, 8), "hf")],
     "swiglu_bwd": [(torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 8), "fp32")],
     "linear_cross_entropy_fwd": [

@@ -221,9 +221,7 @@ def _turn_back(
 
 
 @triton.jit
-def _store_partial(
-    partial_ptr, sum_a, sum_b, sum_rest, dim, half, HAS_REST: tl.constexpr, BLOCK_HALF: tl.constexpr
-):
+def _store_partial(partial_ptr, sum_a, sum_b, sum_rest, dim, half, HAS_REST: tl.constexpr, BLOCK_HALF: tl.constexpr):
     i = tl.arange(0, BLOCK_HALF)
     tl.store(partial_ptr + i, tl.sum(sum_a, axis=0), mask=i < half)
     tl.store(partial_ptr + half + i, tl.sum(sum_b, axis=0), mask=i < half)

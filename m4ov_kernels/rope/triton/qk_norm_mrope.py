@@ -47,9 +47,7 @@ def qk_norm_mrope_fwd(
     flags = {"NUMERICS": NUMERICS[numerics], "AXES": axes, **_flags(q_weight, k_weight, dim, rotary_dim)}
     config = configs.get("qk_norm_mrope_fwd", q, dim)
     with current_device(q):
-        _qk_norm_mrope_fwd_kernel[(tokens,)](
-            *operands, *angles, dim, rotary_dim // 2, eps, **flags, **config.options()
-        )
+        _qk_norm_mrope_fwd_kernel[(tokens,)](*operands, *angles, dim, rotary_dim // 2, eps, **flags, **config.options())
     return results  # type: ignore[return-value]
 
 
@@ -143,7 +141,9 @@ def _declared() -> list[Build]:
 
     def declare(kernel: Any, dtype: str, signature: str, targets: tuple[str, ...], config: Config, **rest: Any) -> None:
         flags = {**rest.pop("flags"), **config.constexprs}
-        builds.append(Build(kernel, dtype, signature, flags, config.num_warps, config.num_stages, targets=targets, **rest))
+        builds.append(
+            Build(kernel, dtype, signature, flags, config.num_warps, config.num_stages, targets=targets, **rest)
+        )
 
     tensor, angles = "*T/16 i32/16 i32/16", "*i64/16 i32/16 i32 *fp32/16 *i64/16 *i32/16"
     fwd = " ".join([f"{tensor} *T/16 *T/16 i32"] * 2 + [angles, "i32/16 i32/16 fp32"])

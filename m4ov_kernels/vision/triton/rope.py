@@ -49,9 +49,7 @@ def _patch_of(grid_ptr, images, merge, token, tokens, flag_ptr, BLOCK_IMAGES: tl
 
 
 @triton.jit
-def _turn(
-    x_ptr, head_stride, out_ptr, heads, dim, sine, cosine, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr
-):
+def _turn(x_ptr, head_stride, out_ptr, heads, dim, sine, cosine, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr):
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     half = dim // 2
     i = tl.arange(0, BLOCK_HALF)[None, :]
@@ -203,7 +201,14 @@ def _declared() -> list[Build]:
                 warps = (config.num_warps, config.num_stages)
                 builds.append(
                     Build(
-                        _vision_rope_kernel, dtype, signature, flags, *warps, hot=width <= 256, note=note, work=work,
+                        _vision_rope_kernel,
+                        dtype,
+                        signature,
+                        flags,
+                        *warps,
+                        hot=width <= 256,
+                        note=note,
+                        work=work,
                         targets=targets,
                     )  # fmt: skip
                 )
