@@ -5,5 +5,16 @@ from m4ov_bench.peers.attention import varlen_attention
 from m4ov_bench.peers.base import Absent, Compiled, Peer
 from m4ov_bench.peers.head import linear_cross_entropy
 from m4ov_bench.peers.norm import rms_norm
+from m4ov_bench.peers.rope import qk_norm_mrope, vision_rope
 
-__all__ = ["Absent", "Compiled", "Peer", "linear_cross_entropy", "rms_norm", "swiglu", "varlen_attention"]
+__all__ = [
+    "Absent",
+    "Compiled",
+    "Peer",
+    "linear_cross_entropy",
+    "qk_norm_mrope",
+    "rms_norm",
+    "swiglu",
+    "varlen_attention",
+    "vision_rope",
+]

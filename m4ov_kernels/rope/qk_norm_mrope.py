@@ -58,8 +58,8 @@ def qk_norm_mrope(
     Returns:
         ``(q, k)`` rotated: contiguous, shaped and typed as given.
 
-    Saves for backward: what has a weight of ``q`` and ``k``, the weights and ``position_ids``. Gradients are computed in
-    float32 and rounded once. Those of the weights are summed in float32 over a fixed split of the tokens: their bits
+    Saves for backward: what has a weight of ``q`` and ``k``, the weights and ``position_ids``. Gradients are computed
+    in float32 and rounded once. Those of the weights are summed in float32 over a fixed split of the tokens: their bits
     depend on nothing else.
 
     Raises:

@@ -51,7 +51,7 @@ def vision_rope(
     Raises:
         TypeError: a tensor argument is not dense or of a wrong dtype, or an option is of a wrong type.
         ValueError: a shape, device or option does not fit; grids that do not make up N patches or are no multiples of
-            ``merge_size``, naming the image. On a GPU the offending rows are NaN, and :func:`m4ov_kernels.check` raises.
+            ``merge_size``, naming the image. On a GPU the offending rows are NaN and :func:`m4ov_kernels.check` raises.
 
     Source: Wang et al., "Qwen2-VL", arXiv 2409.12191; the vision towers of Qwen2.5-VL and Qwen3-VL.
     """

@@ -57,8 +57,8 @@ def forward(
     inputs: Pair, weights: Maybe, angles: Angles, half: int, eps: float, rounding: int, out: Pair | None
 ) -> Pair:
     """``rounding``: one of ``NUMERICS``' codes, as the kernel rounds."""
-    q, k = inputs
-    results = tuple(output(out and out[i], x.shape, x, x.dtype) for i, x in enumerate(inputs))
+    q = inputs[0]
+    results = tuple(output(out[i] if out else None, x.shape, x, x.dtype) for i, x in enumerate(inputs))
     kept = [as_heads(x) for x in inputs]
     scales = [None if weight is None else weight.contiguous() for weight in weights]
     tensors = [(r.data_ptr(), x[0].data_ptr(), _address(w)) for r, x, w in zip(results, kept, scales, strict=True)]
@@ -82,8 +82,8 @@ def backward(
     """``(grad_q, grad_k, grad_q_weight, grad_k_weight)``, the latter empty where they are not needed."""
     like = grads[0]
     tokens, dim = like.shape[:-2].numel(), like.shape[-1]
-    results = [output(out and out[i], grad.shape, like, like.dtype) for i, grad in enumerate(grads)]
-    results += [output(out and out[2 + i], (dim if needs[i] else 0,), like, like.dtype) for i in range(2)]
+    results = [output(out[i] if out else None, grad.shape, like, like.dtype) for i, grad in enumerate(grads)]
+    results += [output(out[2 + i] if out else None, (dim if needs[i] else 0,), like, like.dtype) for i in range(2)]
     partials, blocks = None, tokens
     if any(needs):
         blocks = min(_MAX_BLOCKS, -(-tokens // _BLOCK_TOKENS))
@@ -91,9 +91,8 @@ def backward(
     tensors, strides, alive = [], [], []
     for i, (grad, x, weight) in enumerate(zip(grads, inputs, weights, strict=True)):
         grad, *distances = as_heads(grad)
-        if weight is None or x is None:
-            value, scale, steps = None, None, (0, 0)
-        else:
+        value, scale, steps = None, None, [0, 0]
+        if weight is not None and x is not None:
             value, *steps = as_heads(x)
             scale = weight.contiguous()
         grad_weight = results[2 + i].data_ptr() if needs[i] else 0

@@ -38,9 +38,8 @@ def _patch_of(grid_ptr, images, merge, token, tokens, flag_ptr, BLOCK_IMAGES: tl
         rows += tl.sum(tl.where(here, h, 0), axis=0)
         columns += tl.sum(tl.where(here, w, 0), axis=0)
         total += tl.sum(count, axis=0)
-    if token == 0:
-        if (wrong < images) | (total != tokens):
-            tl.atomic_min(flag_ptr, tl.minimum(wrong, tl.cast(images, tl.int64) - 1))
+    if (token == 0) & ((wrong < images) | (total != tokens)):
+        tl.atomic_min(flag_ptr, tl.minimum(wrong, tl.cast(images, tl.int64) - 1))
     found = (rows > 0) & (wrong == images)
     patch = (token - before) % tl.maximum(rows * columns, 1)
     inner, block, across = patch % (merge * merge), patch // (merge * merge), tl.maximum(columns // merge, 1)
@@ -198,20 +197,9 @@ def _declared() -> list[Build]:
                 places = "*i64/16 i32/16 i32/16" if grid else "*i64/16 i32 i32"
                 tensor = "*T/16 i32/16 i32/16 *T/16 i32"
                 signature = f"{tensor} {tensor} {places} i32 i32 *i64 *fp32/16 *i64/16 *i32/16 i32 i32/16"
+                options: dict[str, Any] = {"hot": width <= 256, "note": note, "work": work, "targets": targets}
                 warps = (config.num_warps, config.num_stages)
-                builds.append(
-                    Build(
-                        _vision_rope_kernel,
-                        dtype,
-                        signature,
-                        flags,
-                        *warps,
-                        hot=width <= 256,
-                        note=note,
-                        work=work,
-                        targets=targets,
-                    )  # fmt: skip
-                )
+                builds.append(Build(_vision_rope_kernel, dtype, signature, flags, *warps, **options))
     return builds
 
 
