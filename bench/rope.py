@@ -111,7 +111,7 @@ def vision_subject(case: cases.RopeCase, compiled: peers.Compiled) -> Subject:
     return _subject(
         case, "vision", "vision_rope", implementation, inputs, grads, ours,
         lambda q, k: vision_reference.vision_rope(q, k, *options), forward, backward,
-        peers.vision_rope(positions_of(grid, MERGE), VISION_THETA, case.dim, compiled), (3.0, 3.0),
+        peers.vision_rope(positions_of(grid, MERGE, case.tokens), VISION_THETA, case.dim, compiled), (3.0, 3.0),
     )  # fmt: skip
 
 

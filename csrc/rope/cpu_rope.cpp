@@ -87,7 +87,7 @@ static void reciprocal_roots(float* roots, const float* sums, int64_t dim, doubl
 }
 
 template <typename T>
-static float square_sum(const T* x, int64_t dim) {
+M4OV_INLINE float square_sum(const T* x, int64_t dim) {
   Pair even = both(set1(0.0f)), odd = even;
   int64_t i = 0;
   for (; i + 2 * kGroup <= dim; i += 2 * kGroup) {

@@ -26,12 +26,21 @@ def check_grid(operator: str, grid_thw: Tensor, merge_size: int, tokens: int) ->
         checks.refuse(ValueError, operator, "grid_thw", f"of {tokens} patches in all, as there are tokens", total)
 
 
-def positions_of(grid_thw: Tensor, merge_size: int) -> Tensor:
-    """int64 ``[N, 2]``, row and column of each patch: image after image, frame after frame, in blocks of
-    ``merge_size²`` patches that will be merged."""
-    made = [grid_thw.new_empty((0, 2), dtype=torch.int64)]
-    for frames, rows, columns in grid_thw.tolist():
-        place = torch.arange(rows * columns, device=grid_thw.device).view(rows, columns)
-        place = place.unflatten(1, (-1, merge_size)).unflatten(0, (-1, merge_size)).transpose(1, 2).flatten()
-        made.append(torch.stack((place // columns, place % columns), -1).repeat(frames, 1))
-    return torch.cat(made)
+def positions_of(grid_thw: Tensor, merge_size: int, tokens: int) -> Tensor:
+    """int64 ``[N, 2]``, row and column of each of so many patches: image after image, frame after frame, in blocks of
+    ``merge_size²`` patches that will be merged. -1 past the end of the grid. No value is fetched from a device."""
+    token = torch.arange(tokens, device=grid_thw.device)
+    if grid_thw.shape[0] == 0:
+        return token.new_full((tokens, 2), -1)
+    count = grid_thw.long().prod(1)
+    ends = count.cumsum(0)
+    image = torch.searchsorted(ends, token, right=True)
+    beyond = image == grid_thw.shape[0]
+    image = image.clamp(max=grid_thw.shape[0] - 1)
+    rows, columns = grid_thw.long()[image, 1:].unbind(1)
+    patch = (token - (ends - count)[image]) % (rows * columns)
+    block, inner = patch // merge_size**2, patch % merge_size**2
+    across = columns // merge_size
+    row = block // across * merge_size + inner // merge_size
+    column = block % across * merge_size + inner % merge_size
+    return torch.stack((row, column), -1).masked_fill(beyond[:, None], -1)

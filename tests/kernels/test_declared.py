@@ -18,6 +18,8 @@ from m4ov_kernels.activation import triton as activation
 from m4ov_kernels.gpu import FP_FUSION, Build
 from m4ov_kernels.head import triton as head
 from m4ov_kernels.norm import triton as norm
+from m4ov_kernels.rope import triton as rope
+from m4ov_kernels.vision import triton as vision
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="records the interpreter's launches")
 ROWS = 32
@@ -93,7 +95,36 @@ def launch_head(dtype: torch.dtype) -> None:
         head.EPILOGUE.add(accumulator, addend, output, assign)
 
 
-FAMILIES = ((norm, launch_norm), (activation, launch_swiglu), (head, launch_head))
+def launch_rope(dtype: torch.dtype) -> None:
+    widths = {row.width for row in configs.rows_of("qk_norm_mrope_fwd", "cpu", gpu.DTYPES[dtype])}
+    for width, norms, rest in itertools.product(sorted(w for w in widths if w), (False, True), (False, True)):
+        q, k = (torch.empty(ROWS, heads, width, dtype=dtype) for heads in (4, 2))
+        weights = [torch.empty(width, dtype=dtype) if norms else None for _ in range(2)]
+        rotary = width // 2 if rest else width
+        for axes, numerics in itertools.product((1, 3), ("hf", "vllm", "fp32")):
+            positions = torch.zeros((3, ROWS) if axes == 3 else (ROWS,), dtype=torch.int64)
+            options = (positions, [rotary // 2, 0, 0] if axes == 3 else [], 1e4, 1e-6, True, rotary, numerics)
+            rope.qk_norm_mrope_fwd(q, k, *weights, *options)
+            for need in {False, norms}:
+                rope.qk_norm_mrope_bwd(q, k, *((q, k) if norms else (None, None)), *weights, *options, need, need)
+
+
+def launch_vision_rope(dtype: torch.dtype) -> None:
+    widths = {row.width for row in configs.rows_of("vision_rope", "cpu", gpu.DTYPES[dtype])}
+    for width, numerics in itertools.product(sorted(w for w in widths if w), ("hf", "fp32")):
+        q, k = (torch.empty(ROWS, 4, width, dtype=dtype) for _ in range(2))
+        for places in ((torch.tensor([[2, 4, 4]]), None), (None, torch.zeros(ROWS, 2, dtype=torch.int64))):
+            for run in (vision.vision_rope_fwd, vision.vision_rope_bwd):
+                run(q, k, *places, 2, 1e4, numerics)
+
+
+FAMILIES = (
+    (norm, launch_norm),
+    (activation, launch_swiglu),
+    (head, launch_head),
+    (rope, launch_rope),
+    (vision, launch_vision_rope),
+)
 
 
 def builds(module: Any) -> Iterator[Build]:

@@ -90,7 +90,7 @@ def test_vision_has_the_bits_of_hugging_face(isa, model, dtype):
     vision_utils = pytest.importorskip("transformers.vision_utils")
     grid = torch.tensor([[1, 6, 4], [3, 4, 8], [2, 2, 2]])
     positions = vision_utils.get_vision_position_ids(grid, 2)
-    assert torch.equal(positions, positions_of(grid, 2))
+    assert torch.equal(positions, positions_of(grid, 2, len(positions)))
     q, k, _ = torch.randn(len(positions), 3, 16, 72).to(dtype).unbind(1)
     config = SimpleNamespace(rope_parameters={"rope_type": "axial", "rope_theta": 10000.0}, head_dim=72)
     cos, sin = getattr(modeling, name)(config)(q, positions)
