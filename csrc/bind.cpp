@@ -5,6 +5,7 @@
 #include "head/bind.h"
 #include "norm/bind.h"
 #include "rope/bind.h"
+#include "vision/bind.h"
 
 namespace m4ov {
 namespace {
@@ -46,4 +47,5 @@ PYBIND11_MODULE(_C, m) {
   m4ov::bind_head(m);
   m4ov::bind_norm(m);
   m4ov::bind_rope(m);
+  m4ov::bind_vision(m);
 }

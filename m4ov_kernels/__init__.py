@@ -10,17 +10,29 @@ from m4ov_kernels.head import linear_cross_entropy
 from m4ov_kernels.norm import rms_norm
 from m4ov_kernels.patches import patch, unpatch
 from m4ov_kernels.rope import qk_norm_mrope
-from m4ov_kernels.vision import vision_rope
+from m4ov_kernels.vision import (
+    deepstack_add,
+    interpolate_position_embeddings,
+    patch_embed,
+    scatter_vision,
+    vision_positions,
+    vision_rope,
+)
 
 __all__ = [
     "backend",
     "check",
+    "deepstack_add",
+    "interpolate_position_embeddings",
     "linear_cross_entropy",
     "patch",
+    "patch_embed",
     "qk_norm_mrope",
     "rms_norm",
+    "scatter_vision",
     "swiglu",
     "unpatch",
     "varlen_attention",
+    "vision_positions",
     "vision_rope",
 ]

@@ -5,25 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from m4ov_kernels import checks
+from m4ov_kernels.vision.checks import count_patches, refuse_count
 
 
 def check_grid(operator: str, grid_thw: Tensor, merge_size: int, tokens: int) -> None:
     """Refuse a grid on the CPU whose values cannot be, or do not make up so many tokens; names the image."""
-    total = 0
-    for i, (frames, rows, columns) in enumerate(grid_thw.tolist()):
-        for what, value, multiple in (
-            ("frames", frames, 1),
-            ("rows", rows, merge_size),
-            ("columns", columns, merge_size),
-        ):
-            if value <= 0 or value % multiple:
-                expected = f"[frames, rows, columns], positive, the last two multiples of merge_size {merge_size}"
-                came = f"{value} {what} of image {i}, {[frames, rows, columns]}"
-                checks.refuse(ValueError, operator, "grid_thw", expected, came)
-        total += frames * rows * columns
-    if total != tokens:
-        checks.refuse(ValueError, operator, "grid_thw", f"of {tokens} patches in all, as there are tokens", total)
+    if count_patches(operator, grid_thw, merge_size) != tokens:
+        refuse_count(operator, grid_thw, tokens)
 
 
 def positions_of(grid_thw: Tensor, merge_size: int, tokens: int) -> Tensor:

@@ -24,7 +24,7 @@ from m4ov_kernels.vision import triton as vision
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="records the interpreter's launches")
 ROWS = 32
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-TYPES = {torch.int64: "i64", **gpu.DTYPES}
+TYPES = {torch.int64: "i64", torch.int32: "i32", **gpu.DTYPES}
 
 Launch = tuple[str, tuple[str, ...], tuple[tuple[str, Any], ...], int, int]
 
@@ -118,12 +118,28 @@ def launch_vision_rope(dtype: torch.dtype) -> None:
                 run(q, k, *places, 2, 1e4, numerics)
 
 
+def launch_vision(dtype: torch.dtype) -> None:
+    launch_vision_rope(dtype)
+    positions, grid_thw = torch.arange(ROWS // 2), torch.tensor([[1, 4, ROWS // 4]])
+    widths = {row.width or 1152 for row in configs.rows_of("feature_rows_fwd", "cpu", gpu.DTYPES[dtype])}
+    widths |= {row.width or 1152 for row in configs.rows_of("interpolate_fwd", "cpu", gpu.DTYPES[dtype])}
+    for width in widths:
+        x = torch.empty(ROWS, width, dtype=dtype)
+        for forward in (vision.scatter_vision_fwd, vision.deepstack_add_fwd):
+            forward(x, x[: ROWS // 2], positions)
+        vision.scatter_vision_bwd(x, positions, True, True)
+        table = torch.empty(48 * 48, width, dtype=dtype)
+        for hidden, numerics in itertools.product((None, x), ("hf", "vllm", "fp32")):
+            vision.interpolate_position_embeddings_fwd(table, grid_thw, hidden, ROWS, 2, numerics)
+        vision.interpolate_position_embeddings_bwd(x, grid_thw, 48 * 48, 2)
+
+
 FAMILIES = (
     (norm, launch_norm),
     (activation, launch_swiglu),
     (head, launch_head),
     (rope, launch_rope),
-    (vision, launch_vision_rope),
+    (vision, launch_vision),
 )
 
 
@@ -140,9 +156,9 @@ def test_what_is_declared_is_what_is_launched(module, launch, launches):
         if build.targets == gpu.ARCHITECTURES:  # an architecture's own rows are in force there, not here
             assert declared(build) in found, build.name
     # And the other way: no kernel is launched with a configuration, for a dtype, that is not declared.
-    known = {
-        (name, _blocks(constants), warps, stages) for name, _, constants, warps, stages in map(declared, builds(module))
-    }
+    # By any family: one may launch another's.
+    every = itertools.chain.from_iterable(builds(module) for module, _ in FAMILIES)
+    known = {(name, _blocks(constants), warps, stages) for name, _, constants, warps, stages in map(declared, every)}
     for name, _, constants, warps, stages in found:
         assert (name, _blocks(constants), warps, stages) in known
 

@@ -93,7 +93,7 @@ def _turn_forth(
             tl.store(target + 2 * half + j[None, :], rest.to(dtype), mask=rest_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["axis_stride", "position_stride"])
 def _qk_norm_mrope_fwd_kernel(
     q_ptr,  # [tokens, q_heads, dim], strides given
     q_token_stride,
@@ -230,7 +230,7 @@ def _store_partial(partial_ptr, sum_a, sum_b, sum_rest, dim, half, HAS_REST: tl.
         tl.store(partial_ptr + 2 * half + j, tl.sum(sum_rest, axis=0), mask=j < dim - 2 * half)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["axis_stride", "position_stride", "tokens"])
 def _qk_norm_mrope_bwd_kernel(
     grad_q_ptr,  # [tokens, q_heads, dim], strides given: of the result
     grad_q_token_stride,

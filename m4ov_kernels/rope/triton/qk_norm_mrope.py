@@ -145,7 +145,7 @@ def _declared() -> list[Build]:
             Build(kernel, dtype, signature, flags, config.num_warps, config.num_stages, targets=targets, **rest)
         )
 
-    tensor, angles = "*T/16 i32/16 i32/16", "*i64/16 i32/16 i32 *fp32/16 *i64/16 *i32/16"
+    tensor, angles = "*T/16 i32/16 i32/16", "*i64/16 i32 i32 *fp32/16 *i64/16 *i32/16"
     fwd = " ".join([f"{tensor} *T/16 *T/16 i32"] * 2 + [angles, "i32/16 i32/16 fp32"])
     bwd = " ".join([f"{tensor} {tensor} *T/16 *T/16 *fp32/16 i32"] * 2 + [angles, "i32 i32/16 i32/16 fp32"])
     for dtype in SIZES:

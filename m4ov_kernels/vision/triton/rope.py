@@ -62,7 +62,7 @@ def _turn(x_ptr, head_stride, out_ptr, heads, dim, sine, cosine, BLOCK_HEADS: tl
         tl.store(out_ptr + head * dim + half + i, (b * cosine + a * sine).to(dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize=["images", "tokens"])
+@triton.jit(do_not_specialize=["token_stride", "axis_stride", "images", "tokens"])
 def _vision_rope_kernel(
     q_ptr,  # [tokens, q_heads, dim], strides given
     q_token_stride,
@@ -194,9 +194,8 @@ def _declared() -> list[Build]:
             for exact, grid, backward in ways:
                 note = f"D {width}" + ", fp32" * exact + ", positions" * (not grid) + ", backward" * backward
                 flags = {"EXACT": exact, "HAS_GRID": grid, "BACKWARD": backward, **config.constexprs}
-                places = "*i64/16 i32/16 i32/16" if grid else "*i64/16 i32 i32"
                 tensor = "*T/16 i32/16 i32/16 *T/16 i32"
-                signature = f"{tensor} {tensor} {places} i32 i32 *i64 *fp32/16 *i64/16 *i32/16 i32 i32/16"
+                signature = f"{tensor} {tensor} *i64/16 i32 i32 i32 i32 *i64/16 *fp32/16 *i64/16 *i32/16 i32 i32/16"
                 options: dict[str, Any] = {"hot": width <= 256, "note": note, "work": work, "targets": targets}
                 warps = (config.num_warps, config.num_stages)
                 builds.append(Build(_vision_rope_kernel, dtype, signature, flags, *warps, **options))

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from . import activation, attention, head, norm, rotation
+from . import activation, attention, head, norm, rotation, vision
 from .case import Call, OperatorCase
 from .corruptions import Corruption
 
@@ -18,5 +18,8 @@ CASES = {
         attention.VARLEN_ATTENTION,
         rotation.QK_NORM_MROPE,
         rotation.VISION_ROPE,
+        vision.SCATTER_VISION,
+        vision.DEEPSTACK_ADD,
+        vision.INTERPOLATE,
     )
 }

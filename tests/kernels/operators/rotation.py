@@ -223,7 +223,7 @@ def _six_wide(arguments: dict[str, Any], draw: Draw) -> tuple[dict[str, Any], st
 
 def _wrong_image(grid: Tensor, draw: Draw) -> tuple[Tensor, str]:
     wrong = torch.cat((grid, grid.new_tensor([draw.choice(([0, 6, 6], [1, -6, 6], [-2, 6, 6]))])))
-    return wrong, f"image {len(grid)}, {wrong[-1].tolist()}"
+    return wrong, str(wrong[-1].tolist())
 
 
 def _wrong_multiple(arguments: dict[str, Any], draw: Draw) -> tuple[dict[str, Any], str] | None:
@@ -232,7 +232,7 @@ def _wrong_multiple(arguments: dict[str, Any], draw: Draw) -> tuple[dict[str, An
         return None
     wrong = grid.clone()
     wrong[0, 2] += 1
-    return {"grid_thw": wrong}, f"image 0, {wrong[0].tolist()}"
+    return {"grid_thw": wrong}, str(wrong[0].tolist())
 
 
 def _wrong_total(grid: Tensor, draw: Draw) -> tuple[Tensor, str]:
