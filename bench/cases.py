@@ -114,6 +114,37 @@ class AttentionCase:
 
 
 @dataclass(frozen=True)
+class RopeCase:
+    """``norm``: with the norms of queries and keys; ``grid``: of an image, whose patches are the tokens, for the
+    rotation of a vision tower."""
+
+    name: str
+    tokens: int
+    heads: int
+    kv_heads: int
+    dim: int
+    norm: bool = True
+    grid: tuple[int, int, int] | None = None
+    dtype: torch.dtype = torch.bfloat16
+    numerics: str = "hf"
+    quick: bool = False
+    compiled: bool = False
+
+    @property
+    def sections(self) -> list[int]:
+        """Of Qwen3-VL, in proportion."""
+        side = self.dim // 2 * 20 // 64
+        return [self.dim // 2 - 2 * side, side, side]
+
+    def __str__(self) -> str:
+        norm = "" if self.norm or self.grid else ", no norm"
+        return (
+            f"{self.name}: T {self.tokens}, {self.heads}/{self.kv_heads} heads of {self.dim}, "
+            f"{_dtype_name(self.dtype)}{norm}"
+        )
+
+
+@dataclass(frozen=True)
 class FeatureRowsCase:
     """``share`` of the rows take a vision feature."""
 
@@ -169,6 +200,17 @@ ACTIVATION = (
     GeluCase(4096, 4304, dtype=torch.float32),
     GatedCase(4096, 4096, operator="geglu", compiled=True),
 )
+ROPE = (
+    RopeCase("text", 4096, 32, 8, 128, quick=True, compiled=True),
+    RopeCase("text", 4096, 28, 4, 128, norm=False),
+    RopeCase("text", 4096, 32, 8, 128, dtype=torch.float32),
+    RopeCase("decode", 8, 32, 8, 128),
+)
+VISION_ROPE = (
+    RopeCase("vision", 4096, 16, 16, 72, grid=(1, 64, 64), quick=True, compiled=True),
+    RopeCase("vision", 16384, 16, 16, 72, grid=(4, 64, 64)),
+    RopeCase("vision", 16384, 16, 16, 80, grid=(4, 64, 64)),
+)
 ATTENTION = (  # the first two are those of the training step
     AttentionCase("text", (1024,), 4, 2, 128, causal=True, quick=True, compiled=True),
     AttentionCase("images", (1024, 1024), 4, 4, 64, causal=False),
@@ -222,6 +264,11 @@ GPU_HEAD = (
     HeadCase(8192, 2048, 151936, labelled=0.25, memory=True),
     HeadCase(4096, 4096, 151936, memory=True),
 )
+GPU_ROPE = (
+    RopeCase("text", 16384, 32, 8, 128, compiled=True),
+    RopeCase("text", 16384, 28, 4, 128, norm=False),
+)
+GPU_VISION_ROPE = (RopeCase("vision", 32768, 16, 16, 72, grid=(8, 64, 64), compiled=True),)
 GPU_ATTENTION = (
     AttentionCase("text", (512, 640, 768, 896, 1152, 1280, 1408, 1536), 16, 8, 128, causal=True, compiled=True),
     AttentionCase("images", (1024,) * 8, 16, 16, 64, causal=False),
@@ -242,6 +289,8 @@ TINY_ACTIVATION = (
     GatedCase(4, 48, dtype=torch.float32, operator="geglu"),
     GeluCase(4, 48, dtype=torch.float32),
 )
+TINY_ROPE = (RopeCase("tiny", 5, 4, 2, 16, dtype=torch.float32),)
+TINY_VISION_ROPE = (RopeCase("tiny", 8, 2, 2, 8, grid=(2, 2, 2), dtype=torch.float32),)
 TINY_ATTENTION = (AttentionCase("tiny", (5, 9), 2, 1, 16, causal=True, dtype=torch.float32),)
 TINY_HEAD = (HeadCase(8, 16, 96, dtype=torch.float32, labelled=0.5, memory=True),)
 

@@ -9,12 +9,14 @@ from m4ov_kernels.dispatch import backend
 from m4ov_kernels.head import linear_cross_entropy
 from m4ov_kernels.norm import layer_norm, rms_norm
 from m4ov_kernels.patches import patch, unpatch
+from m4ov_kernels.rope import qk_norm_mrope
 from m4ov_kernels.vision import (
     deepstack_add,
     interpolate_position_embeddings,
     patch_embed,
     scatter_vision,
     vision_positions,
+    vision_rope,
 )
 
 __all__ = [
@@ -29,10 +31,12 @@ __all__ = [
     "linear_cross_entropy",
     "patch",
     "patch_embed",
+    "qk_norm_mrope",
     "rms_norm",
     "scatter_vision",
     "swiglu",
     "unpatch",
     "varlen_attention",
     "vision_positions",
+    "vision_rope",
 ]

@@ -19,6 +19,7 @@ SLOTS = (
         "grid_thw",
         "is not positive, or not a multiple of merge_size, or the grids do not have as many patches as there are",
     ),
+    ("vision_rope", "grid_thw", "is not positive, is no multiple of merge_size, or ends beside the number of patches"),
 )
 _NO_ERROR = torch.iinfo(torch.int64).max
 _flags: dict[torch.device, Tensor] = {}

@@ -5,6 +5,7 @@ from m4ov_bench.peers.attention import varlen_attention
 from m4ov_bench.peers.base import Absent, Compiled, Peer
 from m4ov_bench.peers.head import linear_cross_entropy
 from m4ov_bench.peers.norm import layer_norm, rms_norm
+from m4ov_bench.peers.rope import qk_norm_mrope, vision_rope
 from m4ov_bench.peers.vision import deepstack_add, interpolate_position_embeddings, scatter_vision
 
 __all__ = [
@@ -17,8 +18,10 @@ __all__ = [
     "interpolate_position_embeddings",
     "layer_norm",
     "linear_cross_entropy",
+    "qk_norm_mrope",
     "rms_norm",
     "scatter_vision",
     "swiglu",
     "varlen_attention",
+    "vision_rope",
 ]
