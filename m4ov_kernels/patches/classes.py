@@ -8,6 +8,7 @@ of.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from functools import cache, wraps
@@ -50,12 +51,12 @@ class Composed:
     fronts: tuple[type, ...]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        _, _, *rest = super().__reduce_ex__(protocol)  # type: ignore
         return (_new, (self.original, self.fronts), *rest)
 
 
 def _new(original: type[nn.Module], fronts: tuple[type, ...]) -> nn.Module:
-    kind = compose(original, fronts)
+    kind = compose(original, fronts)  # type: ignore[arg-type]
     return kind.__new__(kind)
 
 
@@ -82,6 +83,17 @@ def _like(shown: Callable[..., Any], called: Callable[..., Any]) -> Callable[...
         return called(self, *args, **kwargs)
 
     return forward
+
+
+def parameters(kind: type[nn.Module]) -> tuple[str, ...]:
+    """The names of what the forward of ``kind`` takes, in order."""
+    made = _PARAMETERS.get(kind)
+    if made is None:
+        made = _PARAMETERS[kind] = tuple(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
+    return made
+
+
+_PARAMETERS: dict[type, tuple[str, ...]] = {}  # not functools.cache: torch.compile warns of that
 
 
 def name_of(kind: type) -> str:
@@ -133,7 +145,7 @@ def find_swaps(parts: Iterable[Part], modules: Iterable[tuple[str, nn.Module]]) 
         if wanted:
             if "forward" in vars(module):
                 raise ValueError(f"patch: the forward of {path or 'the model'} was replaced by something else already")
-            found.swaps.append(Swap(module, compose(original, (*fronts, *dict.fromkeys(wanted)))))
+            found.swaps.append(Swap(module, compose(original, (*fronts, *dict.fromkeys(wanted)))))  # type: ignore
     return found
 
 
@@ -143,7 +155,7 @@ def find_composed(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, n
     Raises:
         ValueError: something else derived a class from a composed one.
     """
-    found = [(path, module) for path, module in modules if isinstance(module, Composed)]
+    found: list[tuple[str, nn.Module]] = [(path, part) for path, part in modules if isinstance(part, Composed)]
     for path, module in found:
         if not is_composed(module):
             raise ValueError(

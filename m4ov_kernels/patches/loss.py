@@ -7,16 +7,14 @@ transformers (5.14 drops both for some models). ``num_valid=`` says how many shi
 
 from __future__ import annotations
 
-import inspect
 import threading
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from m4ov_kernels.nn import CausalLMHead
-from m4ov_kernels.patches.classes import Part
+from m4ov_kernels.patches.classes import Part, parameters
 from m4ov_kernels.patches.report import Replacement
 
 OPERATOR = "linear_cross_entropy"
@@ -55,7 +53,7 @@ class LossWithoutLogits:
     original: type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs.update(zip(_parameters(self.original), args, strict=False))
+        kwargs.update(zip(parameters(self.original), args, strict=False))
         num_valid = kwargs.pop("num_valid", None)
         model: Any = self
         forward = super().forward  # type: ignore[misc]
@@ -74,11 +72,6 @@ class LossWithoutLogits:
             _request.arguments = None
         outputs = type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
         return outputs if (model.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
-
-
-@cache
-def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
 
 
 def parts(model_class: type[nn.Module]) -> tuple[Part, ...]:

@@ -19,7 +19,7 @@ _CACHE = ("past_key_values", "cache")  # transformers up to 5.17 and later
 
 def pack_text(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
     """Before a language model with M-RoPE: finds the samples of packed rows and asks for no mask."""
-    position_ids = kwargs.get("position_ids")
+    position_ids: Any = kwargs.get("position_ids")
     four = position_ids is not None and position_ids.ndim == 3 and position_ids.shape[0] == 4
     sequences, kwargs = _packed(module, kwargs, position_ids[0] if four else None)
     if sequences is not None:

@@ -70,8 +70,12 @@ def test_patching_twice_changes_nothing_more(family):
     assert_same_bits(step(model, batch), expected)
 
 
-@pytest.mark.parametrize("how", ["itself", "a copy", "a pickled copy"])
-@FAMILIES
+# LLaVA-OneVision cannot be pickled after a call, patched or not: transformers puts local functions on it.
+@pytest.mark.parametrize(
+    ("family", "how"),
+    [(family, how) for family in tiny.FAMILIES for how in ("itself", "a copy")]
+    + [(family, "a pickled copy") for family in tiny.QWEN],
+)
 def test_unpatch_restores_the_bits_and_leaves_nothing(family, how):
     model = tiny.model(family, layers=2)
     batch = tiny.packed(model, tiny.samples(model))
