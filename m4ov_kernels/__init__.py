@@ -9,5 +9,26 @@ from m4ov_kernels.dispatch import backend
 from m4ov_kernels.head import linear_cross_entropy
 from m4ov_kernels.norm import rms_norm
 from m4ov_kernels.patches import patch, unpatch
+from m4ov_kernels.vision import (
+    deepstack_add,
+    interpolate_position_embeddings,
+    patch_embed,
+    scatter_vision,
+    vision_positions,
+)
 
-__all__ = ["backend", "check", "linear_cross_entropy", "patch", "rms_norm", "swiglu", "unpatch", "varlen_attention"]
+__all__ = [
+    "backend",
+    "check",
+    "deepstack_add",
+    "interpolate_position_embeddings",
+    "linear_cross_entropy",
+    "patch",
+    "patch_embed",
+    "rms_norm",
+    "scatter_vision",
+    "swiglu",
+    "unpatch",
+    "varlen_attention",
+    "vision_positions",
+]

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 # What a slot of the flag tensor reports: the operator, the argument, and what is wrong with element `position` of it.
-SLOTS = (("linear_cross_entropy", "target", "is neither ignore_index nor in [0, vocabulary size)"),)
+SLOTS = (
+    ("linear_cross_entropy", "target", "is neither ignore_index nor in [0, vocabulary size)"),
+    ("scatter_vision", "positions", "is not in [0, rows), or is there twice"),
+    ("deepstack_add", "positions", "is not in [0, rows), or is there twice"),
+    (
+        "interpolate_position_embeddings",
+        "grid_thw",
+        "is not positive, or not a multiple of merge_size, or the grids do not have as many patches as there are",
+    ),
+)
 _NO_ERROR = torch.iinfo(torch.int64).max
 _flags: dict[torch.device, Tensor] = {}
 
