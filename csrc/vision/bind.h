@@ -33,12 +33,13 @@ void bind_vision(py::module_& m) {
         at<void>(output), at<void>(table), at<void>(hidden_states), at<int64_t>(grid_thw), images, patches, columns,
         side, hidden_stride, merge_size, numerics, dtype, threads});
   });
-  m.def("interpolate_bwd", [](Address grad_table, Address grad_output, Address grid_thw, int64_t images,
+  m.attr("sums_columns") = kSumsColumns;
+  m.def("interpolate_bwd", [](Address grad_table, Address sums, Address grad_output, Address grid_thw, int64_t images,
                               int64_t patches, int64_t columns, int64_t side, int64_t grad_stride, int64_t merge_size,
-                              int dtype, int threads) {
-    return run<&Kernels::interpolate_bwd>(InterpolateBwd{at<void>(grad_table), at<void>(grad_output),
+                              int64_t sums_columns, int dtype, int threads) {
+    return run<&Kernels::interpolate_bwd>(InterpolateBwd{at<void>(grad_table), at<float>(sums), at<void>(grad_output),
                                                          at<int64_t>(grid_thw), images, patches, columns, side,
-                                                         grad_stride, merge_size, dtype, threads});
+                                                         grad_stride, merge_size, sums_columns, dtype, threads});
   });
 }
 

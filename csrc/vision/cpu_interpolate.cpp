@@ -84,8 +84,9 @@ static void forward(const InterpolateFwd& a) {
   });
 }
 
-// The gradient of one cell of the table is a weighted sum of rows of the output's gradient: those of the patches around
-// it, image by image and in their order there. Nobody else writes it, so nothing depends on the number of threads.
+// The gradient of one row of the table, some columns of it, is gathered from the rows of patches around it: those of one
+// image after the other, first summed down (over its rows and frames), then along. Nobody else writes it, and the order
+// of the sums does not depend on who does it, so neither do the bits on the number of threads.
 
 // The first index on an axis of `size` patches whose lower tap is `low` or beyond.
 M4OV_INLINE int64_t first_of(int64_t low, int64_t size, int64_t side) {
@@ -97,87 +98,107 @@ M4OV_INLINE int64_t first_of(int64_t low, int64_t size, int64_t side) {
 // How much patch `index` of an axis gives to `cell` of the table: as `taps` has it.
 M4OV_INLINE float weight_of(int64_t index, int64_t size, int64_t side, int64_t cell) {
   const Taps t = taps(index, size, side);
-  if (t.low == t.high) return cell == t.low ? t.low_weight + t.high_weight : 0.0f;  // the second one is 0
-  return cell == t.low ? t.low_weight : cell == t.high ? t.high_weight : 0.0f;
+  return cell == t.low ? t.low_weight : cell == t.high ? t.high_weight : 0.0f;  // the last one's second weight is 0
 }
 
-template <typename T>
-struct Term {
-  const T* row;
+template <int kValue>
+struct Number {
+  static constexpr int value = kValue;
+};
+
+// A row of patches that counts: where it begins, in patches, and how much.
+struct Line {
+  int64_t begin;
   float weight;
 };
 
-constexpr int64_t kTerms = 128;
-constexpr int64_t kPanel = 2048;                // columns whose sums a thread keeps at hand
-constexpr int kSums = kLanes == 16 ? 8 : 4;     // pairs of vectors that are summed in registers
+constexpr int kLines = 4;  // of one image, summed at once
 
+// sums[cell] += what the lines give to it, over all patches of their image's width. What a load has in one lane is in
+// that lane of every sum: their order is T's own until they are stored.
 template <int kCount, typename T>
-M4OV_INLINE void add_terms(float* sums, const Term<T>* terms, int64_t count, int64_t column) {
-  Pair total[kCount];
-  for (int k = 0; k < kCount; ++k) total[k] = load(sums + column + k * kGroup);
-  for (int64_t n = 0; n < count; ++n) {
-    const T* row = terms[n].row + column;
-    const Pair weight = both(set1(terms[n].weight));
-    for (int k = 0; k < kCount; ++k) total[k] = fma(load(row + k * kGroup), weight, total[k]);
+static void add_lines(float* sums, const Line (&lines)[kLines], const T* image, int64_t stride, int64_t w, int64_t side,
+                      int64_t m, int64_t columns, int64_t pitch) {
+  Pair weights[kCount];
+  for (int n = 0; n < kCount; ++n) weights[n] = both(set1(lines[n].weight));
+  const int64_t next = m * m * stride;  // the same place in the next block
+  for (int64_t block = 0; block < w; block += m) {
+    for (int64_t j = 0; j < m; ++j) {
+      const Taps t = taps(block + j, w, side);
+      const Pair low_weight = both(set1(t.low_weight)), high_weight = both(set1(t.high_weight));
+      float* low = sums + t.low * pitch;
+      float* high = low + pitch;  // behind the table's last place: of weight 0, and there is room for it
+      const T* rows[kCount];
+      for (int n = 0; n < kCount; ++n) rows[n] = image + (lines[n].begin + block * m + j) * stride;
+      const auto add = [&](int64_t i, const Pair (&x)[kCount]) {
+        Pair down = x[0] * weights[0];
+        for (int n = 1; n < kCount; ++n) down = fma(x[n], weights[n], down);
+        store(low + i, fma(down, low_weight, load(low + i)));
+        store(high + i, fma(down, high_weight, load(high + i)));
+      };
+      Pair x[kCount];
+      int64_t i = 0;
+      for (; i + kGroup <= columns; i += kGroup) {
+        for (int n = 0; n < kCount; ++n) {
+          prefetch(rows[n] + next + i);
+          x[n] = load(rows[n] + i);
+        }
+        add(i, x);
+      }
+      if (i < columns) {
+        for (int n = 0; n < kCount; ++n) x[n] = load_tail(rows[n] + i, columns - i);
+        add(i, x);
+      }
+    }
   }
-  for (int k = 0; k < kCount; ++k) store(sums + column + k * kGroup, total[k]);
 }
 
-// sums[0, columns) += the terms; the order of elements within a group is T's. Has room for whole groups.
 template <typename T>
-static void flush(float* sums, const Term<T>* terms, int64_t count, int64_t columns) {
-  int64_t column = 0;
-  for (; column + kSums * kGroup <= columns; column += kSums * kGroup) add_terms<kSums>(sums, terms, count, column);
-  for (; column + kGroup <= columns; column += kGroup) add_terms<1>(sums, terms, count, column);
-  if (column == columns) return;
-  Pair total = load(sums + column);
-  for (int64_t n = 0; n < count; ++n) {
-    total = fma(load_tail(terms[n].row + column, columns - column), both(set1(terms[n].weight)), total);
-  }
-  store(sums + column, total);
-}
-
-template <typename T>
-static void cell_gradient(const InterpolateBwd& a, int64_t cell, int64_t first, int64_t columns) {
-  alignas(64) float sums[kPanel];
-  Term<T> terms[kTerms];
-  memset(sums, 0, static_cast<size_t>((columns + kGroup - 1) / kGroup * kGroup) * sizeof(float));
-  const int64_t row = cell / a.side, column = cell % a.side, m = a.merge_size;
-  const T* frame = static_cast<const T*>(a.grad_output) + first;
-  int64_t count = 0;
+static void row_gradient(const InterpolateBwd& a, float* sums, int64_t row, int64_t column, int64_t columns) {
+  const int64_t pitch = (columns + kGroup - 1) / kGroup * kGroup, m = a.merge_size;
+  memset(sums, 0, static_cast<size_t>((a.side + 1) * pitch) * sizeof(float));
+  const T* image = static_cast<const T*>(a.grad_output) + column;
   for (const int64_t* grid = a.grid_thw; grid < a.grid_thw + 3 * a.images; grid += 3) {
     const int64_t t = grid[0], h = grid[1], w = grid[2];
     const int64_t top = first_of(row - 1, h, a.side), bottom = first_of(row + 1, h, a.side);
-    const int64_t left = first_of(column - 1, w, a.side), right = first_of(column + 1, w, a.side);
-    for (int64_t f = 0; top < bottom && left < right && f < t; ++f) {
+    Line lines[kLines];
+    int count = 0;
+    const auto flush = [&](auto number) {
+      add_lines<decltype(number)::value, T>(sums, lines, image, a.grad_stride, w, a.side, m, columns, pitch);
+      count = 0;
+    };
+    for (int64_t f = 0; f < t; ++f) {
       for (int64_t i = top; i < bottom; ++i) {
-        const float y = weight_of(i, h, a.side, row);
-        const int64_t line = f * h * w + i / m * m * w + i % m * m;  // where the patches of row i begin in merge order
-        for (int64_t j = left; j < right; ++j) {
-          terms[count++] = {frame + (line + j / m * m * m + j % m) * a.grad_stride, y * weight_of(j, w, a.side, column)};
-          if (count == kTerms) {
-            flush(sums, terms, count, columns);
-            count = 0;
-          }
-        }
+        // In merge order a row's patches lie m by m, a block of m · m apart.
+        lines[count++] = {f * h * w + i / m * m * w + i % m * m, weight_of(i, h, a.side, row)};
+        if (count == kLines) flush(Number<kLines>{});
       }
     }
-    frame += t * h * w * a.grad_stride;
+    if (count == 1) flush(Number<1>{});
+    if (count == 2) flush(Number<2>{});
+    if (count == 3) flush(Number<3>{});
+    image += t * h * w * a.grad_stride;
   }
-  flush(sums, terms, count, columns);
-  T* output = static_cast<T*>(a.grad_table) + cell * a.columns + first;
-  int64_t i = 0;
-  for (; i + kGroup <= columns; i += kGroup) store(output + i, load(sums + i));
-  if (i < columns) store_tail(output + i, load(sums + i), columns - i);
+  T* output = static_cast<T*>(a.grad_table) + row * a.side * a.columns + column;
+  for (int64_t cell = 0; cell < a.side; ++cell, output += a.columns, sums += pitch) {
+    int64_t i = 0;
+    for (; i + kGroup <= columns; i += kGroup) store(output + i, load(sums + i));
+    if (i < columns) store_tail(output + i, load(sums + i), columns - i);
+  }
 }
 
 template <typename T>
 static void backward(const InterpolateBwd& a) {
   const int64_t bytes = a.patches * a.columns * static_cast<int64_t>(sizeof(T));
-  parallel_ranges(a.side * a.side, bytes, a.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t cell = begin; cell < end; ++cell) {
-      for (int64_t first = 0; first < a.columns; first += kPanel) {
-        cell_gradient<T>(a, cell, first, a.columns - first < kPanel ? a.columns - first : kPanel);
+  // Whole rows as far as they go: the hardware's prefetchers follow rows, and lose a thread that reads parts of them.
+  const int64_t panels = (a.columns + kSumsColumns - 1) / kSumsColumns;
+  const int64_t panel = ((a.columns + panels - 1) / panels + kGroup - 1) / kGroup * kGroup, units = panels * a.side;
+  parallel_ranges(a.threads, bytes, a.threads, [&](int64_t first, int64_t last) {
+    for (int64_t id = first; id < last; ++id) {
+      float* sums = a.sums + id * (a.side + 1) * a.sums_columns;
+      for (int64_t unit = units * id / a.threads; unit < units * (id + 1) / a.threads; ++unit) {
+        const int64_t column = unit / a.side * panel, left = a.columns - column;
+        row_gradient<T>(a, sums, unit % a.side, column, left < panel ? left : panel);
       }
     }
   });

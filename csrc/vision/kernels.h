@@ -39,11 +39,14 @@ struct InterpolateFwd {
   int numerics, dtype, threads;
 };
 
+constexpr int64_t kSumsColumns = 1536;
+
 struct InterpolateBwd {
   void* grad_table;  // [side · side, columns]
+  float* sums;       // scratch [threads, side + 1, sums_columns]; those are kSumsColumns, or `columns` and 31 if less
   const void* grad_output;
   const int64_t* grid_thw;
-  int64_t images, patches, columns, side, grad_stride, merge_size;
+  int64_t images, patches, columns, side, grad_stride, merge_size, sums_columns;
   int dtype, threads;
 };
 

@@ -24,4 +24,6 @@ class PatchEmbed(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[N, C·T·P·P]`` (or ``[N, C, T, P, P]``) → ``[N, hidden_size]``, in the dtype of the weight."""
-        return patch_embed(hidden_states.reshape(-1, self.proj.weight.shape[1:].numel()), self.proj.weight, self.proj.bias)
+        return patch_embed(
+            hidden_states.reshape(-1, self.proj.weight.shape[1:].numel()), self.proj.weight, self.proj.bias
+        )

@@ -87,7 +87,7 @@ def _check(
     numerics: str,
 ) -> None:
     checks.float_tensor(_OP, "table", table)
-    if table.ndim != 2 or table.shape[0] < 1 or math.isqrt(table.shape[0]) ** 2 != table.shape[0]:
+    if table.ndim != 2 or table.shape[0] < 1 or math.isqrt(int(table.shape[0])) ** 2 != table.shape[0]:
         checks.refuse(ValueError, _OP, "table", "[S·S, D], of a square grid", checks.describe(table))
     if not isinstance(grid_thw, Tensor) or grid_thw.dtype is not torch.int64 or grid_thw.layout is not torch.strided:
         sparse = getattr(grid_thw, "is_sparse", False)
@@ -145,7 +145,7 @@ INTERPOLATE = Operator(
     _OP,
     fwd_schema="(Tensor table, Tensor grid_thw, Tensor? hidden_states, SymInt num_patches, int merge_size,"
     " str numerics) -> Tensor",
-    bwd_schema="(Tensor grad_output, Tensor grid_thw, int table_rows, int merge_size) -> Tensor",
+    bwd_schema="(Tensor grad_output, Tensor grid_thw, SymInt table_rows, int merge_size) -> Tensor",
     fwd_fake=_fwd_fake,
     bwd_fake=_bwd_fake,
     results=lambda *_: 1,

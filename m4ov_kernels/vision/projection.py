@@ -39,7 +39,11 @@ def patch_embed(pixel_values: Tensor, weight: Tensor, bias: Tensor | None = None
         checks.refuse(ValueError, "patch_embed", "weight", "[D, K] or [D, C, T, P, P]", checks.describe(weight))
     weight = weight.flatten(1)
     size = weight.shape[1]
-    if pixel_values.ndim not in (2, 5) or pixel_values.shape[1:].numel() != size or pixel_values.device != weight.device:
+    if (
+        pixel_values.ndim not in (2, 5)
+        or pixel_values.shape[1:].numel() != size
+        or pixel_values.device != weight.device
+    ):
         expected = f"[N, {size}] on {weight.device}, as weight"
         checks.refuse(ValueError, "patch_embed", "pixel_values", expected, checks.describe(pixel_values))
     if bias is not None:

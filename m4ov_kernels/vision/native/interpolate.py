@@ -55,18 +55,23 @@ def interpolate_position_embeddings_bwd(
     num_patches, columns = grad_output.shape
     result = output(out, (table_rows, columns), grad_output, grad_output.dtype)
     (grad_output, grad_stride), grid_thw = as_rows(grad_output), grid_thw.contiguous()
+    threads, side = torch.get_num_threads(), math.isqrt(table_rows)
+    sums_columns = min(columns + 31, _C.sums_columns)
+    sums = torch.empty(threads * (side + 1) * sums_columns)
     found = _C.interpolate_bwd(
         result.data_ptr(),
+        sums.data_ptr(),
         grad_output.data_ptr(),
         grid_thw.data_ptr(),
         grid_thw.shape[0],
         num_patches,
         columns,
-        math.isqrt(table_rows),
+        side,
         grad_stride,
         merge_size,
+        sums_columns,
         DTYPES[grad_output.dtype],
-        torch.get_num_threads(),
+        threads,
     )
     _refuse(found, grid_thw, num_patches, merge_size)
     return result

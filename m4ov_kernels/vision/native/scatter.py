@@ -11,6 +11,7 @@ from m4ov_kernels import _C
 from m4ov_kernels.layout import DTYPES, as_rows, output
 from m4ov_kernels.vision.checks import refuse_position
 
+
 def scatter_vision_fwd(
     inputs_embeds: Tensor, features: Tensor, positions: Tensor, *, out: Tensor | None = None
 ) -> Tensor:
@@ -62,10 +63,9 @@ def scatter_vision_bwd(
 ) -> tuple[Tensor, Tensor]:
     """``(grad_inputs_embeds, grad_features)``; what is not needed is empty."""
     given, dtype = out or (None, None), grad_output.dtype
-    shape = grad_output.shape if need_inputs_embeds else (0,)
-    grad_inputs = output(given[0], shape, grad_output, dtype)
-    shape = (positions.shape[0], grad_output.shape[-1]) if need_features else (0,)
-    grad_features = output(given[1], shape, grad_output, dtype)
+    grad_inputs = output(given[0], grad_output.shape if need_inputs_embeds else (0,), grad_output, dtype)
+    rows = (positions.shape[0], grad_output.shape[-1])
+    grad_features = output(given[1], rows if need_features else (0,), grad_output, dtype)
     _backward(
         "scatter_vision",
         grad_output,

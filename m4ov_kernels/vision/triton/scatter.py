@@ -134,9 +134,7 @@ def _source(operator: str, positions: Tensor, rows: int) -> Tensor:
     return source
 
 
-def _forward(
-    operator: str, base: Tensor, features: Tensor, positions: Tensor, out: Tensor | None, add: bool
-) -> Tensor:
+def _forward(operator: str, base: Tensor, features: Tensor, positions: Tensor, out: Tensor | None, add: bool) -> Tensor:
     result = output(out, base.shape, base, base.dtype)
     rows, width = base.shape[:-1].numel(), base.shape[-1]
     source = _source(operator, positions.contiguous(), rows)
