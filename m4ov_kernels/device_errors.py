@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 # What a slot of the flag tensor reports: the operator, the argument, and what is wrong with element `position` of it.
-SLOTS = (("linear_cross_entropy", "target", "is neither ignore_index nor in [0, vocabulary size)"),)
+SLOTS = (
+    ("linear_cross_entropy", "target", "is neither ignore_index nor in [0, vocabulary size)"),
+    ("scatter_vision", "positions", "is not in [0, rows), or is there twice"),
+    ("deepstack_add", "positions", "is not in [0, rows), or is there twice"),
+    (
+        "interpolate_position_embeddings",
+        "grid_thw",
+        "is not positive, or not a multiple of merge_size, or the grids do not have as many patches as there are",
+    ),
+    ("vision_rope", "grid_thw", "is not positive, is no multiple of merge_size, or ends beside the number of patches"),
+)
 _NO_ERROR = torch.iinfo(torch.int64).max
 _flags: dict[torch.device, Tensor] = {}
 
@@ -18,9 +28,10 @@ _flags: dict[torch.device, Tensor] = {}
 def flag(device: torch.device, operator: str) -> Tensor:
     """The slot, int64 ``[1]``, that a kernel of ``operator`` lowers with an atomic minimum to a bad position."""
     if device not in _flags:
-        _flags[device] = torch.full((len(SLOTS),), _NO_ERROR, dtype=torch.int64, device=device)
+        # A slot every 16 bytes: Triton compiles a kernel for each alignment of its pointers.
+        _flags[device] = torch.full((len(SLOTS), 2), _NO_ERROR, dtype=torch.int64, device=device)
     index = next(i for i, slot in enumerate(SLOTS) if slot[0] == operator)
-    return _flags[device][index : index + 1]
+    return _flags[device][index, :1]
 
 
 def check() -> None:
@@ -32,7 +43,7 @@ def check() -> None:
         ValueError: naming operator, argument and the first offending position.
     """
     for device, slots in _flags.items():
-        for (operator, argument, problem), position in zip(SLOTS, slots.tolist(), strict=True):
+        for (operator, argument, problem), position in zip(SLOTS, slots[:, 0].tolist(), strict=True):
             if position != _NO_ERROR:
                 slots.fill_(_NO_ERROR)
                 raise ValueError(f"{operator}: {argument}[{position}] {problem} (found on {device})")

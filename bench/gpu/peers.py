@@ -43,6 +43,26 @@ def rms_norm(eps: float, residual: bool) -> dict[str, Peer]:
     }
 
 
+def layer_norm(eps: float, residual: bool) -> dict[str, Peer]:
+    """Functions of ``(hidden_states, weight, bias[, residual])``; with a residual they return (normed, sum)."""
+    liger, flash = _module("liger_kernel.transformers.functional"), _module("flash_attn.ops.triton.layer_norm")
+    if residual:
+        return {
+            "flash-attn": _bind(
+                flash, lambda m: lambda x, w, b, r: m.layer_norm_fn(x, w, b, residual=r, eps=eps, prenorm=True)
+            )
+        }
+    return {
+        "Liger": _bind(liger, lambda m: lambda x, w, b: m.liger_layer_norm(x, w, b, eps)),
+        "flash-attn": _bind(flash, lambda m: lambda x, w, b: m.layer_norm_fn(x, w, b, eps=eps)),
+    }
+
+
+def geglu() -> dict[str, Peer]:
+    """Functions of ``(gate, up)``."""
+    return {"Liger": _bind(_module("liger_kernel.transformers.functional"), lambda m: m.liger_geglu)}
+
+
 def _with_weight(module: type[torch.nn.Module], eps: float) -> Callable[[Tensor, Tensor], Tensor]:
     """A norm that exists as a module only, as a function of its weight too. The module finds its gradients by its
     parameters, and so the weight must be one."""

@@ -21,6 +21,13 @@ CALLS = {
     "swiglu": lambda dtype, device: m4ov_kernels.swiglu(
         torch.randn(3, 8, dtype=dtype, device=device), torch.randn(3, 8, dtype=dtype, device=device)
     ),
+    "layer_norm": lambda dtype, device: m4ov_kernels.layer_norm(
+        torch.randn(3, 8, dtype=dtype, device=device), torch.rand(8, dtype=dtype, device=device), None, eps=1e-6
+    ),
+    "gelu": lambda dtype, device: m4ov_kernels.gelu(torch.randn(3, 8, dtype=dtype, device=device)),
+    "geglu": lambda dtype, device: m4ov_kernels.geglu(
+        torch.randn(3, 8, dtype=dtype, device=device), torch.randn(3, 8, dtype=dtype, device=device)
+    ),
     "linear_cross_entropy": lambda dtype, device: m4ov_kernels.linear_cross_entropy(
         torch.randn(3, 8, dtype=dtype, device=device),
         torch.randn(16, 8, dtype=dtype, device=device),

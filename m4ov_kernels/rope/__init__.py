@@ -1,0 +1,7 @@
+"""Rotary positions of vision-language models."""
+
+from __future__ import annotations
+
+from m4ov_kernels.rope.qk_norm_mrope import QK_NORM_MROPE, qk_norm_mrope
+
+__all__ = ["QK_NORM_MROPE", "qk_norm_mrope"]

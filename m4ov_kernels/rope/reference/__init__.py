@@ -1,0 +1,7 @@
+"""The definitions, in plain PyTorch; a file for each operator."""
+
+from __future__ import annotations
+
+from m4ov_kernels.rope.reference.qk_norm_mrope import qk_norm_mrope
+
+__all__ = ["qk_norm_mrope"]
