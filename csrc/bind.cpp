@@ -4,6 +4,8 @@
 #include "attention/bind.h"
 #include "head/bind.h"
 #include "norm/bind.h"
+#include "packing/bind.h"
+#include "rope/bind.h"
 
 namespace m4ov {
 namespace {
@@ -44,4 +46,6 @@ PYBIND11_MODULE(_C, m) {
   m4ov::bind_attention(m);
   m4ov::bind_head(m);
   m4ov::bind_norm(m);
+  m4ov::bind_packing(m);
+  m4ov::bind_rope(m);
 }

@@ -1,5 +1,7 @@
-"""Rotary positions of vision-language models."""
+"""Rotary positions of vision-language models: ``mrope_positions``."""
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from m4ov_kernels.rope.positions import mrope_positions
+
+__all__ = ["mrope_positions"]

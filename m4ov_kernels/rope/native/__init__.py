@@ -1,3 +1,7 @@
 """The operators through the compiled kernels (CPU); a file for each."""
 
 from __future__ import annotations
+
+from m4ov_kernels.rope.native.positions import mrope_positions_fwd
+
+__all__ = ["mrope_positions_fwd"]
