@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
-from m4ov_kernels.gpu import Build
+from m4ov_kernels.rope.triton import positions
+from m4ov_kernels.rope.triton.positions import mrope_positions_fwd
 
-KERNELS: list[Build] = []
+__all__ = ["KERNELS", "mrope_positions_fwd"]
+
+KERNELS = [*positions.KERNELS]
