@@ -26,7 +26,7 @@ _flags: dict[torch.device, Tensor] = {}
 
 
 def flag(device: torch.device, operator: str) -> Tensor:
-    """The slots of ``operator``, int64, in their order in ``SLOTS`` (mostly one), which its kernels lower with an atomic
+    """The slots of ``operator``, int64, in the order of ``SLOTS`` (mostly one), which its kernels lower with an atomic
     minimum to a bad position."""
     if device not in _flags:
         _flags[device] = torch.full((len(SLOTS),), _NO_ERROR, dtype=torch.int64, device=device)

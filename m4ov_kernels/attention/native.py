@@ -72,7 +72,9 @@ def _arguments(
 ) -> tuple[list[Any], tuple[Tensor, ...]]:
     """What both kernels take, and the tensors that must outlive the call."""
     bounds_q = check_bounds("varlen_attention", "cu_seqlens", cu_seqlens, q.shape[0])
-    bounds_k = bounds_q if cu_seqlens_k is None else check_bounds("varlen_attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    bounds_k = (
+        bounds_q if cu_seqlens_k is None else check_bounds("varlen_attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    )
     if len(bounds_k) != len(bounds_q):
         raise ValueError(
             f"varlen_attention: cu_seqlens_k must be of {len(bounds_q) - 1} sequences, as cu_seqlens; "

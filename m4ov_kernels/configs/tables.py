@@ -52,7 +52,8 @@ _overrides: list[tuple[Row, ...]] = []
 
 
 def find(kernel: str, tensor: Tensor, width: int) -> Config | None:
-    """The configuration of ``kernel`` on the device and for the dtype of ``tensor`` (of integers: ``"any"``); ``None``: wider than every row.
+    """The configuration of ``kernel`` on the device and for the dtype of ``tensor`` (of integers, that for any dtype);
+    ``None``: wider than every row.
     Raises ``ValueError`` for a kernel that no table knows."""
     return _lookup(kernel, gpu.architecture(tensor.device), gpu.DTYPES.get(tensor.dtype, _ANY), width)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import NoReturn
 
-import torch
 from torch import Tensor
 
 from m4ov_kernels import checks

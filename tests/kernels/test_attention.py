@@ -259,7 +259,12 @@ def test_native_refuses_wrong_values_itself():
 
 
 def test_bounds_are_read_as_they_are():
-    assert check_bounds("varlen_attention", "cu_seqlens", torch.tensor([0, 2, 2, 5], dtype=torch.int32), 5) == [0, 2, 2, 5]
+    assert check_bounds("varlen_attention", "cu_seqlens", torch.tensor([0, 2, 2, 5], dtype=torch.int32), 5) == [
+        0,
+        2,
+        2,
+        5,
+    ]
 
 
 GOOD = {"q": torch.ones(6, 4, 8), "k": torch.ones(6, 2, 8), "v": torch.ones(6, 2, 8), "cu_seqlens": bounds([2, 4])}

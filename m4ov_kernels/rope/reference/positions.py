@@ -111,9 +111,7 @@ def _planned(
     return position_ids.masked_fill(bad[sample], -1), highest + 1 - bounds.diff(), bad
 
 
-def _items(
-    grid: Tensor | None, device: torch.device, merge_size: int, intervals: Tensor | None, video: bool
-) -> _Items:
+def _items(grid: Tensor | None, device: torch.device, merge_size: int, intervals: Tensor | None, video: bool) -> _Items:
     if grid is None:
         grid = torch.zeros(0, 3, dtype=torch.int64, device=device)
     frames, height, width = grid.clamp(1, 2**20).unbind(1)

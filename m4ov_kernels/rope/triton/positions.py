@@ -2,7 +2,8 @@
 
 What comes before a token follows from how many image and video tokens do, for these numbers say which images are
 complete. So tokens are counted block by block, the counts summed (by PyTorch), and every block finds its positions by
-itself: the images by search in a table of theirs, the sample by search in the bounds.
+itself: the images by search in a table of theirs, the sample by search in the bounds. Counts and divisions are 32 bits
+wide: a batch has fewer than 2^30 tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from m4ov_kernels.rope.values import LARGEST
 
 # Slots of device_errors, in their order there.
 _CU_SEQLENS, _TYPES, _GRIDS, _MATCH = (tl.constexpr(slot) for slot in (0, 1, 2, 4))
-_BAD = tl.constexpr(-(2**62))  # the origin of a sample that has no positions
+_BAD = tl.constexpr(-1)  # the origin of a sample that has no positions
+_MOST = tl.constexpr(2**30)  # tokens
 _FARTHEST = tl.constexpr(2.0**53)
 _LARGEST = tl.constexpr(LARGEST)
 
@@ -40,18 +42,26 @@ def _last_not_above(values_ptr, count, value, steps):
 
 
 @triton.jit
+def _side(patches, merge_size):
+    """Merged patches, within bounds where a grid is refused too."""
+    return tl.maximum(tl.minimum(tl.maximum(patches, 1), _LARGEST).to(tl.int32) // merge_size, 1)
+
+
+@triton.jit
 def _place(rank, table_ptr, grid_ptr, items, steps, merge_size, BY_FRAME: tl.constexpr):
-    """Of the token behind ``rank`` tokens of its kind: item, offset in it, rows, columns, and how far the complete units
-    before it move what follows. ``table``: int64 [2, items + 1], tokens of the items before and how far they move."""
+    """Of the token behind ``rank`` tokens of its kind: item, offset in it, columns and size of its frame, and how far
+    the complete units before it move what follows. ``table``: int32 [2, items + 1], tokens of the items before, and how
+    far they move."""
     item = _last_not_above(table_ptr, items, rank, steps)
     offset = rank - tl.load(table_ptr + item)
     moved = tl.load(table_ptr + items + 1 + item)
     here = item < items
-    rows = tl.maximum(tl.load(grid_ptr + 3 * item + 1, mask=here, other=1) // merge_size, 1)
-    columns = tl.maximum(tl.load(grid_ptr + 3 * item + 2, mask=here, other=1) // merge_size, 1)
+    rows = _side(tl.load(grid_ptr + 3 * tl.cast(item, tl.int64) + 1, mask=here, other=1), merge_size)
+    columns = _side(tl.load(grid_ptr + 3 * tl.cast(item, tl.int64) + 2, mask=here, other=1), merge_size)
+    size = tl.minimum(tl.cast(rows, tl.int64) * columns, _MOST).to(tl.int32)
     if BY_FRAME:
-        moved += tl.where(here, offset // (rows * columns) * tl.maximum(rows, columns), 0)
-    return item, offset, rows, columns, moved
+        moved += tl.where(here, offset // size * tl.maximum(rows, columns), 0)
+    return item, offset, columns, size, moved
 
 
 @triton.jit
@@ -63,25 +73,25 @@ def _kinds(kinds_ptr, place, mask, image_kind, video_kind):
 @triton.jit(do_not_specialize=["tokens", "blocks", "image_kind", "video_kind"])
 def _mrope_count_kernel(
     kinds_ptr,  # [tokens]
-    counts_ptr,  # int64 [2, blocks]: image and video tokens
+    counts_ptr,  # int32 [2, blocks]: image and video tokens
     tokens,
     blocks,
     image_kind,
     video_kind,
     BLOCK: tl.constexpr,
 ):
-    block = tl.cast(tl.program_id(0), tl.int64)
+    block = tl.program_id(0)
     place = block * BLOCK + tl.arange(0, BLOCK)
     _, images, videos = _kinds(kinds_ptr, place, place < tokens, image_kind, video_kind)
-    tl.store(counts_ptr + block, tl.sum(images.to(tl.int64), axis=0))
-    tl.store(counts_ptr + blocks + block, tl.sum(videos.to(tl.int64), axis=0))
+    tl.store(counts_ptr + block, tl.sum(images.to(tl.int32), axis=0))
+    tl.store(counts_ptr + blocks + block, tl.sum(videos.to(tl.int32), axis=0))
 
 
 @triton.jit(do_not_specialize=["items", "merge_size", "slot"])
 def _mrope_table_kernel(
     grid_ptr,  # int64 [items, 3]
     intervals_ptr,  # fp32 [items], or unused
-    table_ptr,  # int64 [2, items + 1]
+    table_ptr,  # int32 [2, items + 1]
     flag_ptr,  # int64 [slots]
     items,
     merge_size,
@@ -92,8 +102,8 @@ def _mrope_table_kernel(
 ):
     tokens = tl.cast(0, tl.int64)
     moved = tl.cast(0, tl.int64)
-    tl.store(table_ptr, tokens)
-    tl.store(table_ptr + items + 1, moved)
+    tl.store(table_ptr, 0)
+    tl.store(table_ptr + items + 1, 0)
     for start in range(0, items, BLOCK):
         item = tl.cast(start, tl.int64) + tl.arange(0, BLOCK)
         mask = item < items
@@ -102,11 +112,13 @@ def _mrope_table_kernel(
         width = tl.load(grid_ptr + 3 * item + 2, mask=mask, other=merge_size)
         least = tl.minimum(frames, tl.minimum(height, width))
         most = tl.maximum(frames, tl.maximum(height, width))
-        sound = (least >= 1) & (most <= _LARGEST) & (height % merge_size == 0) & (width % merge_size == 0)
+        sound = (least >= 1) & (most <= _LARGEST)
+        height, width = tl.where(sound, height, 1).to(tl.int32), tl.where(sound, width, 1).to(tl.int32)
+        sound = sound & (height % merge_size == 0) & (width % merge_size == 0)
         tl.atomic_min(flag_ptr + slot + item * 0, item, mask=mask & ~sound)
         frames = tl.where(sound, frames, 1)
-        rows = tl.where(sound, height // merge_size, 1)
-        columns = tl.where(sound, width // merge_size, 1)
+        rows = tl.where(sound, height // merge_size, 1).to(tl.int64)
+        columns = tl.where(sound, width // merge_size, 1).to(tl.int64)
         if HAS_INTERVALS:
             interval = tl.load(intervals_ptr + item, mask=mask, other=0.0)
             sound = (interval >= 0.0) & (interval * frames.to(tl.float32) < _FARTHEST)
@@ -116,8 +128,8 @@ def _mrope_table_kernel(
             step *= frames
         size = tl.where(mask, frames * rows * columns, 0)
         step = tl.where(mask, step, 0)
-        tl.store(table_ptr + item + 1, tokens + tl.cumsum(size, axis=0), mask=mask)
-        tl.store(table_ptr + items + 1 + item + 1, moved + tl.cumsum(step, axis=0), mask=mask)
+        tl.store(table_ptr + item + 1, tl.minimum(tokens + tl.cumsum(size, axis=0), _MOST), mask=mask)
+        tl.store(table_ptr + items + 1 + item + 1, tl.minimum(moved + tl.cumsum(step, axis=0), _MOST), mask=mask)
         tokens += tl.sum(size, axis=0)
         moved += tl.sum(step, axis=0)
 
@@ -130,7 +142,7 @@ def _rank(kinds_ptr, sums_ptr, bound, tokens, blocks, image_kind, video_kind, BL
     _, images, videos = _kinds(kinds_ptr, place, (place < bound) & (place < tokens), image_kind, video_kind)
     before = tl.load(sums_ptr + block - 1, mask=block > 0, other=0)
     videos_before = tl.load(sums_ptr + blocks + block - 1, mask=block > 0, other=0)
-    return before + tl.sum(images.to(tl.int64), axis=0), videos_before + tl.sum(videos.to(tl.int64), axis=0)
+    return before + tl.sum(images.to(tl.int32), axis=0), videos_before + tl.sum(videos.to(tl.int32), axis=0)
 
 
 @triton.jit
@@ -168,13 +180,13 @@ def _origin(
 )
 def _mrope_sample_kernel(
     kinds_ptr,  # [tokens]
-    sums_ptr,  # int64 [2, blocks], image and video tokens up to the end of each block
+    sums_ptr,  # int32 [2, blocks], image and video tokens up to the end of each block
     cu_seqlens_ptr,  # int64 [samples + 1]
     image_table_ptr,
     image_grid_ptr,
     video_table_ptr,
     video_grid_ptr,
-    origins_ptr,  # int64 [samples]
+    origins_ptr,  # int32 [samples]
     deltas_ptr,  # int64 [samples], raised later where the frames of an image or a video reach farther
     flag_ptr,
     tokens,
@@ -190,16 +202,17 @@ def _mrope_sample_kernel(
     BY_FRAME: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    sample = tl.cast(tl.program_id(0), tl.int64)
+    sample = tl.program_id(0)
     begin = tl.load(cu_seqlens_ptr + sample)
     end = tl.load(cu_seqlens_ptr + sample + 1)
     last = sample == samples - 1
     starts = (begin == 0) | (sample > 0)
     ends = (end >= begin) & ((end == tokens) | ~last)
-    tl.atomic_min(flag_ptr + _CU_SEQLENS, sample, mask=~starts)
-    tl.atomic_min(flag_ptr + _CU_SEQLENS, sample + 1, mask=~ends)
-    begin = tl.minimum(tl.maximum(begin, 0), tokens)
-    end = tl.minimum(tl.maximum(end, 0), tokens)
+    wide = tl.cast(sample, tl.int64)
+    tl.atomic_min(flag_ptr + _CU_SEQLENS, wide, mask=~starts)
+    tl.atomic_min(flag_ptr + _CU_SEQLENS, wide + 1, mask=~ends)
+    begin = tl.minimum(tl.maximum(begin, 0), tokens).to(tl.int32)
+    end = tl.minimum(tl.maximum(end, 0), tokens).to(tl.int32)
     images, videos = _rank(kinds_ptr, sums_ptr, begin, tokens, blocks, image_kind, video_kind, BLOCK)
     origin, i_fits, v_fits, _, _ = _origin(
         *(begin, images, videos, image_table_ptr, image_grid_ptr, video_table_ptr, video_grid_ptr),
@@ -213,11 +226,11 @@ def _mrope_sample_kernel(
     )
     i_fits = i_fits & (i_done | ~last)
     v_fits = v_fits & (v_done | ~last)
-    tl.atomic_min(flag_ptr + _MATCH, sample, mask=~i_fits)
-    tl.atomic_min(flag_ptr + _MATCH + 1, sample, mask=~v_fits)
+    tl.atomic_min(flag_ptr + _MATCH, wide, mask=~i_fits)
+    tl.atomic_min(flag_ptr + _MATCH + 1, wide, mask=~v_fits)
     good = fits & i_fits & v_fits & starts & ends
     tl.store(origins_ptr + sample, tl.where(good, origin, _BAD))
-    tl.store(deltas_ptr + sample, (past - origin) - (end - begin))
+    tl.store(deltas_ptr + sample, tl.cast((past - origin) - (end - begin), tl.int64))
 
 
 @triton.jit(
@@ -254,7 +267,7 @@ def _mrope_positions_kernel(
     BY_FRAME: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    block = tl.cast(tl.program_id(0), tl.int64)
+    block = tl.program_id(0)
     place = block * BLOCK + tl.arange(0, BLOCK)
     mask = place < tokens
     kind, image, video = _kinds(kinds_ptr, place, mask, image_kind, video_kind)
@@ -263,46 +276,47 @@ def _mrope_positions_kernel(
     origin = tl.load(origins_ptr + sample)
     images = tl.load(sums_ptr + block - 1, mask=block > 0, other=0)
     videos = tl.load(sums_ptr + blocks + block - 1, mask=block > 0, other=0)
-    images += tl.cumsum(image.to(tl.int64), axis=0) - image.to(tl.int64)
-    videos += tl.cumsum(video.to(tl.int64), axis=0) - video.to(tl.int64)
-    _, i_offset, i_rows, i_columns, i_moved = _place(
+    images += tl.cumsum(image.to(tl.int32), axis=0) - image.to(tl.int32)
+    videos += tl.cumsum(video.to(tl.int32), axis=0) - video.to(tl.int32)
+    _, i_offset, i_columns, i_size, i_moved = _place(
         images, image_table_ptr, image_grid_ptr, image_items, image_steps, merge_size, False
     )
-    item, v_offset, v_rows, v_columns, v_moved = _place(
+    item, v_offset, v_columns, v_size, v_moved = _place(
         videos, video_table_ptr, video_grid_ptr, video_items, video_steps, merge_size, BY_FRAME
     )
     first = place - images - videos + i_moved + v_moved - origin
     visual = image | video
     offset = tl.where(image, i_offset, v_offset)
     columns = tl.where(image, i_columns, v_columns)
-    size = tl.where(image, i_rows, v_rows) * columns
+    size = tl.where(image, i_size, v_size)
     frame = offset // size
     within = offset % size
     row, column = within // columns, within % columns
     if BY_FRAME:
-        time = tl.where(image, frame, 0)
+        time = tl.where(image, frame, 0).to(tl.int64)
         inside = tl.where(image, offset, within) > 0
     else:
         interval = tl.load(intervals_ptr + item, mask=video & (item < video_items), other=1.0)
-        time = tl.where(image, frame, (frame.to(tl.float32) * interval).to(tl.int64))
+        time = tl.where(image, frame.to(tl.int64), (frame.to(tl.float32) * interval).to(tl.int64))
         inside = offset > 0
     inside = visual & inside
     before, _, _ = _kinds(kinds_ptr, place - 1, inside & (place > begin), image_kind, video_kind)
     broken = inside & ((before != kind) | (place == begin))
-    good = origin != _BAD
+    good = (origin >= 0) & ~broken
     if TYPED:
         strange = mask & ((kind < 0) | (kind > 2))
-        tl.atomic_min(flag_ptr + _TYPES + place * 0, place, mask=strange)
-    tl.atomic_min(flag_ptr + _MATCH + place * 0, sample, mask=broken & image)
-    tl.atomic_min(flag_ptr + _MATCH + 1 + place * 0, sample, mask=broken & video)
-    good = good & ~broken
-    tl.store(position_ids_ptr + place, tl.where(good, first + tl.where(visual, time, 0), -1), mask=mask)
-    rows = tl.where(good, first + tl.where(visual, row, 0), -1)
-    tl.store(position_ids_ptr + tokens + place, rows, mask=mask)
-    columns = tl.where(good, first + tl.where(visual, column, 0), -1)
-    tl.store(position_ids_ptr + 2 * tl.cast(tokens, tl.int64) + place, columns, mask=mask)
-    end = tl.load(cu_seqlens_ptr + sample + 1)
-    tl.atomic_max(deltas_ptr + sample, first + time + 1 - (end - begin), mask=good & visual & (time > 0))
+        tl.atomic_min(flag_ptr + _TYPES + place * 0, tl.cast(place, tl.int64), mask=strange)
+    tl.atomic_min(flag_ptr + _MATCH + place * 0, tl.cast(sample, tl.int64), mask=broken & image)
+    tl.atomic_min(flag_ptr + _MATCH + 1 + place * 0, tl.cast(sample, tl.int64), mask=broken & video)
+    time += first
+    stride = tl.cast(tokens, tl.int64)
+    tl.store(position_ids_ptr + place, tl.where(good, tl.where(visual, time, first), -1), mask=mask)
+    position_ids_ptr += stride
+    tl.store(position_ids_ptr + place, tl.where(good, first + tl.where(visual, row, 0), -1).to(tl.int64), mask=mask)
+    position_ids_ptr += stride
+    tl.store(position_ids_ptr + place, tl.where(good, first + tl.where(visual, column, 0), -1).to(tl.int64), mask=mask)
+    length = tl.load(cu_seqlens_ptr + sample + 1) - begin
+    tl.atomic_max(deltas_ptr + sample, time + 1 - length, mask=good & visual & (time > first))
 
 
 def mrope_positions_fwd(
@@ -324,6 +338,8 @@ def mrope_positions_fwd(
     deltas = output(out and out[1], (samples,), input_ids, torch.int64)
     if not samples:
         return position_ids, deltas
+    if tokens >= _MOST.value:
+        raise ValueError(f"mrope_positions: input_ids must be of fewer than 2^30 tokens on a GPU; got {tokens}")
     typed, by_frame = mm_token_type_ids is not None, intervals is None
     kinds = (input_ids if mm_token_type_ids is None else mm_token_type_ids).contiguous()
     codes = (1, 2) if typed else (image_token_id, video_token_id)
@@ -333,14 +349,14 @@ def mrope_positions_fwd(
     blocks = triton.cdiv(tokens, config.constexprs["BLOCK"])
     none = input_ids.new_empty(0)
     spans = flag if intervals is None else intervals.contiguous()
-    counts = input_ids.new_empty(2, blocks)
-    origins = torch.empty_like(deltas)
+    counts = input_ids.new_empty(2, blocks, dtype=torch.int32)
+    origins = input_ids.new_empty(samples, dtype=torch.int32)
     with current_device(input_ids):
         tables, grids, items = [], [], []
         for slot, grid in enumerate((image_grid_thw, video_grid_thw)):
             grid = none.view(0, 3) if grid is None else grid.contiguous()
             count, video = grid.shape[0], slot == 1
-            table = input_ids.new_empty(2, count + 1)
+            table = input_ids.new_empty(2, count + 1, dtype=torch.int32)
             _mrope_table_kernel[(1,)](
                 *(grid, spans if video else flag, table, flag, count, merge_size, _GRIDS.value + slot),
                 BY_FRAME=video and by_frame,
@@ -352,7 +368,7 @@ def mrope_positions_fwd(
             items.append(count)
         if blocks:
             _mrope_count_kernel[(blocks,)](kinds, counts, tokens, blocks, *codes, **config.options())
-        sums = counts.cumsum(1)
+        sums = counts.cumsum(1, dtype=torch.int32)
         steps = [count.bit_length() for count in items]
         searched = (tables[0], grids[0], tables[1], grids[1])
         _mrope_sample_kernel[(samples,)](
@@ -376,7 +392,7 @@ def _declared() -> list[Build]:
     """Types given as int32, as int64, or by token ids; frames of videos apart or together."""
     builds = []
     tokens, samples, items = 524288, 64, 512  # of the problem that the cost models state
-    problem, pointers = f"{samples} samples of {tokens // samples} tokens, {items} images", "*i64/16 " * 4
+    problem, pointers = f"{samples} samples of {tokens // samples} tokens, {items} images", "*i32/16 *i64/16 " * 2
 
     def declare(kernel: Any, row: str, signature: str, note: str, moved: int, **flags: Any) -> None:
         for shipped, targets in configs.shipped(row, "any"):
@@ -390,31 +406,29 @@ def _declared() -> list[Build]:
         for intervals in (False,) if by_frame else (False, True):
             if intervals or by_frame:
                 spans = "*fp32/16" if intervals else "*i64"
-                signature = f"*i64/16 {spans} *i64/16 *i64 i32 i32 i32"
+                signature = f"*i64/16 {spans} *i32/16 *i64 i32 i32 i32"
                 flags = {"BY_FRAME": by_frame, "HAS_INTERVALS": intervals}
                 declare(_mrope_table_kernel, "mrope_table", signature, frames, items * 40, **flags)
         for typed, kinds in ((False, "*i64/16"), (True, "*i32/16"), (True, "*i64/16")):
             note = f"{frames}, {'types ' * typed}{kinds[1:4]}"
             size = 4 if kinds == "*i32/16" else 8
             spans = "*i64" if by_frame else "*fp32/16"
-            signature = f"*i64/16 *i64/16 {kinds} *i64/16 *i64/16 {pointers}{spans} *i64/16 *i64" + " i32" * 11
+            signature = f"*i64/16 *i64/16 {kinds} *i32/16 *i64/16 {pointers}{spans} *i32/16 *i64" + " i32" * 11
             flags = {"TYPED": typed, "BY_FRAME": by_frame}
             declare(_mrope_positions_kernel, "mrope_positions", signature, note, tokens * (24 + size), **flags)
             if typed == (kinds == "*i32/16"):
-                signature = f"{kinds} *i64/16 *i64/16 {pointers}*i64/16 *i64/16 *i64" + " i32" * 10
+                signature = f"{kinds} *i32/16 *i64/16 {pointers}*i32/16 *i64/16 *i64" + " i32" * 10
                 sample = f"{frames}, {kinds[1:4]}"
-                declare(
-                    _mrope_sample_kernel, "mrope_positions", signature, sample, samples * 8192, BY_FRAME=by_frame
-                )
+                declare(_mrope_sample_kernel, "mrope_positions", signature, sample, samples * 8192, BY_FRAME=by_frame)
                 if by_frame:
                     declare(
                         _mrope_count_kernel,
                         "mrope_positions",
-                        f"{kinds} *i64/16 i32 i32 i32 i32",
+                        f"{kinds} *i32/16 i32 i32 i32 i32",
                         kinds[1:4],
                         tokens * size,
                     )
-    signature = "*i64/16 *i64 *i64/16 *i64 i32 i32 i32"
+    signature = "*i64/16 *i64 *i32/16 *i64 i32 i32 i32"
     flags = {"BY_FRAME": False, "HAS_INTERVALS": False}
     declare(_mrope_table_kernel, "mrope_table", signature, "images", items * 40, **flags)
     return builds
