@@ -8,6 +8,20 @@ from m4ov_kernels.device_errors import check
 from m4ov_kernels.dispatch import backend
 from m4ov_kernels.head import linear_cross_entropy
 from m4ov_kernels.norm import rms_norm
+from m4ov_kernels.packing import PackedBatch, pack_sequences
 from m4ov_kernels.patches import patch, unpatch
+from m4ov_kernels.rope import mrope_positions
 
-__all__ = ["backend", "check", "linear_cross_entropy", "patch", "rms_norm", "swiglu", "unpatch", "varlen_attention"]
+__all__ = [
+    "PackedBatch",
+    "backend",
+    "check",
+    "linear_cross_entropy",
+    "mrope_positions",
+    "pack_sequences",
+    "patch",
+    "rms_norm",
+    "swiglu",
+    "unpatch",
+    "varlen_attention",
+]

@@ -15,7 +15,7 @@ struct PackSequences {
   int64_t* rooms;    // [pack_sequences_rooms()], zeros
 };
 
-constexpr int64_t kLargestBin = int64_t{1} << 28;
+constexpr int64_t kLargestBin = int64_t{1} << 24;
 
 // For every room that a bin may have left a number, and bits above them in steps of 64.
 inline int64_t pack_sequences_rooms(int64_t capacity) { return capacity + 1 + capacity / 63 + 8; }

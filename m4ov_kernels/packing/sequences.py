@@ -50,7 +50,7 @@ def pack_sequences(lengths: Sequence[int] | Tensor, capacity: int) -> Bins:
 
     Args:
         lengths: ``[N]`` whole numbers from 0 to ``capacity``: a sequence of them, or a tensor on the CPU.
-        capacity: of a bin, 1 or greater; the compiled kernel serves capacities up to 2²⁸, plain Python any.
+        capacity: of a bin, 1 or greater; the compiled kernel serves capacities up to 2²⁴, plain Python any.
 
     Returns:
         The bins, in the order in which they were opened.

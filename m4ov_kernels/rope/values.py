@@ -49,7 +49,7 @@ def refuse(
         grids[kind] = [] if grid is None else grid.tolist()
         for place, row in enumerate(grids[kind]):
             if min(row) < 1 or max(row) > LARGEST or row[1] % merge_size or row[2] % merge_size:
-                expected = f"sizes from 1 to {LARGEST}, height and width multiples of merge_size {merge_size}"
+                expected = f"sizes from 1 to {LARGEST}, both sides multiples of merge_size {merge_size}"
                 _refuse(name, place, row, expected)
     for place, interval in enumerate([] if intervals is None else intervals.tolist()):
         if not (interval >= 0 and interval * grids[2][place][0] < FARTHEST):
