@@ -30,6 +30,28 @@ def draw_batch(draw: Draw, kind: str, merge_size: int, adjacent: bool = False) -
     return Packed(arguments_of(samples, kind, merge_size), samples)
 
 
+def draw_large(draw: Draw, kind: str) -> Packed:
+    """Tens of thousands of tokens: several of the kernel's chunks, with bounds and images across their borders."""
+    samples = []
+    for _ in range(draw.integer(1, 6)):
+        types: list[int] = []
+        images, videos, seconds = [], [], []
+        for _ in range(draw.integer(1, 6)):
+            types += [0] * draw.choice((1, 7, 64, 700, 5000))
+            height, width = draw.integer(1, 40), draw.integer(1, 40)
+            if draw.boolean():
+                frames = draw.integer(1, 6)
+                videos.append([frames, 2 * height, 2 * width])
+                seconds.append(draw.choice((0.5, 1.7, 12.0)))
+                gap = [0] * draw.integer(1, 9) if kind == "qwen3_vl" else []
+                types += (gap + [2] * (height * width)) * frames
+            else:
+                images.append([1, 2 * height, 2 * width])
+                types += [1] * (height * width)
+        samples.append((types + [0] * draw.integer(0, 9), images, videos, seconds))
+    return Packed(arguments_of(samples, kind, 2), samples)
+
+
 def _sample(
     draw: Draw, kind: str, merge: int, adjacent: bool
 ) -> tuple[list[int], list[list[int]], list[list[int]], list[float]]:

@@ -18,11 +18,12 @@ from m4ov_kernels.activation import triton as activation
 from m4ov_kernels.gpu import FP_FUSION, Build
 from m4ov_kernels.head import triton as head
 from m4ov_kernels.norm import triton as norm
+from m4ov_kernels.rope import triton as rope
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="records the interpreter's launches")
 ROWS = 32
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-TYPES = {torch.int64: "i64", **gpu.DTYPES}
+TYPES = {torch.int64: "i64", torch.int32: "i32", **gpu.DTYPES}
 
 Launch = tuple[str, tuple[str, ...], tuple[tuple[str, Any], ...], int, int]
 
@@ -93,7 +94,14 @@ def launch_head(dtype: torch.dtype) -> None:
         head.EPILOGUE.add(accumulator, addend, output, assign)
 
 
-FAMILIES = ((norm, launch_norm), (activation, launch_swiglu), (head, launch_head))
+def launch_rope(dtype: torch.dtype) -> None:
+    ids, bounds = torch.zeros(2 * ROWS, dtype=torch.int64), torch.tensor([0, 2 * ROWS])
+    grid = torch.ones(ROWS, 3, dtype=torch.int64)
+    for types, intervals in itertools.product((None, ids, ids.int()), (None, torch.ones(ROWS))):
+        rope.mrope_positions_fwd(ids, bounds, types, grid, grid, intervals, 1, 2, 1)
+
+
+FAMILIES = ((norm, launch_norm), (activation, launch_swiglu), (head, launch_head), (rope, launch_rope))
 
 
 def builds(module: Any) -> Iterator[Build]:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import m4ov_kernels
-from m4ov_kernels import mrope_positions
+from m4ov_kernels import configs, device_errors, mrope_positions
 from m4ov_kernels.dispatch import OPERATORS
+from m4ov_kernels.gpu import Config
 
 from .conftest import SEED
-from .draws import Draw, Seeded
-from .rope_index import IMAGE, MODELS, VIDEO, Packed, arguments_of, draw_batch, rope_index
+from .draws import Seeded
+from .rope_index import IMAGE, MODELS, VIDEO, Packed, arguments_of, draw_batch, draw_large, rope_index
 from .strategies import drawn
 
 KINDS = sorted(MODELS)
@@ -49,33 +51,11 @@ def test_packed_positions_equal_get_rope_index(isa, kind, data):
         assert_equal(mrope_positions(**arguments), expected)
 
 
-def large(kind: str, draw: Draw) -> Packed:
-    """Some 50,000 tokens: several of the kernel's chunks, with bounds and images across their borders."""
-    samples = []
-    for _ in range(draw.integer(1, 6)):
-        types: list[int] = []
-        images, videos, seconds = [], [], []
-        for _ in range(draw.integer(1, 6)):
-            types += [0] * draw.choice((1, 7, 64, 700, 5000))
-            height, width = draw.integer(1, 40), draw.integer(1, 40)
-            if draw.boolean():
-                frames = draw.integer(1, 6)
-                videos.append([frames, 2 * height, 2 * width])
-                seconds.append(draw.choice((0.5, 1.7, 12.0)))
-                gap = [0] * draw.integer(1, 9) if kind == "qwen3_vl" else []
-                types += (gap + [2] * (height * width)) * frames
-            else:
-                images.append([1, 2 * height, 2 * width])
-                types += [1] * (height * width)
-        samples.append((types + [0] * draw.integer(0, 9), images, videos, seconds))
-    return Packed(arguments_of(samples, kind, 2), samples)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_large_batches_and_any_number_of_threads(isa, kind):
     before = torch.get_num_threads()
     for index in range(4):
-        packed = large(kind, Seeded(SEED, index))
+        packed = draw_large(Seeded(SEED, index), kind)
         expected = rope_index(packed)
         try:
             for threads in (1, 2, 3, 8):
@@ -240,10 +220,11 @@ def test_compiled_whole_equals_eager(kind, backend):
         return mrope_positions(**arguments)
 
     torch.compiler.reset()
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    traced = "aot_eager" if backend == "native" else "eager"
+    compiled = torch.compile(function, fullgraph=True, backend=traced, dynamic=True)
     with m4ov_kernels.backend(backend):
-        for index in range(40, 43):
-            packed = large(kind, Seeded(SEED, index))
+        for index in range(40, 43 if backend == "native" else 41):
+            packed = draw_large(Seeded(SEED, index), kind)
             assert_equal(compiled(packed.arguments), mrope_positions(**packed.arguments))
 
 
@@ -278,3 +259,93 @@ def test_nothing_is_differentiable():
     arguments = arguments_of(samples, "qwen2_5_vl", 2)
     arguments["second_per_grid_ts"].requires_grad_()
     assert not mrope_positions(**arguments)[0].requires_grad
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there interpreted
+
+
+@pytest.fixture
+def small_blocks():
+    """Blocks that small batches have several of."""
+    rows = [configs.Row("mrope_positions", "any", None, Config({"BLOCK": 16}))]
+    rows.append(configs.Row("mrope_table", "any", None, Config({"BLOCK": 2})))
+    with configs.override(*rows):
+        yield
+
+
+def on_device(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+@settings(max_examples=12)
+def test_triton_equals_get_rope_index(small_blocks, kind, data):
+    packed = data.draw(batches(kind))
+    arguments = packed.arguments | data.draw(st.sampled_from(({}, {"mm_token_type_ids": None})))
+    if arguments["mm_token_type_ids"] is not None and data.draw(st.booleans()):
+        arguments["mm_token_type_ids"] = arguments["mm_token_type_ids"].int()
+    with m4ov_kernels.backend("triton"):
+        got = mrope_positions(**on_device(arguments))
+    m4ov_kernels.check()
+    assert_equal(tuple(tensor.cpu() for tensor in got), rope_index(packed))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_triton_on_large_batches(kind):
+    packed = draw_large(Seeded(SEED, 7), kind)
+    with m4ov_kernels.backend("triton"):
+        got = mrope_positions(**on_device(packed.arguments))
+    m4ov_kernels.check()
+    assert_equal(tuple(tensor.cpu() for tensor in got), rope_index(packed))
+
+
+# What the device says of WRONG: argument and sample (or row, or token), without a look from the host.
+FLAGGED = {
+    "too few tokens": r"image_grid_thw: sample\[2\] has other image tokens than the grids say",
+    "the first sample has too many": r"image_grid_thw: sample\[0\]",
+    "an image too many": r"image_grid_thw: sample\[2\]",
+    "an image too few": r"image_grid_thw: sample\[2\]",
+    "no grids": r"image_grid_thw: sample\[0\]",
+    "no video grids": r"video_grid_thw: sample\[2\]",
+    "a frame too many": r"video_grid_thw: sample\[2\]",
+    "a video whose frames are apart": r"video_grid_thw: sample\[2\]",
+    "an image across samples": r"image_grid_thw: sample\[0\]",
+    "text in an image": r"image_grid_thw: sample\[2\]",
+    "sides that are no multiples": r"image_grid_thw\[1\] is not from 1 to 2\^20, height and width multiples",
+    "no frames": r"image_grid_thw\[0\] is not",
+    "absurd": r"video_grid_thw\[0\] is not",
+    "a negative side": r"video_grid_thw\[0\] is not",
+    "an unknown type": r"mm_token_type_ids\[5\] is not 0 \(text\), 1 \(image\) or 2",
+    "bounds that fall": r"cu_seqlens\[2\] is not 0 at the start, below",
+    "a negative bound": r"cu_seqlens\[1\] is not",
+    "not from 0": r"cu_seqlens\[0\] is not",
+    "another end": r"cu_seqlens\[3\] is not",
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_triton_flags_what_does_not_fit(small_blocks, what):
+    assert FLAGGED.keys() == WRONG.keys()
+    with m4ov_kernels.backend("triton"):
+        position_ids, deltas = mrope_positions(**on_device(three(**WRONG[what][0])))
+    assert position_ids.shape == (3, 16)
+    assert deltas.shape == (3,)
+    if "sample" in FLAGGED[what]:  # its positions, or those behind the fault, are none
+        assert (position_ids == -1).any()
+    with pytest.raises(ValueError, match=f"^mrope_positions: {FLAGGED[what]}"):
+        m4ov_kernels.check()
+    for _ in device_errors.SLOTS:  # one fault may show in several places
+        with suppress(ValueError):
+            m4ov_kernels.check()
+    with m4ov_kernels.backend("triton"):
+        mrope_positions(**on_device(three()))
+    m4ov_kernels.check()
+
+
+def test_triton_flags_seconds(small_blocks):
+    arguments = arguments_of([([0, 2, 2, 0], [], [[2, 2, 2]], [math.nan])], "qwen2_5_vl", 2)
+    with m4ov_kernels.backend("triton"):
+        mrope_positions(**on_device(arguments))
+    with pytest.raises(ValueError, match=r"mrope_positions: second_per_grid_ts\[0\] is not a finite number"):
+        m4ov_kernels.check()

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from . import activation, attention, head, norm
+from . import activation, attention, head, norm, rope
 from .case import Call, OperatorCase
 from .corruptions import Corruption
 
@@ -11,5 +11,11 @@ __all__ = ["CASES", "Call", "Corruption", "OperatorCase"]
 
 CASES = {
     case.name: case
-    for case in (norm.RMS_NORM, activation.SWIGLU, head.LINEAR_CROSS_ENTROPY, attention.VARLEN_ATTENTION)
+    for case in (
+        norm.RMS_NORM,
+        activation.SWIGLU,
+        head.LINEAR_CROSS_ENTROPY,
+        attention.VARLEN_ATTENTION,
+        rope.MROPE_POSITIONS,
+    )
 }
