@@ -297,6 +297,7 @@ def _mrope_positions_kernel(
         inside = tl.where(image, offset, within) > 0
     else:
         interval = tl.load(intervals_ptr + item, mask=video & (item < video_items), other=1.0)
+        interval = tl.where((interval >= 0.0) & (interval < _FARTHEST), interval, 0.0)  # others are flagged
         time = tl.where(image, frame.to(tl.int64), (frame.to(tl.float32) * interval).to(tl.int64))
         inside = offset > 0
     inside = visual & inside

@@ -40,8 +40,14 @@ def _results(input_ids: Tensor, cu_seqlens: Tensor, **_: Any) -> Any:
 
 
 def _grid(argument: str) -> tuple[Corruption, ...]:
-    def one_more(grid: Tensor, draw: Draw) -> tuple[Tensor, str]:
-        return torch.cat([grid, grid[:1]]), str(len(grid) + 1)
+    def one_more(arguments: dict[str, Any], draw: Draw) -> tuple[dict[str, Any], str] | None:
+        grid, seconds = arguments[argument], arguments["second_per_grid_ts"]
+        if grid is None:
+            return None
+        changes = {argument: torch.cat([grid, grid[:1]])}
+        if argument == "video_grid_thw" and seconds is not None:
+            changes["second_per_grid_ts"] = torch.cat([seconds, seconds[:1]])
+        return changes, str(len(grid) + 1)
 
     def larger(grid: Tensor, draw: Draw) -> tuple[Tensor, str]:
         wrong, row = grid.clone(), draw.integer(0, len(grid) - 1)
@@ -54,7 +60,7 @@ def _grid(argument: str) -> tuple[Corruption, ...]:
         return wrong, str(wrong[row].tolist())
 
     return (
-        corruptions.changed(argument, ValueError, "one more", one_more),
+        Corruption(argument, "one more", ValueError, one_more),
         corruptions.changed(argument, ValueError, "larger than its tokens", larger),
         corruptions.changed(argument, ValueError, "absurd", negative),
         *corruptions.index_tensor(argument, optional=True),
