@@ -94,6 +94,34 @@ class AttentionCase:
         return f"{self.name}: {lengths}, {heads}, {'causal' if self.causal else 'full'}, {_dtype_name(self.dtype)}"
 
 
+@dataclass(frozen=True)
+class PositionsCase:
+    """``samples`` of ``length`` tokens, with ``images`` of ``rows`` by ``columns`` merged patches each."""
+
+    samples: int
+    length: int
+    images: int
+    rows: int = 20
+    columns: int = 20
+    quick: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.samples} x {self.length} tokens, {self.images} images of {self.rows} x {self.columns} each"
+
+
+@dataclass(frozen=True)
+class PackingCase:
+    """``mix``: of lengths, see ``packing.lengths``."""
+
+    sequences: int
+    capacity: int
+    mix: str
+    quick: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.sequences} {self.mix} into {self.capacity}"
+
+
 NORM = (
     NormCase(4096, 4096, quick=True, compiled=True),
     NormCase(4096, 4096, residual=True),
@@ -121,6 +149,17 @@ HEAD = (
 )
 HEAD_MEMORY = tuple(HeadCase(rows, 1024, 32000) for rows in (256, 512, 1024, 2048, 4096))  # memory alone, by tokens
 
+POSITIONS = (
+    PositionsCase(64, 8192, 8, quick=True),
+    PositionsCase(1, 131072, 16),
+    PositionsCase(256, 512, 1, rows=12, columns=16),
+)
+PACKING = (
+    PackingCase(1_000_000, 8192, "chats", quick=True),
+    PackingCase(1_000_000, 8192, "documents"),
+    PackingCase(1_000_000, 16384, "images"),
+)
+
 # On a GPU (``m4ov_bench.gpu``): sizes of Qwen3-VL 2B to 8B with 8,192 tokens, several times any L2 cache. A head's rows
 # keep all logits of eager PyTorch within reach, so that it can be measured.
 GPU_NORM = (
@@ -140,10 +179,12 @@ GPU_ATTENTION = (
     AttentionCase("text", (512, 640, 768, 896, 1152, 1280, 1408, 1536), 16, 8, 128, causal=True, compiled=True),
     AttentionCase("images", (1024,) * 8, 16, 16, 64, causal=False),
 )
+GPU_POSITIONS = (PositionsCase(64, 8192, 8), PositionsCase(1, 131072, 16))
 # The same code where kernels are interpreted; float32, for interpreted bfloat16 stores truncate.
 TINY_NORM = (NormCase(4, 64, dtype=torch.float32), NormCase(3, 32, dtype=torch.float32, residual=True))
 TINY_ACTIVATION = (GatedCase(4, 48, dtype=torch.float32, compiled=True),)
 TINY_ATTENTION = (AttentionCase("tiny", (5, 9), 2, 1, 16, causal=True, dtype=torch.float32),)
+TINY_POSITIONS = (PositionsCase(3, 60, 2, rows=2, columns=3),)
 TINY_HEAD = (HeadCase(8, 16, 96, dtype=torch.float32, labelled=0.5, memory=True),)
 
 

@@ -40,7 +40,14 @@ def tiny():
 
 def test_every_family_of_the_short_run_gives_rows(tiny):
     rows, heard = tiny
-    assert [f for f in dict.fromkeys(row.family for row in rows)][:4] == ["norm", "activation", "attention", "head"]
+    assert [f for f in dict.fromkeys(row.family for row in rows)][:6] == [
+        "norm",
+        "activation",
+        "attention",
+        "rope",
+        "packing",
+        "head",
+    ]
     assert all(row.green for row in rows), [row.problem for row in rows if not row.green]
     assert any("kernel" in text for text in heard) == (native_extension()[0] is not None)
 

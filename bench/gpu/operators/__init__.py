@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from m4ov_bench.gpu.example import Example, Maker
-from m4ov_bench.gpu.operators import activation, attention, head, norm
+from m4ov_bench.gpu.operators import activation, attention, head, norm, rope_positions
 from m4ov_bench.session import Subject
 from m4ov_kernels.dispatch import OPERATORS
 
@@ -28,6 +28,7 @@ CASES = {
     "swiglu": Cases(activation.examples, activation.subjects),
     "varlen_attention": Cases(attention.examples, attention.subjects),
     "linear_cross_entropy": Cases(head.examples, head.subjects),
+    "mrope_positions": Cases(rope_positions.examples, rope_positions.subjects),
 }
 
 
