@@ -45,7 +45,7 @@ def _example(maker: Maker, samples: tuple[tuple[_Item, ...], ...], kind: str, ty
         bounds.append(len(tokens))
     ids = torch.tensor(tokens, device=maker.device)
     cu_seqlens = torch.tensor(bounds, device=maker.device)
-    images, videos = (torch.tensor(rows, device=maker.device).view(-1, 3) for rows in grids.values())
+    images, videos = (torch.tensor(rows, dtype=torch.int64, device=maker.device).view(-1, 3) for rows in grids.values())
     types = (ids == _IMAGE).int() + 2 * (ids == _VIDEO).int() if typed else None
     whole = kind == "qwen2_5_vl" and bool(grids["video"])
     seconds = torch.full((len(grids["video"]),), 0.75, device=maker.device) if whole else None
