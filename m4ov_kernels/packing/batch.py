@@ -94,17 +94,18 @@ class PackedBatch:
         """
         if not len(samples):
             raise ValueError("PackedBatch: samples must be at least one; got none")
-        types = []
         for index, sample in enumerate(samples):
             _check_tokens(index, sample)
-            kinds = types_of(sample.input_ids, sample.mm_token_type_ids, image_token_id, video_token_id)
-            for code, name, patches in ((1, "image", sample.images), (2, "video", sample.videos)):
-                _check_patches(index, name, patches, int((kinds == code).sum()), merge_size)
-            types.append(kinds)
         lengths = tuple(sample.input_ids.shape[0] for sample in samples)
-        labels = torch.cat([_labels(sample) for sample in samples])
-        input_ids, mm_token_type_ids = torch.cat([sample.input_ids for sample in samples]), torch.cat(types)
         cu_seqlens = _bounds(lengths)
+        input_ids = torch.cat([sample.input_ids for sample in samples])
+        mm_token_type_ids = _types(samples, input_ids, image_token_id, video_token_id)
+        for code, name in ((1, "image"), (2, "video")):
+            counts = _counts(mm_token_type_ids == code, cu_seqlens)
+            for index, (sample, count) in enumerate(zip(samples, counts, strict=True)):
+                _check_patches(index, name, sample.images if code == 1 else sample.videos, count, merge_size)
+        labels = torch.cat([_labels(sample) for sample in samples])
+        labels[cu_seqlens[:-1][cu_seqlens.diff() > 0].long()] = IGNORE
         videos = [video for sample in samples for video in sample.videos]
         seconds = [video.second_per_grid for video in videos if video.second_per_grid is not None]
         if seconds and len(seconds) < len(videos):
@@ -137,7 +138,7 @@ class PackedBatch:
             images=inputs[0],
             videos=inputs[1],
             lengths=lengths,
-            labelled=tuple(int((part != IGNORE).sum()) for part in labels.split(lengths)),
+            labelled=tuple(_counts(labels != IGNORE, cu_seqlens)),
         )
 
     @classmethod
@@ -241,11 +242,25 @@ def _grids(patches: Sequence[Patches]) -> Tensor | None:
 
 
 def _labels(sample: Sample) -> Tensor:
-    if sample.labels is None:
-        return torch.full_like(sample.input_ids, IGNORE)
-    labels = sample.labels.clone()
-    labels[:1] = IGNORE
-    return labels
+    return torch.full_like(sample.input_ids, IGNORE) if sample.labels is None else sample.labels
+
+
+def _counts(mask: Tensor, bounds: Tensor) -> list[int]:
+    """True elements between each bound and the next."""
+    sums = torch.zeros(mask.shape[0] + 1, dtype=torch.int64)
+    torch.cumsum(mask, 0, out=sums[1:])
+    counts: list[int] = sums[bounds.long()].diff().tolist()
+    return counts
+
+
+def _types(samples: Sequence[Sample], input_ids: Tensor, image_token_id: int, video_token_id: int) -> Tensor:
+    """Types of all tokens: those that are given, else as the token ids say."""
+    types = types_of(input_ids, None, image_token_id, video_token_id)
+    if all(sample.mm_token_type_ids is None for sample in samples):
+        return types
+    parts = zip(samples, types.split([sample.input_ids.shape[0] for sample in samples]), strict=True)
+    given = [part if sample.mm_token_type_ids is None else sample.mm_token_type_ids for sample, part in parts]
+    return torch.cat(given)
 
 
 def _check_tokens(index: int, sample: Sample) -> None:
