@@ -400,7 +400,11 @@ def _declared() -> list[Build]:
             config = shipped.config
             constexprs, warps = {**flags, **config.constexprs}, (config.num_warps, config.num_stages)
             work = Work(problem, moved, 0)
-            builds.append(Build(kernel, "i64", signature, constexprs, *warps, note=note, work=work, targets=targets))
+            # One program a sample, for which ptxas keeps a barrier of divergent threads in 8 bytes of local memory.
+            hot = kernel is not _mrope_sample_kernel
+            builds.append(
+                Build(kernel, "i64", signature, constexprs, *warps, hot=hot, note=note, work=work, targets=targets)
+            )
 
     for by_frame in (True, False):
         frames = "frames apart" if by_frame else "videos whole"
