@@ -4,6 +4,8 @@ VENV ?= .venv
 # A plain `torch` would bring gigabytes of CUDA; this version also exists as a CPU build.
 TORCH ?= torch==2.13.0
 FUZZ ?= 1000000
+# Processes of the test suite.
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 TRANSFORMERS ?= 5.14 5.17 5.23
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
@@ -38,7 +40,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 pytest: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # CI has the compilers that the lock was made with, and must compare; elsewhere a version without a lock is said.
 kernels: $(VENV)/.dev ## compile every GPU kernel for every target, without a GPU; budgets and the lock

@@ -18,7 +18,7 @@ from m4ov_kernels.dispatch import Implementation
 
 def benchmark(session: Session) -> Iterator[Row]:
     for case in cases.ACTIVATION:
-        if case.quick or not session.quick:
+        if session.wants(case):
             yield from rows(session, subject(case, session.compiled if case.compiled else False))
 
 

@@ -122,6 +122,42 @@ class PackingCase:
         return f"{self.sequences} {self.mix} into {self.capacity}"
 
 
+@dataclass(frozen=True)
+class FeatureRowsCase:
+    """``share`` of the rows take a vision feature."""
+
+    tokens: int
+    width: int
+    share: float
+    dtype: torch.dtype = torch.bfloat16
+    quick: bool = False
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        return f"[{self.tokens}, {self.width}] {_dtype_name(self.dtype)}, {self.share:.0%} vision"
+
+
+@dataclass(frozen=True)
+class PositionEmbeddingsCase:
+    """``grids``: frames, rows and columns of patches; ``side``: of the table."""
+
+    name: str
+    grids: tuple[tuple[int, int, int], ...]
+    width: int
+    side: int = 48
+    merge_size: int = 2
+    dtype: torch.dtype = torch.bfloat16
+    quick: bool = False
+    compiled: bool = False
+
+    @property
+    def patches(self) -> int:
+        return sum(t * h * w for t, h, w in self.grids)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.patches} patches, D {self.width} {_dtype_name(self.dtype)}"
+
+
 NORM = (
     NormCase(4096, 4096, quick=True, compiled=True),
     NormCase(4096, 4096, residual=True),
@@ -146,6 +182,19 @@ HEAD = (
     HeadCase(1024, 1024, 32000, kept=64 << 20, memory=True),
     HeadCase(1024, 1024, 32000, labelled=0.25),
     HeadCase(256, 1024, 32000, quick=True),
+)
+FEATURE_ROWS = (
+    FeatureRowsCase(8192, 2048, 0.75, quick=True, compiled=True),
+    FeatureRowsCase(8192, 4096, 0.5),
+    FeatureRowsCase(1024, 1024, 0.75),
+    FeatureRowsCase(8192, 2048, 0.75, torch.float32),
+)
+POSITION_EMBEDDINGS = (
+    PositionEmbeddingsCase("4 images", ((1, 64, 64),) * 4, 1152, quick=True, compiled=True),
+    PositionEmbeddingsCase("2 of 1920x1080", ((1, 68, 120),) * 2, 1152),
+    PositionEmbeddingsCase("64 small images", ((1, 16, 16),) * 64, 1152),
+    PositionEmbeddingsCase("a video", ((16, 24, 42),), 1152),
+    PositionEmbeddingsCase("4 images", ((1, 64, 64),) * 4, 1152, dtype=torch.float32),
 )
 HEAD_MEMORY = tuple(HeadCase(rows, 1024, 32000) for rows in (256, 512, 1024, 2048, 4096))  # memory alone, by tokens
 
@@ -180,12 +229,20 @@ GPU_ATTENTION = (
     AttentionCase("images", (1024,) * 8, 16, 16, 64, causal=False),
 )
 GPU_POSITIONS = (PositionsCase(64, 8192, 8), PositionsCase(1, 131072, 16))
+GPU_FEATURE_ROWS = (FeatureRowsCase(16384, 4096, 0.75, compiled=True), FeatureRowsCase(16384, 2048, 0.5))
+GPU_POSITION_EMBEDDINGS = (
+    PositionEmbeddingsCase("16 images", ((1, 64, 64),) * 16, 1152, compiled=True),
+    PositionEmbeddingsCase("a video", ((64, 24, 42),), 1152),
+)
 # The same code where kernels are interpreted; float32, for interpreted bfloat16 stores truncate.
 TINY_NORM = (NormCase(4, 64, dtype=torch.float32), NormCase(3, 32, dtype=torch.float32, residual=True))
 TINY_ACTIVATION = (GatedCase(4, 48, dtype=torch.float32, compiled=True),)
 TINY_ATTENTION = (AttentionCase("tiny", (5, 9), 2, 1, 16, causal=True, dtype=torch.float32),)
 TINY_POSITIONS = (PositionsCase(3, 60, 2, rows=2, columns=3),)
 TINY_HEAD = (HeadCase(8, 16, 96, dtype=torch.float32, labelled=0.5, memory=True),)
+
+TINY_FEATURE_ROWS = (FeatureRowsCase(12, 48, 0.5, dtype=torch.float32),)
+TINY_POSITION_EMBEDDINGS = (PositionEmbeddingsCase("tiny", ((1, 2, 4), (2, 2, 2)), 24, side=3, dtype=torch.float32),)
 
 
 def targets(case: HeadCase, generator: torch.Generator | None = None, ignore_index: int = -100) -> torch.Tensor:

@@ -20,7 +20,7 @@ EPS = 1e-6
 
 def benchmark(session: Session) -> Iterator[Row]:
     for case in cases.NORM:
-        if case.quick or not session.quick:
+        if session.wants(case):
             yield from rows(session, subject(case, session.compiled if case.compiled else False))
 
 

@@ -6,6 +6,7 @@
 #include "norm/bind.h"
 #include "packing/bind.h"
 #include "rope/bind.h"
+#include "vision/bind.h"
 
 namespace m4ov {
 namespace {
@@ -48,4 +49,5 @@ PYBIND11_MODULE(_C, m) {
   m4ov::bind_norm(m);
   m4ov::bind_packing(m);
   m4ov::bind_rope(m);
+  m4ov::bind_vision(m);
 }

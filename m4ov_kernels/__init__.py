@@ -11,17 +11,29 @@ from m4ov_kernels.norm import rms_norm
 from m4ov_kernels.packing import PackedBatch, pack_sequences
 from m4ov_kernels.patches import patch, unpatch
 from m4ov_kernels.rope import mrope_positions
+from m4ov_kernels.vision import (
+    deepstack_add,
+    interpolate_position_embeddings,
+    patch_embed,
+    scatter_vision,
+    vision_positions,
+)
 
 __all__ = [
     "PackedBatch",
     "backend",
     "check",
+    "deepstack_add",
+    "interpolate_position_embeddings",
     "linear_cross_entropy",
     "mrope_positions",
     "pack_sequences",
     "patch",
+    "patch_embed",
     "rms_norm",
+    "scatter_vision",
     "swiglu",
     "unpatch",
     "varlen_attention",
+    "vision_positions",
 ]

@@ -183,10 +183,12 @@ class Operator:
             self._table[key] = found = self._resolve(*key)
             return found
 
-    # Dynamo cannot trace the imports behind the choice.
-    @torch.compiler.assume_constant_result
     def _has_kernel(self, device: torch.device, dtype: torch.dtype | None, override: str | None) -> bool:
         return self._resolve(device, dtype, override) is not None
+
+    # Dynamo cannot trace the imports behind the choice. As torch.compiler.assume_constant_result marks it, but without
+    # its import of the whole compiler, which takes as long as all the rest.
+    _has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _resolve(self, device: torch.device, dtype: torch.dtype | None, override: str | None) -> Implementation | None:
         for name in (override,) if override else _ORDER.get(device.type, ("reference",)):

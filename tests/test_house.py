@@ -115,14 +115,18 @@ def test_no_file_holds_two_rooms(folder):
 
 
 def test_a_family_has_one_name_everywhere():
-    """A family's implementations are files or, where it has several operators, packages with a file for each."""
     kernels = ROOT / "m4ov_kernels"
-    families = [path.parent.name for path in kernels.glob("*/reference*") if path.name in ("reference.py", "reference")]
+    families = {path.parent.name for path in kernels.glob("*/reference.py")}
+    families |= {path.parents[1].name for path in kernels.glob("*/reference/__init__.py")}
     assert families
+
+    def stands(module: Path) -> bool:  # a file, or a package where a family has many operators
+        return module.with_suffix(".py").exists() or (module / "__init__.py").exists()
+
     for family in families:
+        assert stands(kernels / family / "native"), f"family {family!r} has no native"
         for place in (f"csrc/{family}", f"bench/{family}.py"):
             assert (ROOT / place).exists(), f"family {family!r} has no {place}"
         assert any((ROOT / "tests/kernels").glob(f"test_{family}*.py")), f"family {family!r} has no tests"
-        for modules in (("native",), ("triton", "library"))[: 1 if family in HOST_FAMILIES else 2]:
-            found = [kernels / family / f"{module}{end}" for module in modules for end in (".py", "/__init__.py")]
-            assert any(path.exists() for path in found), f"family {family!r} has none of {modules}"
+        on_gpu = [kernels / family / module for module in ("triton", "library")]
+        assert family in HOST_FAMILIES or any(map(stands, on_gpu)), f"family {family!r} has nothing for a GPU"

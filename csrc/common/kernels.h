@@ -7,6 +7,7 @@
 #include "../norm/kernels.h"
 #include "../packing/kernels.h"
 #include "../rope/kernels.h"
+#include "../vision/kernels.h"
 
 #define M4OV_KERNELS(X)    \
   M4OV_ACTIVATION_KERNELS(X) \
@@ -14,7 +15,8 @@
   M4OV_HEAD_KERNELS(X)       \
   M4OV_NORM_KERNELS(X)       \
   M4OV_PACKING_KERNELS(X)    \
-  M4OV_ROPE_KERNELS(X)
+  M4OV_ROPE_KERNELS(X)       \
+  M4OV_VISION_KERNELS(X)
 
 namespace m4ov {
 

@@ -28,9 +28,10 @@ class Declared:
 
 
 def families() -> list[str]:
-    """The ``triton.py``, or the package ``triton`` with a file for each operator, of every operator family."""
-    found = (*PACKAGE.glob("*/triton.py"), *PACKAGE.glob("*/triton/__init__.py"))
-    return [f"m4ov_kernels.{name}.triton" for name in sorted(path.relative_to(PACKAGE).parts[0] for path in found)]
+    """The ``triton.py`` of every operator family, or its package ``triton``."""
+    found = {path.parent.name for path in PACKAGE.glob("*/triton.py")}
+    found |= {path.parents[1].name for path in PACKAGE.glob("*/triton/__init__.py")}
+    return [f"m4ov_kernels.{family}.triton" for family in sorted(found)]
 
 
 def declared(modules: list[str] | None = None) -> Declared:
@@ -67,7 +68,7 @@ def declared(modules: list[str] | None = None) -> Declared:
 
 def _strays() -> list[str]:
     """Triton kernels outside the families, which nobody would compile."""
-    homes = {PACKAGE / name.split(".")[1] for name in families()}
+    homes = {path.parent for path in (*PACKAGE.glob("*/triton.py"), *PACKAGE.glob("*/triton/__init__.py"))}
     return [
         f"{path.relative_to(PACKAGE.parent)} has Triton kernels, but no triton.py beside it declares them"
         for path in sorted(PACKAGE.rglob("*.py"))
@@ -90,9 +91,10 @@ def _undeclared(name: str, entries: list[Any]) -> list[str]:
 
     modules = [importlib.import_module(name)]
     if name in families():
-        paths = sorted((PACKAGE / name.split(".")[1]).rglob("*.py"))
-        jitted = [path.relative_to(PACKAGE.parent) for path in paths if _JIT.search(path.read_text())]
-        modules = [importlib.import_module(".".join(path.with_suffix("").parts)) for path in jitted]
+        home = name if hasattr(modules[0], "__path__") else name.rpartition(".")[0]  # the folder of its kernels
+        folder = PACKAGE.parent.joinpath(*home.split("."))
+        stems = [path.stem for path in sorted(folder.glob("*.py")) if _JIT.search(path.read_text())]
+        modules = [importlib.import_module(f"{home}.{stem}") for stem in stems]
     reached: set[Any] = set()
     waiting = [entry.kernel for entry in entries if isinstance(entry, Build)]
     while waiting:

@@ -19,6 +19,7 @@ from m4ov_kernels.gpu import FP_FUSION, Build
 from m4ov_kernels.head import triton as head
 from m4ov_kernels.norm import triton as norm
 from m4ov_kernels.rope import triton as rope
+from m4ov_kernels.vision import triton as vision
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="records the interpreter's launches")
 ROWS = 32
@@ -101,7 +102,28 @@ def launch_rope(dtype: torch.dtype) -> None:
         rope.mrope_positions_fwd(ids, bounds, types, grid, grid, intervals, 1, 2, 1)
 
 
-FAMILIES = ((norm, launch_norm), (activation, launch_swiglu), (head, launch_head), (rope, launch_rope))
+def launch_vision(dtype: torch.dtype) -> None:
+    positions, grid_thw = torch.arange(ROWS // 2), torch.tensor([[1, 4, ROWS // 4]])
+    widths = {row.width or 1152 for row in configs.rows_of("feature_rows_fwd", "cpu", gpu.DTYPES[dtype])}
+    widths |= {row.width or 1152 for row in configs.rows_of("interpolate_fwd", "cpu", gpu.DTYPES[dtype])}
+    for width in widths:
+        x = torch.empty(ROWS, width, dtype=dtype)
+        for forward in (vision.scatter_vision_fwd, vision.deepstack_add_fwd):
+            forward(x, x[: ROWS // 2], positions)
+        vision.scatter_vision_bwd(x, positions, True, True)
+        table = torch.empty(48 * 48, width, dtype=dtype)
+        for hidden, numerics in itertools.product((None, x), ("hf", "vllm", "fp32")):
+            vision.interpolate_position_embeddings_fwd(table, grid_thw, hidden, ROWS, 2, numerics)
+        vision.interpolate_position_embeddings_bwd(x, grid_thw, 48 * 48, 2)
+
+
+FAMILIES = (
+    (norm, launch_norm),
+    (activation, launch_swiglu),
+    (head, launch_head),
+    (rope, launch_rope),
+    (vision, launch_vision),
+)
 
 
 def builds(module: Any) -> Iterator[Build]:

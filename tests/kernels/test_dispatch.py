@@ -11,8 +11,16 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import m4ov_kernels
-from m4ov_kernels import linear_cross_entropy, rms_norm, swiglu, varlen_attention
-from m4ov_kernels.dispatch import OPERATORS
+from m4ov_kernels import (
+    deepstack_add,
+    interpolate_position_embeddings,
+    linear_cross_entropy,
+    rms_norm,
+    scatter_vision,
+    swiglu,
+    varlen_attention,
+)
+from m4ov_kernels.dispatch import OPERATORS, Operator
 
 
 def norm_case(dtype=torch.float32):
@@ -36,11 +44,32 @@ def attention_case(dtype=torch.float32):
     return lambda q, k, v: varlen_attention(q, k, v, bounds, causal=True), tensors
 
 
+def scatter_case(dtype=torch.float32):
+    positions = torch.tensor([1, 4, 3])
+    tensors = [torch.randn(2, 3, 40, dtype=dtype), torch.randn(3, 40, dtype=dtype)]
+    return lambda x, features: scatter_vision(x, features, positions), tensors
+
+
+def deepstack_case(dtype=torch.float32):
+    positions = torch.tensor([1, 4, 3])
+    tensors = [torch.randn(2, 3, 40, dtype=dtype), torch.randn(3, 40, dtype=dtype)]
+    return lambda x, features: deepstack_add(x, features, positions), tensors
+
+
+def interpolate_case(dtype=torch.float32):
+    grid_thw = torch.tensor([[1, 4, 6], [2, 2, 2]])
+    tensors = [torch.randn(9, 40, dtype=dtype), torch.randn(32, 40, dtype=dtype)]
+    return lambda table, x: interpolate_position_embeddings(table, grid_thw, merge_size=2, hidden_states=x), tensors
+
+
 CASES = {
     "rms_norm": norm_case,
     "swiglu": swiglu_case,
     "linear_cross_entropy": head_case,
     "varlen_attention": attention_case,
+    "scatter_vision": scatter_case,
+    "deepstack_add": deepstack_case,
+    "interpolate_position_embeddings": interpolate_case,
 }
 
 
@@ -117,8 +146,27 @@ DECODE = (torch.randn(3, 2, 8).bfloat16(), *torch.randn(2, 6, 1, 8).bfloat16())
 BOUNDS = (torch.tensor([0, 1, 3]), torch.tensor([0, 4, 6], dtype=torch.int32))
 # Two samples: text and an image of one merged patch; text and a video of one frame of two.
 IDS, TYPES, TWO = torch.tensor([5, 91, 5, 5, 92, 92]), torch.tensor([0, 1, 0, 0, 2, 2]), torch.tensor([0, 2, 6])
-GRIDS = (torch.tensor([[1, 2, 2]]), torch.tensor([[1, 2, 4]]))
+ONE_EACH = (torch.tensor([[1, 2, 2]]), torch.tensor([[1, 2, 4]]))
+PLACES, GRIDS = torch.tensor([4, 0]), torch.tensor([[1, 2, 4], [2, 2, 2]])
 RAW_SAMPLES = {
+    **{
+        f"{name}_fwd": [
+            (torch.randn(5, 8), torch.randn(2, 8), PLACES),
+            (torch.randn(2, 8, 3).bfloat16().mT, torch.randn(0, 8).bfloat16(), PLACES[:0]),
+        ]
+        for name in ("scatter_vision", "deepstack_add")
+    },
+    "scatter_vision_bwd": [
+        (torch.randn(5, 8), PLACES, True, True),
+        (torch.randn(2, 8, 3).mT, PLACES, False, True),
+        (torch.randn(5, 8), PLACES, True, False),
+    ],
+    "deepstack_add_bwd": [(torch.randn(5, 8), PLACES), (torch.randn(2, 8, 3).mT, PLACES)],
+    "interpolate_position_embeddings_fwd": [
+        (torch.randn(9, 8), GRIDS, torch.randn(16, 8), 16, 2, "hf"),
+        (torch.randn(9, 8).bfloat16(), GRIDS, None, 16, 1, "fp32"),
+    ],
+    "interpolate_position_embeddings_bwd": [(torch.randn(16, 8), GRIDS, 9, 2), (torch.randn(8, 16).t(), GRIDS, 1, 1)],
     "varlen_attention_fwd": [
         (*QKV, torch.tensor([0, 2, 6]), None, 4, 4, True, 0.5),
         (*DECODE, *BOUNDS, 2, 4, False, 0.5),
@@ -148,8 +196,8 @@ RAW_SAMPLES = {
         (torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 8), torch.randn(8), torch.rand(3), "hf", False),
     ],
     "mrope_positions_fwd": [
-        (IDS, TWO, TYPES, *GRIDS, None, 91, 92, 2),
-        (IDS, TWO.int(), None, *GRIDS, torch.tensor([0.5]), 91, 92, 2),
+        (IDS, TWO, TYPES, *ONE_EACH, None, 91, 92, 2),
+        (IDS, TWO.int(), None, *ONE_EACH, torch.tensor([0.5]), 91, 92, 2),
         (IDS, TWO, TYPES.int() * 0, None, None, None, 91, 92, 2),
     ],
     "swiglu_fwd": [(torch.randn(3, 8), torch.randn(3, 8), "hf")],
@@ -274,3 +322,11 @@ def test_eight_threads_at_once(case):
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_importing_the_operators_imports_no_compiler():
+    """torch._dynamo takes as long as torch itself; dispatch marks its constant without it, as torch.compiler would."""
+    code = "import sys, m4ov_kernels; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    marked = torch.compiler.assume_constant_result(lambda: 0)
+    assert vars(marked).items() <= vars(Operator._has_kernel).items()

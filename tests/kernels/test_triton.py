@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from m4ov_kernels.head import reference as head_reference
 from m4ov_kernels.head import triton as head
 from m4ov_kernels.norm import reference as norm_reference
 from m4ov_kernels.norm import triton as norm
+from m4ov_kernels.vision import reference as vision_reference
+from m4ov_kernels.vision import triton as vision
 
 from . import strategies
 from .numerics import assert_accurate, gradients, leaves, poisoned, rms_norm_terms
@@ -59,7 +62,12 @@ SMALL += [row("rms_norm_bwd_weight", None, BLOCK_ROWS=2, BLOCK_D=32)]
 SMALL += [row("rms_norm_bwd_reduce", None, BLOCK_PARTIALS=2, BLOCK_D=32)]
 SMALL += [row(name, None, BLOCK_ROWS=2, BLOCK_D=32) for name in ("swiglu_fwd", "swiglu_bwd")]
 SMALL += [row(name, None, BLOCK=32) for name in ("cross_entropy_fwd", "cross_entropy_bwd")]
-SMALL += [row("accumulate", None, BLOCK=64)]
+SMALL += [row("accumulate", None, BLOCK=64), row("feature_rows_index", None, BLOCK=4)]
+SMALL += [row(f"feature_rows_{name}", None, BLOCK_ROWS=2, BLOCK_D=32) for name in ("fwd", "clear", "gather")]
+SMALL += [
+    row("interpolate_fwd", None, BLOCK_ROWS=4, BLOCK_D=32),
+    row("interpolate_bwd", None, BLOCK_PATCHES=4, BLOCK_D=32),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -179,6 +187,125 @@ def test_linear_cross_entropy(rows, width, vocab, chunk, dtype, bias, ignored, l
     terms = LINEAR_CROSS_ENTROPY.terms(Call(arguments, {"loss": grad_loss}, ("input",)))
     for name, *tensors in zip(names, (loss, *grads), reference(dtype), reference(torch.float64), strict=False):
         assert_accurate(name, *tensors, terms.get(name))
+
+
+@given(
+    rows=st.tuples(st.integers(1, 3), st.integers(0, 6)),
+    width=st.sampled_from((1, 16, 33, 70)),
+    share=st.sampled_from((0.0, 0.4, 1.0)),
+    dtype=dtypes,
+    layout=strategies.layouts,
+    add=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_features_into_rows(rows, width, share, dtype, layout, add):
+    """``scatter_vision`` and ``deepstack_add``, whose backward the first one's holds."""
+    base, grad = tensor((*rows, width), dtype, layout), tensor((*rows, width), dtype, layout)
+    count = rows[0] * rows[1]
+    positions = torch.randperm(count, device=DEVICE)[: round(share * count)]
+    features = tensor((len(positions), width), dtype, layout)
+    raw = vision.deepstack_add_fwd if add else vision.scatter_vision_fwd
+    got = [raw(base, features, positions, out=poisoned(base)[0])]
+    if add:
+        got += [grad, vision.deepstack_add_bwd(grad, positions, out=poisoned(features)[0])]
+    else:
+        got += vision.scatter_vision_bwd(grad, positions, True, True, out=poisoned(base, features))
+        assert torch.equal(vision.scatter_vision_bwd(grad, positions, True, False)[0], got[1])
+        assert torch.equal(vision.scatter_vision_bwd(grad, positions, False, True)[1], got[2])
+    m4ov_kernels.check()
+    definition = vision_reference.deepstack_add if add else vision_reference.scatter_vision
+    inputs = leaves(dtype, base, features)
+    result = definition(*inputs, positions)
+    for ours, plain in zip(got, [result, *gradients(result, inputs, [grad])], strict=True):
+        assert torch.equal(ours, plain)
+
+
+def test_positions_without_a_row_of_their_own_are_nan_and_found_by_check():
+    base, features = tensor((2, 4, 40), torch.float32), tensor((6, 40), torch.float32)
+    positions = torch.tensor([0, 3, 3, -1, 8, 6], device=DEVICE)
+    for operator in (m4ov_kernels.scatter_vision, m4ov_kernels.deepstack_add):
+        inputs = leaves(torch.float32, base, features)
+        with m4ov_kernels.backend("triton"):
+            out = operator(*inputs, positions)
+        assert out.isnan().any(-1).flatten().nonzero().flatten().tolist() == [3]
+        assert torch.equal(out[0, 0], features[0] + (operator is m4ov_kernels.deepstack_add) * base[0, 0])
+        with pytest.raises(
+            ValueError, match=rf"{operator.__name__}: positions\[2\] is not in \[0, rows\), or is there tw"
+        ):
+            m4ov_kernels.check()
+        grads = gradients(out, inputs, [base])
+        assert grads[1].isnan().any(-1).tolist() == [False, False, False, True, True, False]
+        with (
+            pytest.raises(ValueError, match=r"positions\[2\]")
+            if operator is m4ov_kernels.scatter_vision
+            else nullcontext()
+        ):
+            m4ov_kernels.check()
+
+
+@given(
+    grids=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4)), max_size=4),
+    side=st.sampled_from((1, 2, 3, 5)),
+    width=st.sampled_from((1, 16, 33, 70)),
+    merge=st.sampled_from((1, 2, 3)),
+    dtype=dtypes,
+    layout=strategies.layouts,
+    numerics=strategies.numerics,
+    alone=st.booleans(),
+)
+@settings(max_examples=30, deadline=None)
+def test_interpolate_position_embeddings(grids, side, width, merge, dtype, layout, numerics, alone):
+    grid_thw = torch.tensor([(t, h * merge, w * merge) for t, h, w in grids], dtype=torch.int64).reshape(-1, 3)
+    grid_thw = grid_thw.to(DEVICE)
+    patches = int(grid_thw.prod(1).sum())
+    table, hidden, grad = (
+        tensor((side**2, width), dtype),
+        tensor((patches, width), dtype, layout),
+        tensor((patches, width), dtype),
+    )
+    out, given_hidden = poisoned(hidden)[0], None if alone else hidden
+    got = [
+        vision.interpolate_position_embeddings_fwd(table, grid_thw, given_hidden, patches, merge, numerics, out=out),
+        vision.interpolate_position_embeddings_bwd(grad, grid_thw, side**2, merge, out=poisoned(table)[0]),
+    ]
+    m4ov_kernels.check()
+
+    def reference(dtype: torch.dtype, grad: Tensor = grad) -> list[Tensor]:
+        (leaf,) = leaves(dtype, table)
+        result = vision_reference.interpolate_position_embeddings(
+            leaf, grid_thw, None if alone else hidden.to(dtype), patches, merge, numerics
+        )
+        return [result, *gradients(result, [leaf], [grad.to(dtype)])]
+
+    terms = {"grad_table": reference(torch.float64, grad.abs())[1]}
+    for name, *tensors in zip(("embedded", "grad_table"), got, reference(dtype), reference(torch.float64), strict=True):
+        assert_accurate(name, *tensors, terms.get(name))
+    if DEVICE == "cpu":
+        assert torch.equal(got[0], reference(dtype)[0])
+
+
+@pytest.mark.parametrize(
+    ("grids", "first", "lost"),
+    [
+        ([[1, 4, 6], [1, 3, 2], [1, 2, 2]], 1, range(24, 30)),
+        ([[1, 4, 6], [1, -2, -3], [1, 2, 2]], 1, range(24, 30)),
+        ([[1, 4, 6]], 0, range(24, 34)),
+        ([[1, 4, 6], [1, 4, 8]], 1, ()),
+        ([], 0, range(34)),
+    ],
+)
+def test_grids_that_do_not_fit_are_nan_and_found_by_check(grids, first, lost):
+    table, hidden = tensor((9, 40), torch.float32).requires_grad_(), tensor((34, 40), torch.float32)
+    grid_thw = torch.tensor(grids, dtype=torch.int64, device=DEVICE).reshape(-1, 3)
+    with m4ov_kernels.backend("triton"):
+        out = m4ov_kernels.interpolate_position_embeddings(table, grid_thw, merge_size=2, hidden_states=hidden)
+    assert out.isnan().any(-1).nonzero().flatten().tolist() == list(lost)
+    with pytest.raises(
+        ValueError, match=rf"interpolate_position_embeddings: grid_thw\[{first}\] is not positive, or not a"
+    ):
+        m4ov_kernels.check()
+    if len(lost) < 34 and [grid for grid in grids if min(grid) < 1 or grid[1] % 2 or grid[2] % 2]:
+        assert torch.autograd.grad(out.sum(), table)[0].isnan().all()
 
 
 @pytest.mark.parametrize("num_valid", [None, 5])

@@ -20,8 +20,8 @@ from m4ov_kernels.gpu import Build, Work, current_device
 from m4ov_kernels.layout import output
 from m4ov_kernels.rope.values import LARGEST
 
-# Slots of device_errors, in their order there.
-_CU_SEQLENS, _TYPES, _GRIDS, _MATCH = (tl.constexpr(slot) for slot in (0, 1, 2, 4))
+# Slots of device_errors, in their order there, two elements apart.
+_CU_SEQLENS, _TYPES, _GRIDS, _MATCH = (tl.constexpr(slot) for slot in (0, 2, 4, 8))
 _BAD = tl.constexpr(-1)  # the origin of a sample that has no positions
 _MOST = tl.constexpr(2**30)  # tokens
 _FARTHEST = tl.constexpr(2.0**53)
@@ -95,7 +95,7 @@ def _mrope_table_kernel(
     flag_ptr,  # int64 [slots]
     items,
     merge_size,
-    slot,  # of the grid; that of the intervals is _MATCH + 2
+    slot,  # of the grid; that of the intervals is _MATCH + 4
     BY_FRAME: tl.constexpr,
     HAS_INTERVALS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -122,7 +122,7 @@ def _mrope_table_kernel(
         if HAS_INTERVALS:
             interval = tl.load(intervals_ptr + item, mask=mask, other=0.0)
             sound = (interval >= 0.0) & (interval * frames.to(tl.float32) < _FARTHEST)
-            tl.atomic_min(flag_ptr + _MATCH + 2 + item * 0, item, mask=mask & ~sound)
+            tl.atomic_min(flag_ptr + _MATCH + 4 + item * 0, item, mask=mask & ~sound)
         step = tl.maximum(rows, columns)
         if BY_FRAME:
             step *= frames
@@ -227,7 +227,7 @@ def _mrope_sample_kernel(
     i_fits = i_fits & (i_done | ~last)
     v_fits = v_fits & (v_done | ~last)
     tl.atomic_min(flag_ptr + _MATCH, wide, mask=~i_fits)
-    tl.atomic_min(flag_ptr + _MATCH + 1, wide, mask=~v_fits)
+    tl.atomic_min(flag_ptr + _MATCH + 2, wide, mask=~v_fits)
     good = fits & i_fits & v_fits & starts & ends
     tl.store(origins_ptr + sample, tl.where(good, origin, _BAD))
     tl.store(deltas_ptr + sample, tl.cast((past - origin) - (end - begin), tl.int64))
@@ -308,7 +308,7 @@ def _mrope_positions_kernel(
         strange = mask & ((kind < 0) | (kind > 2))
         tl.atomic_min(flag_ptr + _TYPES + place * 0, tl.cast(place, tl.int64), mask=strange)
     tl.atomic_min(flag_ptr + _MATCH + place * 0, tl.cast(sample, tl.int64), mask=broken & image)
-    tl.atomic_min(flag_ptr + _MATCH + 1 + place * 0, tl.cast(sample, tl.int64), mask=broken & video)
+    tl.atomic_min(flag_ptr + _MATCH + 2 + place * 0, tl.cast(sample, tl.int64), mask=broken & video)
     time += first
     stride = tl.cast(tokens, tl.int64)
     tl.store(position_ids_ptr + place, tl.where(good, tl.where(visual, time, first), -1), mask=mask)
@@ -359,7 +359,7 @@ def mrope_positions_fwd(
             count, video = grid.shape[0], slot == 1
             table = input_ids.new_empty(2, count + 1, dtype=torch.int32)
             _mrope_table_kernel[(1,)](
-                *(grid, spans if video else flag, table, flag, count, merge_size, _GRIDS.value + slot),
+                *(grid, spans if video else flag, table, flag, count, merge_size, _GRIDS.value + 2 * slot),
                 BY_FRAME=video and by_frame,
                 HAS_INTERVALS=video and not by_frame,
                 **table_config.options(),
@@ -410,19 +410,19 @@ def _declared() -> list[Build]:
         frames = "frames apart" if by_frame else "videos whole"
         for intervals in (False,) if by_frame else (False, True):
             if intervals or by_frame:
-                spans = "*fp32/16" if intervals else "*i64"
-                signature = f"*i64/16 {spans} *i32/16 *i64 i32 i32 i32"
+                spans = "*fp32/16" if intervals else "*i64/16"
+                signature = f"*i64/16 {spans} *i32/16 *i64/16 i32 i32 i32"
                 flags = {"BY_FRAME": by_frame, "HAS_INTERVALS": intervals}
                 declare(_mrope_table_kernel, "mrope_table", signature, frames, items * 40, **flags)
         for typed, kinds in ((False, "*i64/16"), (True, "*i32/16"), (True, "*i64/16")):
             note = f"{frames}, {'types ' * typed}{kinds[1:4]}"
             size = 4 if kinds == "*i32/16" else 8
-            spans = "*i64" if by_frame else "*fp32/16"
-            signature = f"*i64/16 *i64/16 {kinds} *i32/16 *i64/16 {pointers}{spans} *i32/16 *i64" + " i32" * 11
+            spans = "*i64/16" if by_frame else "*fp32/16"
+            signature = f"*i64/16 *i64/16 {kinds} *i32/16 *i64/16 {pointers}{spans} *i32/16 *i64/16" + " i32" * 11
             flags = {"TYPED": typed, "BY_FRAME": by_frame}
             declare(_mrope_positions_kernel, "mrope_positions", signature, note, tokens * (24 + size), **flags)
             if typed == (kinds == "*i32/16"):
-                signature = f"{kinds} *i32/16 *i64/16 {pointers}*i32/16 *i64/16 *i64" + " i32" * 10
+                signature = f"{kinds} *i32/16 *i64/16 {pointers}*i32/16 *i64/16 *i64/16" + " i32" * 10
                 sample = f"{frames}, {kinds[1:4]}"
                 declare(_mrope_sample_kernel, "mrope_positions", signature, sample, samples * 8192, BY_FRAME=by_frame)
                 if by_frame:
@@ -433,7 +433,7 @@ def _declared() -> list[Build]:
                         kinds[1:4],
                         tokens * size,
                     )
-    signature = "*i64/16 *i64 *i32/16 *i64 i32 i32 i32"
+    signature = "*i64/16 *i64/16 *i32/16 *i64/16 i32 i32 i32"
     flags = {"BY_FRAME": False, "HAS_INTERVALS": False}
     declare(_mrope_table_kernel, "mrope_table", signature, "images", items * 40, **flags)
     return builds

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from . import activation, attention, head, norm, rope
+from . import activation, attention, head, norm, rope, vision
 from .case import Call, OperatorCase
 from .corruptions import Corruption
 
@@ -17,5 +17,8 @@ CASES = {
         head.LINEAR_CROSS_ENTROPY,
         attention.VARLEN_ATTENTION,
         rope.MROPE_POSITIONS,
+        vision.SCATTER_VISION,
+        vision.DEEPSTACK_ADD,
+        vision.INTERPOLATE,
     )
 }

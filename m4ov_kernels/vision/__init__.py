@@ -1,0 +1,17 @@
+"""The front end of a vision tower, and the way of its features into the language model."""
+
+from __future__ import annotations
+
+from m4ov_kernels.vision.interpolate import interpolate_position_embeddings
+from m4ov_kernels.vision.positions import VisionPositions, vision_positions
+from m4ov_kernels.vision.projection import patch_embed
+from m4ov_kernels.vision.scatter import deepstack_add, scatter_vision
+
+__all__ = [
+    "VisionPositions",
+    "deepstack_add",
+    "interpolate_position_embeddings",
+    "patch_embed",
+    "scatter_vision",
+    "vision_positions",
+]
