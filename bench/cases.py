@@ -145,6 +145,34 @@ class RopeCase:
 
 
 @dataclass(frozen=True)
+class PositionsCase:
+    """``samples`` of ``length`` tokens, with ``images`` of ``rows`` by ``columns`` merged patches each."""
+
+    samples: int
+    length: int
+    images: int
+    rows: int = 20
+    columns: int = 20
+    quick: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.samples} x {self.length} tokens, {self.images} images of {self.rows} x {self.columns} each"
+
+
+@dataclass(frozen=True)
+class PackingCase:
+    """``mix``: of lengths, see ``packing.lengths``."""
+
+    sequences: int
+    capacity: int
+    mix: str
+    quick: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.sequences} {self.mix} into {self.capacity}"
+
+
+@dataclass(frozen=True)
 class FeatureRowsCase:
     """``share`` of the rows take a vision feature."""
 
@@ -240,6 +268,17 @@ POSITION_EMBEDDINGS = (
 )
 HEAD_MEMORY = tuple(HeadCase(rows, 1024, 32000) for rows in (256, 512, 1024, 2048, 4096))  # memory alone, by tokens
 
+POSITIONS = (
+    PositionsCase(64, 8192, 8, quick=True),
+    PositionsCase(1, 131072, 16),
+    PositionsCase(256, 512, 1, rows=12, columns=16),
+)
+PACKING = (
+    PackingCase(1_000_000, 8192, "chats", quick=True),
+    PackingCase(1_000_000, 8192, "documents"),
+    PackingCase(1_000_000, 16384, "images"),
+)
+
 # On a GPU (``m4ov_bench.gpu``): sizes of Qwen3-VL 2B to 8B with 8,192 tokens, several times any L2 cache. A head's rows
 # keep all logits of eager PyTorch within reach, so that it can be measured.
 GPU_NORM = (
@@ -273,6 +312,7 @@ GPU_ATTENTION = (
     AttentionCase("text", (512, 640, 768, 896, 1152, 1280, 1408, 1536), 16, 8, 128, causal=True, compiled=True),
     AttentionCase("images", (1024,) * 8, 16, 16, 64, causal=False),
 )
+GPU_POSITIONS = (PositionsCase(64, 8192, 8), PositionsCase(1, 131072, 16))
 GPU_FEATURE_ROWS = (FeatureRowsCase(16384, 4096, 0.75, compiled=True), FeatureRowsCase(16384, 2048, 0.5))
 GPU_POSITION_EMBEDDINGS = (
     PositionEmbeddingsCase("16 images", ((1, 64, 64),) * 16, 1152, compiled=True),
@@ -292,6 +332,7 @@ TINY_ACTIVATION = (
 TINY_ROPE = (RopeCase("tiny", 5, 4, 2, 16, dtype=torch.float32),)
 TINY_VISION_ROPE = (RopeCase("tiny", 8, 2, 2, 8, grid=(2, 2, 2), dtype=torch.float32),)
 TINY_ATTENTION = (AttentionCase("tiny", (5, 9), 2, 1, 16, causal=True, dtype=torch.float32),)
+TINY_POSITIONS = (PositionsCase(3, 60, 2, rows=2, columns=3),)
 TINY_HEAD = (HeadCase(8, 16, 96, dtype=torch.float32, labelled=0.5, memory=True),)
 
 TINY_FEATURE_ROWS = (FeatureRowsCase(12, 48, 0.5, dtype=torch.float32),)

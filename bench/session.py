@@ -131,7 +131,8 @@ def rows(session: Session, subject: Subject) -> Iterator[Row]:
     if subject.definition is not None and not all(isinstance(peer, Absent) for peer in subject.peers.values()):
         session.say(f"{subject.operator} {subject.case}: float64, for the peers")
         truth = Truth(subject.definition, subject.inputs[0], subject.grads and subject.grads[0])
-    for what, backward in (("forward", False), ("forward + backward", True)):
+    differentiable = any(tensor.requires_grad for tensor in subject.inputs[0])
+    for what, backward in (("forward", False), ("forward + backward", True))[: 1 + differentiable]:
         session.say(f"{subject.operator} {subject.case}: {what}, as called")
         yield _called(session, subject, what, backward, truth)
 

@@ -49,7 +49,7 @@ def tiny():
 def test_every_family_of_the_short_run_gives_rows(tiny):
     rows, heard = tiny
     families = list(dict.fromkeys(row.family for row in rows))
-    assert families[:6] == ["norm", "activation", "rope", "attention", "head", "vision"]
+    assert families[:7] == ["norm", "activation", "attention", "rope", "packing", "head", "vision"]
     assert all(row.green for row in rows), [row.problem for row in rows if not row.green]
     assert any("kernel" in text for text in heard) == (native_extension()[0] is not None)
 
