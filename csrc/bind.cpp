@@ -4,6 +4,7 @@
 #include "attention/bind.h"
 #include "head/bind.h"
 #include "norm/bind.h"
+#include "vision/bind.h"
 
 namespace m4ov {
 namespace {
@@ -44,4 +45,5 @@ PYBIND11_MODULE(_C, m) {
   m4ov::bind_attention(m);
   m4ov::bind_head(m);
   m4ov::bind_norm(m);
+  m4ov::bind_vision(m);
 }

@@ -5,12 +5,14 @@
 #include "../attention/kernels.h"
 #include "../head/kernels.h"
 #include "../norm/kernels.h"
+#include "../vision/kernels.h"
 
 #define M4OV_KERNELS(X)    \
   M4OV_ACTIVATION_KERNELS(X) \
   M4OV_ATTENTION_KERNELS(X)  \
   M4OV_HEAD_KERNELS(X)       \
-  M4OV_NORM_KERNELS(X)
+  M4OV_NORM_KERNELS(X)       \
+  M4OV_VISION_KERNELS(X)
 
 namespace m4ov {
 
