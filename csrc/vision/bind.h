@@ -7,11 +7,21 @@
 #include "pack_patches.cuh"
 #endif
 
+#include <sys/mman.h>
+
 namespace m4ov {
 namespace {
 
+// Asks for huge pages where there is no memory yet: of a large new tensor the page faults take longer than the kernel.
+void advise_huge_pages(Address address, int64_t bytes) {
+  constexpr Address kPage = Address{2} << 20;
+  const Address begin = (address + kPage - 1) / kPage * kPage, end = (address + bytes) / kPage * kPage;
+  if (begin < end) madvise(at<void>(begin), end - begin, MADV_HUGEPAGE);  // where it fails, nothing is lost
+}
+
 void bind_vision(py::module_& m) {
   using Three = std::array<float, 3>;
+  m.def("advise_huge_pages", advise_huge_pages);
   m.attr("pack_image_fields") = sizeof(PackImage) / 8;
   // Returns the bytes of scratch that each thread needs if `scratch` is 0.
   m.def("pack_patches", [](Address output, Address images, int64_t count, int64_t patches, int64_t strips,

@@ -55,8 +55,9 @@ Plan plan_of(const PackPatches& a, const PackImage& image) {
 }
 
 struct Buffers {
-  // Addresses of rows: of a row of patches; of a chunk; of a weighted sum.
+  // Addresses of rows: of a row of patches; of a chunk, and where it goes; of a weighted sum.
   const uint8_t **lines, **chunk, **terms;
+  uint8_t** targets;
   uint8_t *made, *ring;            // rows that were resized vertically; horizontally
   uint8_t *tile, *resized_tile, *edge;
   uint8_t* patch;  // [3] planes of bytes
@@ -73,7 +74,7 @@ int64_t lay_out(const PackPatches& a, uintptr_t base, Buffers* buffers) {
     terms = larger(terms, image.vertical_window);
     if (plan.vertical) made = larger(made, rows * plan.line);
     if (!plan.horizontal) continue;
-    ring = larger(ring, plan.ring_rows * plan.line);
+    ring = larger(ring, (plan.ring_rows + 1) * plan.line);  // one more, for rows that nobody wants
     tile = larger(tile, kTile * (image.width / image.resized_width + 1) + image.horizontal_window + 32);
   }
   int64_t used = 0;
@@ -84,6 +85,7 @@ int64_t lay_out(const PackPatches& a, uintptr_t base, Buffers* buffers) {
   };
   buffers->lines = reinterpret_cast<const uint8_t**>(take(a.patch_size * 8));
   buffers->chunk = reinterpret_cast<const uint8_t**>(take(kChunk * 8));
+  buffers->targets = reinterpret_cast<uint8_t**>(take(kChunk * 8));
   buffers->terms = reinterpret_cast<const uint8_t**>(take(terms * 8));
   buffers->made = reinterpret_cast<uint8_t*>(take(made));
   buffers->ring = reinterpret_cast<uint8_t*>(take(ring));
@@ -114,6 +116,7 @@ void transpose_in(uint8_t* tile, const Lines& from, int64_t plane, int64_t padde
           p = edge;
         }
         x[i] = load16(p + at);
+        if (block % 64 < 16) _mm_prefetch(reinterpret_cast<const char*>(p + at + 384), _MM_HINT_T0);
       }
       transpose16(x);
       for (int i = 0; i < 16; ++i) {
@@ -136,6 +139,9 @@ void resize_columns(const PackImage& image, const Plan& plan, const Buffers& b, 
                     int64_t first) {
   const int64_t padded = round_up(count, 16), pixel = image.channels * padded;
   const auto at = [&](int64_t x) -> const Window& { return window(image.horizontal, image.horizontal_window, x); };
+  for (int64_t i = 0; i < padded; ++i) {
+    b.targets[i] = b.ring + (i < count ? (first + i) % plan.ring_rows : plan.ring_rows) * plan.line;
+  }
   for (int64_t begin = 0; begin < image.resized_width; begin += kTile) {
     const int64_t end = smaller(begin + kTile, image.resized_width);
     const int64_t x0 = at(begin).start, x1 = at(end - 1).start + 2 * at(end - 1).pairs;
@@ -154,9 +160,7 @@ void resize_columns(const PackImage& image, const Plan& plan, const Buffers& b, 
           const uint8_t* source = b.resized_tile + (x - begin) * pixel + channel * padded + row;
           for (int i = 0; i < 16; ++i) block[i] = load16(source + i * pixel);
           transpose16(block);
-          for (int64_t i = 0; i < smaller(16, count - row); ++i) {
-            store16(b.ring + (first + row + i) % plan.ring_rows * plan.line + channel * plan.column_plane + x, block[i]);
-          }
+          for (int i = 0; i < 16; ++i) store16(b.targets[row + i] + channel * plan.column_plane + x, block[i]);
         }
       }
     }

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from m4ov_kernels.vision.pixels import Clip, Layout
 
 _FRACTION_BITS, _SPLIT_BITS = 22, 12  # as csrc/vision/bytes.h has them
+# PackImage (csrc/vision/pack_patches.h), field by field.
+_FIELDS = (
+    *("source", "height", "width", "channels", "row", "pixel", "channel", "resized_height", "resized_width"),
+    *("vertical", "horizontal", "vertical_window", "horizontal_window", "vertical_first"),
+    *("first_patch", "slot", "copies", "first_strip", "between"),
+)
 _FEW_STRIPS, _MANY_STRIPS = 8, 32  # rows of patches in a strip, where images are few and where they are many
 
 
@@ -78,13 +84,15 @@ def _vertical_first(height: int, width: int, clip: Clip) -> bool:
 def pack_patches_fwd(clips: list[Clip], layout: Layout, device: torch.device, *, out: Tensor | None = None) -> Tensor:
     """``pixel_values`` ``[N, C * t * p * p]``."""
     rows = sum(time * height * width for time, height, width in map(layout.grid, clips))
-    like = torch.empty(0, device=device)
-    out = output(out, (rows, layout.patch_elements), like, layout.dtype)
+    fresh = out is None
+    out = output(out, (rows, layout.patch_elements), torch.empty(0, device=device), layout.dtype)
     if not clips:
         return out
     if device.type == "cuda":
         _on_gpu(clips, layout, out)
         return out
+    if fresh:
+        _C.advise_huge_pages(out.data_ptr(), out.nbytes)
     threads = torch.get_num_threads()
     strip = _MANY_STRIPS if len(clips) >= 4 * threads else _FEW_STRIPS
     images, strips, keep = _images(clips, layout, strip)
@@ -152,5 +160,42 @@ def _resizing(pixels: Pixels, clip: Clip, keep: list[Any]) -> tuple[int, ...]:
     )
 
 
+def _by_name(images: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: images[:, i] for i, name in enumerate(_FIELDS)}
+
+
+def between_bytes(images: np.ndarray) -> np.ndarray:
+    """Of each image, the bytes that the first of two directions makes; 0 where one is enough."""
+    of = _by_name(images)
+    rows_first, columns_first = of["resized_height"] * of["width"], of["height"] * of["resized_width"]
+    size = np.where(of["vertical_first"] != 0, rows_first, columns_first) * of["channels"]
+    return np.where((of["vertical"] != 0) & (of["horizontal"] != 0), size, 0)
+
+
 def _on_gpu(clips: list[Clip], layout: Layout, out: Tensor) -> None:
-    raise NotImplementedError
+    """One copy brings the descriptions of the images and the tables of weights to the device; nothing is waited for."""
+    images, _, keep = _images(clips, layout, 1)
+    size, sizes = _by_name(images), between_bytes(images)
+    tables = {table.address: table.table for table in keep if isinstance(table, Weights)}
+    places = np.cumsum([images.nbytes, *(table.nbytes for table in tables.values())])
+    host = torch.empty(int(places[-1]), dtype=torch.uint8, pin_memory=True)
+    device = torch.empty_like(host, device=out.device)
+    between = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=out.device)
+    moved = {0: 0} | {address: device.data_ptr() + int(place) for address, place in zip(tables, places, strict=False)}
+    for name in ("vertical", "horizontal"):
+        size[name][:] = [moved[address] for address in size[name].tolist()]
+    size["between"][:] = between.data_ptr() + np.cumsum(sizes) - sizes
+    packed = host.numpy()
+    packed[: images.nbytes] = images.view(np.uint8).reshape(-1)
+    for place, table in zip(places, tables.values(), strict=False):
+        packed[place : place + table.nbytes] = table.view(np.uint8).reshape(-1)
+    device.copy_(host, non_blocking=True)
+    with current_device(out):
+        _C.pack_patches_cuda(
+            out.data_ptr(),
+            device.data_ptr(),
+            *(len(images), out.shape[0], between.numel()),
+            *(layout.patch_size, layout.temporal_patch_size, layout.merge_size),
+            *(layout.mean, layout.std, DTYPES[layout.dtype]),
+            torch.cuda.current_stream().cuda_stream,
+        )
