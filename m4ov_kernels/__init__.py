@@ -9,5 +9,16 @@ from m4ov_kernels.dispatch import backend
 from m4ov_kernels.head import linear_cross_entropy
 from m4ov_kernels.norm import rms_norm
 from m4ov_kernels.patches import patch, unpatch
+from m4ov_kernels.vision import pack_patches
 
-__all__ = ["backend", "check", "linear_cross_entropy", "patch", "rms_norm", "swiglu", "unpatch", "varlen_attention"]
+__all__ = [
+    "backend",
+    "check",
+    "linear_cross_entropy",
+    "pack_patches",
+    "patch",
+    "rms_norm",
+    "swiglu",
+    "unpatch",
+    "varlen_attention",
+]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TARGET = ROOT / "build" / "sanitize"
-NAMES = ("operators", "threads", "fuzz", "norm", "activation", "attention", "head")
+NAMES = ("operators", "threads", "fuzz", "norm", "activation", "attention", "head", "pack_patches")
 TESTS = [f"tests/kernels/test_{name}.py" for name in NAMES]
 # PyTorch is not built for it: it leaks at exit, and its libraries allocate and free by different means.
 ASAN_OPTIONS = "detect_leaks=0:alloc_dealloc_mismatch=0:abort_on_error=0:exitcode=66"

@@ -206,8 +206,8 @@ def _checked_layout(
     if min_pixels > max_pixels:
         _refuse("min_pixels", f"at most max_pixels = {max_pixels}", min_pixels)
     mean, std = _three("image_mean", image_mean), _three("image_std", image_std)
-    if min(std) <= 0:
-        _refuse("image_std", "greater than 0", list(std))
+    if min(std) < 1e-30:  # or quotients leave float32's range
+        _refuse("image_std", "greater than 0 (at least 1e-30)", list(std))
     if dtype not in dispatch.KERNEL_DTYPES:
         _refuse("dtype", "torch.float32, torch.bfloat16 or torch.float16", dtype)
     return Layout(**sizes, mean=mean, std=std, dtype=dtype)
@@ -217,10 +217,8 @@ def _three(name: str, values: Any) -> tuple[float, float, float]:
     found = [values] * 3 if isinstance(values, (int, float)) else list(values) if isinstance(values, Iterable) else []
     if len(found) != 3 or not all(isinstance(value, (int, float)) for value in found):
         _refuse(name, "three numbers, or one", repr(values))
-    # As NumPy makes float32 of them; 1e-30 to 1e30 keeps quotients in float32's range.
-    for value in found:
-        if not math.isfinite(value) or abs(value) > 1e30 or (value != 0 and abs(value) < 1e-30):
-            _refuse(name, "finite and of a magnitude that float32 can divide by", repr(values))
+    if not all(math.isfinite(value) and abs(value) <= 1e30 for value in found):
+        _refuse(name, "finite, up to 1e30", repr(values))
     return float(found[0]), float(found[1]), float(found[2])
 
 

@@ -29,8 +29,8 @@ _FEW_STRIPS, _MANY_STRIPS = 8, 32  # rows of patches in a strip, where images ar
 
 
 class Weights(NamedTuple):
-    """How one side is resized: for each of its new pixels a row of ``table`` int32 ``[resized, 2 + 2 pairs]``: the first
-    old pixel, the number of pairs of old pixels, and for each pair the low and high parts of its two weights."""
+    """How one side is resized: for each of its new pixels a row of ``table`` int32 ``[resized, 2 + 2 pairs]``: the
+    first old pixel, the number of pairs of old pixels, and for each pair the low and high parts of its weights."""
 
     table: np.ndarray
     address: int
@@ -107,8 +107,8 @@ def pack_patches_fwd(clips: list[Clip], layout: Layout, device: torch.device, *,
 
 
 def _images(clips: list[Clip], layout: Layout, strip: int) -> tuple[np.ndarray, int, list[Any]]:
-    """``PackImage`` of each frame (csrc/vision/pack_patches.h) as int64 rows, the number of strips, and what the addresses
-    in them point to."""
+    """``PackImage`` of each frame (csrc/vision/pack_patches.h) as int64 rows, the number of strips, and what the
+    addresses in them point to."""
     keep: list[Any] = []
     images = []
     patch = strips = 0

@@ -115,7 +115,9 @@ def test_pixels_equal_the_definition(library, patch, temporal, merge, dtype):
             pixels = pixels.transpose(2, 0, 1)
         elif number % 3 == 1 and channels == 3:
             pixels = np.concatenate([pixels, pixels[..., :1]], axis=2)[..., :3]  # four bytes a pixel
-        clips.append(Clip(frames_of(pixels, "x", "channels_first" if number % 3 == 0 else "channels_last")[0], *resized))
+        clips.append(
+            Clip(frames_of(pixels, "x", "channels_first" if number % 3 == 0 else "channels_last")[0], *resized)
+        )
     video = random.integers(0, 256, (2 * temporal - 1, 20, 30, 3), dtype=np.uint8)
     clips.append(Clip(frames_of(video, "x", None)[0], 16, 24))
     expected = pixels_reference.pack_patches_fwd(clips, layout, torch.device("cpu"))
@@ -130,7 +132,9 @@ def test_many_images_share_the_grid(library):
         Clip(frames_of(random.integers(0, 256, (*random.integers(1, 9, 2), 3), dtype=np.uint8), "x", None)[0], 4, 2)
         for _ in range(40)
     ]
-    assert torch.equal(run(library, clips, layout), pixels_reference.pack_patches_fwd(clips, layout, torch.device("cpu")))
+    assert torch.equal(
+        run(library, clips, layout), pixels_reference.pack_patches_fwd(clips, layout, torch.device("cpu"))
+    )
 
 
 def test_bad_arguments_are_refused(library):
