@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def execute(arguments: argparse.Namespace, allocator: str = "") -> int:
     for path in (arguments.json, arguments.plot):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)  # an unwritable place is found out before the run
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a file has no width of its own
     if arguments.against is not None:
         return _against(arguments, console)
     rows: list[Row] = []
@@ -49,6 +50,8 @@ def execute(arguments: argparse.Namespace, allocator: str = "") -> int:
             elif row.family != rows[-1].family:
                 console.print(report.table(rows[shown:], rows[-1].family))
                 shown = len(rows)
+                if arguments.json is not None:  # kept, whatever becomes of the rest
+                    report.write_json(rows, arguments.json)
             rows.append(row)
     if rows:
         console.print(report.table(rows[shown:], rows[-1].family))

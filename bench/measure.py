@@ -89,15 +89,17 @@ FULL, QUICK = Effort(), Effort(seconds=1.2, each=0.6, fewest=3, most=25)
 
 
 def interleaved(candidates: Mapping[str, Call], effort: Effort) -> dict[str, Times]:
-    """Time candidates round by round; a slow one sits rounds out, but runs in at least ``effort.fewest``."""
+    """Time candidates round by round; a slow one sits rounds out, but runs in at least ``effort.fewest``, or in two if
+    so many would alone take longer than all are to take (a peer of seconds a call)."""
     estimate = {}
     for name, call in candidates.items():
         call(0)  # warm-up: compiles, maps, packs
         estimate[name] = max(min(_timed(call, 1).seconds, _timed(call, 2).seconds), 1e-7)
-    runs = {n: max(effort.fewest, min(effort.most, int(effort.each / seconds))) for n, seconds in estimate.items()}
+    fewest = {n: effort.fewest if effort.fewest * s <= effort.seconds else 2 for n, s in estimate.items()}
+    runs = {n: max(fewest[n], min(effort.most, int(effort.each / seconds))) for n, seconds in estimate.items()}
     total = sum(runs[name] * seconds for name, seconds in estimate.items())
     if total > effort.seconds:
-        runs = {name: max(effort.fewest, int(count * effort.seconds / total)) for name, count in runs.items()}
+        runs = {name: max(fewest[name], int(count * effort.seconds / total)) for name, count in runs.items()}
     rounds = max(runs.values())
     stride = {name: max(1, rounds // count) for name, count in runs.items()}
     samples: dict[str, list[Sample | None]] = {name: [] for name in candidates}

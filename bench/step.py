@@ -2,7 +2,8 @@
 
 Hidden 512, 4 layers of 4 heads of 128 (2 for keys) as Qwen3-VL has them, MLP 1536, 32,000 words, a vision tower of 4
 layers 256 wide, two 512×512 images, 1,024 tokens of which a quarter has a label, bf16, AdamW. Same weights, same batch,
-the two steps by turns, each allocator setting in a process of its own.
+the steps by turns, each allocator setting in a process of its own. In the full run ``torch.compile`` of Hugging Face's
+model (``model.compile()``, with graph breaks where the model reads values) is a third.
 
 Where the time goes (profile on two Zen 4 cores, allocator set up, a variant with 8 text heads of 64): unpatched: matrix
 products 48%, attention 21%, the head's softmax 12%, zero fills 5%; patched, with PyTorch's attention: 52%, attention
@@ -30,7 +31,7 @@ from m4ov_bench.session import OURS, Session
 from m4ov_kernels import patch
 from m4ov_kernels.dispatch import native_extension
 
-HUGGING_FACE = "Hugging Face"
+HUGGING_FACE, COMPILED = "Hugging Face", "torch.compile"
 CASE = cases.HeadCase(1024, 512, 32000, labelled=0.25)
 _IMAGE, _VIDEO, _START, _END = 31990, 31991, 31992, 31993
 _GRID = (1, 32, 32)  # patches of one 512×512 image; 256 tokens after merging
@@ -43,7 +44,7 @@ _ALLOCATORS = {  # of glibc; what m4ov's own commands set up, and what a library
 
 
 def benchmark(session: Session) -> Iterator[Row]:
-    """One row for each allocator setting: seconds of a patched step, and the unpatched step as its peer."""
+    """One row for each allocator setting: seconds of a patched step, and the unpatched steps as its peers."""
     if importlib.util.find_spec("transformers") is None:
         yield _row(session, "not measured", gate.Gate({}), note="transformers is not installed")
         return
@@ -57,10 +58,14 @@ def benchmark(session: Session) -> Iterator[Row]:
     for what, variables in _ALLOCATORS.items():
         session.say(f"training step: {what}")
         measured = _child("quick" if session.quick else "full", variables)
-        theirs = measured.pop(HUGGING_FACE)
-        peer = Peer(theirs["seconds"], theirs["ratio"], memory[HUGGING_FACE])
-        timing = {name: value for name, value in measured[OURS].items() if name != "ratio"}
-        yield _row(session, what, checked, **timing, memory_mib=memory[OURS], peers={HUGGING_FACE: peer})
+        timing = {name: value for name, value in measured.pop(OURS).items() if name != "ratio"}
+        peers = {
+            name: Peer(absent=theirs)
+            if isinstance(theirs, str)
+            else Peer(theirs["seconds"], theirs["ratio"], memory.get(name))
+            for name, theirs in measured.items()
+        }
+        yield _row(session, what, checked, **timing, memory_mib=memory[OURS], peers=peers)
 
 
 def run() -> list[Row]:
@@ -179,16 +184,28 @@ def _child(mode: str, variables: dict[str, str]) -> dict[str, Any]:
 
 
 def _measure(mode: str) -> dict[str, Any]:
-    """Times of both steps, or (``"memory"``) the MiB that each needs beyond weights and optimizer state."""
+    """Times of the steps, or (``"memory"``) the MiB that each needs beyond weights and optimizer state."""
     data, plain = batch(), build()
     patched = copy.deepcopy(plain)
     patch(patched)
     calls = {OURS: _training(patched, data), HUGGING_FACE: _training(plain, data)}
     if mode == "memory":
         return {name: _peak_mib(call) for name, call in calls.items()}
-    effort = measure.Effort(8.0, 4.0, 3, 5) if mode == "quick" else measure.Effort(14.0, 7.0, 7, 12)
+    effort = measure.Effort(8.0, 4.0, 3, 5) if mode == "quick" else measure.Effort(21.0, 7.0, 7, 12)
+    absent: dict[str, Any] = {}
+    if mode == "quick":
+        absent[COMPILED] = "left out of the short run"
+    else:
+        compiled = copy.deepcopy(plain)
+        compiled.compile()
+        calls[COMPILED] = _training(compiled, data)
+        try:
+            calls[COMPILED](0)
+        except Exception as error:  # a peer that fails is a row that says so
+            absent[COMPILED] = f"fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+            del calls[COMPILED]
     times = measure.interleaved(calls, effort)
-    return {
+    return absent | {
         name: {
             "seconds": taken.seconds,
             "ratio": taken.ratio_to(times[OURS]),

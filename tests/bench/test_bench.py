@@ -174,10 +174,10 @@ def test_memory_of_an_unknown_kind_fails_loudly(monkeypatch):
 
 
 def test_an_absent_peer_says_why(monkeypatch):
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(peers.base.importlib.util, "find_spec", lambda name: None)
     assert peers.linear_cross_entropy(8, False)["Hugging Face"] == "transformers is not installed"
     assert peers.swiglu("left out")["torch.compile"] == "left out"
-    monkeypatch.setattr(peers.shutil, "which", lambda name: None)
+    monkeypatch.setattr(peers.base.shutil, "which", lambda name: None)
     assert "compiler" in peers.swiglu(True)["torch.compile"]
 
 
