@@ -41,6 +41,26 @@ class GatedCase:
 
 
 @dataclass(frozen=True)
+class PixelCase:
+    """``pil``: the images are Pillow's, not NumPy arrays."""
+
+    images: int
+    height: int
+    width: int
+    max_pixels: int
+    min_pixels: int = 1 << 16
+    patch_size: int = 16
+    dtype: torch.dtype = torch.float32
+    pil: bool = False
+    quick: bool = False
+
+    def __str__(self) -> str:
+        kind = " (PIL)" * self.pil
+        size = f"{self.images} of {self.width} x {self.height}{kind}"
+        return f"{size}, at most {self.max_pixels >> 10} Ki pixels, {_dtype_name(self.dtype)}"
+
+
+@dataclass(frozen=True)
 class HeadCase:
     """``labelled``: the share of rows that have a target; the others hold ``ignore_index``. ``kept``: logits that the
     forward may keep for the backward, in bytes; ``None``: as many as the operator keeps by itself."""
@@ -118,6 +138,15 @@ HEAD = (
     HeadCase(1024, 1024, 32000, kept=64 << 20, memory=True),
     HeadCase(1024, 1024, 32000, labelled=0.25),
     HeadCase(256, 1024, 32000, quick=True),
+)
+PIXELS = (
+    PixelCase(32, 1080, 1920, 1 << 20),
+    PixelCase(32, 1080, 1920, 1 << 20, pil=True),
+    PixelCase(8, 1080, 1920, 1 << 20, dtype=torch.bfloat16, pil=True),
+    PixelCase(8, 1080, 1920, 1 << 24),  # Qwen3-VL's own limit: rows are enlarged to 1088
+    PixelCase(8, 1088, 1920, 1 << 24),  # not resized
+    PixelCase(8, 1088, 1920, 1 << 24, dtype=torch.bfloat16),
+    PixelCase(3, 1080, 1920, 1 << 20, quick=True),
 )
 HEAD_MEMORY = tuple(HeadCase(rows, 1024, 32000) for rows in (256, 512, 1024, 2048, 4096))  # memory alone, by tokens
 

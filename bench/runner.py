@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from m4ov_bench.row import Row
 
-FAMILIES = ("norm", "activation", "attention", "head", "dispatch", "step")
-QUICK_FAMILIES = ("norm", "activation", "attention", "head", "dispatch")
+FAMILIES = ("norm", "activation", "attention", "head", "vision_pixels", "dispatch", "step")
+QUICK_FAMILIES = ("norm", "activation", "attention", "head", "vision_pixels", "dispatch")
 
 
 def check(families: Sequence[str] | None) -> None:
