@@ -60,6 +60,26 @@ class GeluCase:
 
 
 @dataclass(frozen=True)
+class PixelCase:
+    """``pil``: the images are Pillow's, not NumPy arrays."""
+
+    images: int
+    height: int
+    width: int
+    max_pixels: int
+    min_pixels: int = 1 << 16
+    patch_size: int = 16
+    dtype: torch.dtype = torch.float32
+    pil: bool = False
+    quick: bool = False
+
+    def __str__(self) -> str:
+        kind = " (PIL)" * self.pil
+        size = f"{self.images} of {self.width} x {self.height}{kind}"
+        return f"{size}, at most {self.max_pixels >> 10} Ki pixels, {_dtype_name(self.dtype)}"
+
+
+@dataclass(frozen=True)
 class HeadCase:
     """``labelled``: the share of rows that have a target; the others hold ``ignore_index``. ``kept``: logits that the
     forward may keep for the backward, in bytes; ``None``: as many as the operator keeps by itself."""
@@ -265,6 +285,15 @@ POSITION_EMBEDDINGS = (
     PositionEmbeddingsCase("64 small images", ((1, 16, 16),) * 64, 1152),
     PositionEmbeddingsCase("a video", ((16, 24, 42),), 1152),
     PositionEmbeddingsCase("4 images", ((1, 64, 64),) * 4, 1152, dtype=torch.float32),
+)
+PIXELS = (
+    PixelCase(32, 1080, 1920, 1 << 20),
+    PixelCase(32, 1080, 1920, 1 << 20, pil=True),
+    PixelCase(8, 1080, 1920, 1 << 20, dtype=torch.bfloat16, pil=True),
+    PixelCase(8, 1080, 1920, 1 << 24),  # Qwen3-VL's own limit: rows are enlarged to 1088
+    PixelCase(8, 1088, 1920, 1 << 24),  # not resized
+    PixelCase(8, 1088, 1920, 1 << 24, dtype=torch.bfloat16),
+    PixelCase(3, 1080, 1920, 1 << 20, quick=True),
 )
 HEAD_MEMORY = tuple(HeadCase(rows, 1024, 32000) for rows in (256, 512, 1024, 2048, 4096))  # memory alone, by tokens
 

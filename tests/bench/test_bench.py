@@ -36,6 +36,7 @@ def tiny():
     patch.setattr(
         cases, "POSITION_EMBEDDINGS", (cases.PositionEmbeddingsCase("tiny", ((1, 4, 2),), 40, 3, quick=True),)
     )
+    patch.setattr(cases, "PIXELS", (cases.PixelCase(2, 50, 70, 4096, 64, 4, quick=True),))
     patch.setattr(machine, "_COPY_BYTES", 2**16)
     patch.setattr(machine, "_MATRIX", 128)
     heard: list[str] = []
