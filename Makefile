@@ -65,13 +65,13 @@ gpu-dry: $(VENV)/.dev ## the same script on the CPU, interpreted, tiny shapes: p
 test-transformers: ## the patches on every supported transformers, each in its own environment
 	for version in $(TRANSFORMERS); do \
 	  $(MAKE) --no-print-directory $(VENV)-transformers-$$version/.ready || exit 1; \
-	  $(VENV)-transformers-$$version/bin/python -m pytest tests/kernels/test_patches.py || exit 1; \
+	  $(VENV)-transformers-$$version/bin/python -m pytest tests/kernels/test_patches*.py || exit 1; \
 	done
 
 $(VENV)-transformers-%/.ready: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)-transformers-$*
 	$(VENV)-transformers-$*/bin/pip install -q $(TORCH)
-	$(VENV)-transformers-$*/bin/pip install -q "transformers==$*.*" -e ".[train]" pytest hypothesis
+	$(VENV)-transformers-$*/bin/pip install -q "transformers==$*.*" -e ".[train]" peft pytest hypothesis
 	touch $@
 
 # `pip install -e` builds the extension in an isolated environment, as `pip install .` does.

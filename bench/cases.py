@@ -60,6 +60,26 @@ class GeluCase:
 
 
 @dataclass(frozen=True)
+class PixelCase:
+    """``pil``: the images are Pillow's, not NumPy arrays."""
+
+    images: int
+    height: int
+    width: int
+    max_pixels: int
+    min_pixels: int = 1 << 16
+    patch_size: int = 16
+    dtype: torch.dtype = torch.float32
+    pil: bool = False
+    quick: bool = False
+
+    def __str__(self) -> str:
+        kind = " (PIL)" * self.pil
+        size = f"{self.images} of {self.width} x {self.height}{kind}"
+        return f"{size}, at most {self.max_pixels >> 10} Ki pixels, {_dtype_name(self.dtype)}"
+
+
+@dataclass(frozen=True)
 class HeadCase:
     """``labelled``: the share of rows that have a target; the others hold ``ignore_index``. ``kept``: logits that the
     forward may keep for the backward, in bytes; ``None``: as many as the operator keeps by itself."""
@@ -111,6 +131,65 @@ class AttentionCase:
         )
         heads = f"{self.heads}/{self.kv_heads} heads of {self.dim}"
         return f"{self.name}: {lengths}, {heads}, {'causal' if self.causal else 'full'}, {_dtype_name(self.dtype)}"
+
+
+@dataclass(frozen=True)
+class RopeCase:
+    """``norm``: with the norms of queries and keys; ``grid``: of an image, whose patches are the tokens, for the
+    rotation of a vision tower."""
+
+    name: str
+    tokens: int
+    heads: int
+    kv_heads: int
+    dim: int
+    norm: bool = True
+    grid: tuple[int, int, int] | None = None
+    dtype: torch.dtype = torch.bfloat16
+    numerics: str = "hf"
+    quick: bool = False
+    compiled: bool = False
+
+    @property
+    def sections(self) -> list[int]:
+        """Of Qwen3-VL, in proportion."""
+        side = self.dim // 2 * 20 // 64
+        return [self.dim // 2 - 2 * side, side, side]
+
+    def __str__(self) -> str:
+        norm = "" if self.norm or self.grid else ", no norm"
+        return (
+            f"{self.name}: T {self.tokens}, {self.heads}/{self.kv_heads} heads of {self.dim}, "
+            f"{_dtype_name(self.dtype)}{norm}"
+        )
+
+
+@dataclass(frozen=True)
+class PositionsCase:
+    """``samples`` of ``length`` tokens, with ``images`` of ``rows`` by ``columns`` merged patches each."""
+
+    samples: int
+    length: int
+    images: int
+    rows: int = 20
+    columns: int = 20
+    quick: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.samples} x {self.length} tokens, {self.images} images of {self.rows} x {self.columns} each"
+
+
+@dataclass(frozen=True)
+class PackingCase:
+    """``mix``: of lengths, see ``packing.lengths``."""
+
+    sequences: int
+    capacity: int
+    mix: str
+    quick: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.sequences} {self.mix} into {self.capacity}"
 
 
 @dataclass(frozen=True)
@@ -169,6 +248,17 @@ ACTIVATION = (
     GeluCase(4096, 4304, dtype=torch.float32),
     GatedCase(4096, 4096, operator="geglu", compiled=True),
 )
+ROPE = (
+    RopeCase("text", 4096, 32, 8, 128, quick=True, compiled=True),
+    RopeCase("text", 4096, 28, 4, 128, norm=False),
+    RopeCase("text", 4096, 32, 8, 128, dtype=torch.float32),
+    RopeCase("decode", 8, 32, 8, 128),
+)
+VISION_ROPE = (
+    RopeCase("vision", 4096, 16, 16, 72, grid=(1, 64, 64), quick=True, compiled=True),
+    RopeCase("vision", 16384, 16, 16, 72, grid=(4, 64, 64)),
+    RopeCase("vision", 16384, 16, 16, 80, grid=(4, 64, 64)),
+)
 ATTENTION = (  # the first two are those of the training step
     AttentionCase("text", (1024,), 4, 2, 128, causal=True, quick=True, compiled=True),
     AttentionCase("images", (1024, 1024), 4, 4, 64, causal=False),
@@ -196,7 +286,27 @@ POSITION_EMBEDDINGS = (
     PositionEmbeddingsCase("a video", ((16, 24, 42),), 1152),
     PositionEmbeddingsCase("4 images", ((1, 64, 64),) * 4, 1152, dtype=torch.float32),
 )
+PIXELS = (
+    PixelCase(32, 1080, 1920, 1 << 20),
+    PixelCase(32, 1080, 1920, 1 << 20, pil=True),
+    PixelCase(8, 1080, 1920, 1 << 20, dtype=torch.bfloat16, pil=True),
+    PixelCase(8, 1080, 1920, 1 << 24),  # Qwen3-VL's own limit: rows are enlarged to 1088
+    PixelCase(8, 1088, 1920, 1 << 24),  # not resized
+    PixelCase(8, 1088, 1920, 1 << 24, dtype=torch.bfloat16),
+    PixelCase(3, 1080, 1920, 1 << 20, quick=True),
+)
 HEAD_MEMORY = tuple(HeadCase(rows, 1024, 32000) for rows in (256, 512, 1024, 2048, 4096))  # memory alone, by tokens
+
+POSITIONS = (
+    PositionsCase(64, 8192, 8, quick=True),
+    PositionsCase(1, 131072, 16),
+    PositionsCase(256, 512, 1, rows=12, columns=16),
+)
+PACKING = (
+    PackingCase(1_000_000, 8192, "chats", quick=True),
+    PackingCase(1_000_000, 8192, "documents"),
+    PackingCase(1_000_000, 16384, "images"),
+)
 
 # On a GPU (``m4ov_bench.gpu``): sizes of Qwen3-VL 2B to 8B with 8,192 tokens, several times any L2 cache. A head's rows
 # keep all logits of eager PyTorch within reach, so that it can be measured.
@@ -222,10 +332,16 @@ GPU_HEAD = (
     HeadCase(8192, 2048, 151936, labelled=0.25, memory=True),
     HeadCase(4096, 4096, 151936, memory=True),
 )
+GPU_ROPE = (
+    RopeCase("text", 16384, 32, 8, 128, compiled=True),
+    RopeCase("text", 16384, 28, 4, 128, norm=False),
+)
+GPU_VISION_ROPE = (RopeCase("vision", 32768, 16, 16, 72, grid=(8, 64, 64), compiled=True),)
 GPU_ATTENTION = (
     AttentionCase("text", (512, 640, 768, 896, 1152, 1280, 1408, 1536), 16, 8, 128, causal=True, compiled=True),
     AttentionCase("images", (1024,) * 8, 16, 16, 64, causal=False),
 )
+GPU_POSITIONS = (PositionsCase(64, 8192, 8), PositionsCase(1, 131072, 16))
 GPU_FEATURE_ROWS = (FeatureRowsCase(16384, 4096, 0.75, compiled=True), FeatureRowsCase(16384, 2048, 0.5))
 GPU_POSITION_EMBEDDINGS = (
     PositionEmbeddingsCase("16 images", ((1, 64, 64),) * 16, 1152, compiled=True),
@@ -242,7 +358,10 @@ TINY_ACTIVATION = (
     GatedCase(4, 48, dtype=torch.float32, operator="geglu"),
     GeluCase(4, 48, dtype=torch.float32),
 )
+TINY_ROPE = (RopeCase("tiny", 5, 4, 2, 16, dtype=torch.float32),)
+TINY_VISION_ROPE = (RopeCase("tiny", 8, 2, 2, 8, grid=(2, 2, 2), dtype=torch.float32),)
 TINY_ATTENTION = (AttentionCase("tiny", (5, 9), 2, 1, 16, causal=True, dtype=torch.float32),)
+TINY_POSITIONS = (PositionsCase(3, 60, 2, rows=2, columns=3),)
 TINY_HEAD = (HeadCase(8, 16, 96, dtype=torch.float32, labelled=0.5, memory=True),)
 
 TINY_FEATURE_ROWS = (FeatureRowsCase(12, 48, 0.5, dtype=torch.float32),)

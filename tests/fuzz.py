@@ -30,6 +30,9 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).parent.parent
 REPORT_SECONDS = 2.0
 HANG_SECONDS = 900.0  # a call takes milliseconds; while others measure, workers are halted for minutes
+# PyTorch keeps about 100 KiB of code for every new shape of a bf16 product, without an end: half a million calls need
+# gigabytes. A process that has grown this large makes way for another.
+MOST_MEMORY = 1.5 * 2**30
 MAX_FAILURES = 50  # of all workers; each crash costs the seconds in which a process starts
 
 
@@ -52,7 +55,8 @@ def work(seed: int, first: int, step: int, last: int, sanitized: bool, position:
             if time.monotonic() - told > REPORT_SECONDS:
                 told = time.monotonic()
                 faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
-                say(counts=counts, memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+                if say_memory(counts=counts, next=index) > MOST_MEMORY:
+                    return
             counts["calls"] += 1
             try:
                 outcome = fuzz(seed, index)
@@ -64,7 +68,14 @@ def work(seed: int, first: int, step: int, last: int, sanitized: bool, position:
             counts["/".join(outcome[:4])] += 1
             counts["judged"] += outcome.judged
             counts["guarded"] += outcome.guarded
-    say(counts=counts, memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    say_memory(counts=counts, next=last)
+
+
+def say_memory(**fields: Any) -> int:
+    """Says it with the bytes that this process holds, and returns these."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
+    say(**fields, memory=pages * resource.getpagesize())
+    return pages * resource.getpagesize()
 
 
 def say(**fields: Any) -> None:
@@ -110,13 +121,12 @@ class Worker:
         return self.before + self.counts
 
     def ended(self) -> str | None:
-        """How the process crashed; ``None``: it is done. After a crash :attr:`next` is behind the call."""
-        status = self.process.wait()
+        """How the process crashed; ``None``: it came to its end. :attr:`next` is behind its last call then."""
+        status, index = self.process.wait(), self.at()
+        self.before, self.counts = self.made(), Counter()
         if status == 0:
             return None
-        index = self.at()
         where = "the start" if index is None else f"{self.arguments.seed}:{index}"
-        self.before, self.counts = self.made(), Counter()
         if index is not None:
             self.next = index + self.arguments.workers
         return f"CRASHED at {where} with status {status}:\n{self.errors.read_text(errors='replace')[-6000:]}"
@@ -153,19 +163,20 @@ def run(arguments: argparse.Namespace) -> int:
                         failure(f"FAILED {told['failure']}: {told['message']}")
                     elif "counts" in told:
                         worker.counts, worker.memory = Counter(told["counts"]), told["memory"]
+                        worker.next = told["next"]
                         if sys.stdout.isatty() or time.monotonic() - shown > 60:
                             shown = time.monotonic()
                             progress(workers, wanted, shown - started, end="\r" if sys.stdout.isatty() else "\n")
                     if not line:
                         selector.unregister(key.fileobj)
-                        crash, before = worker.ended(), worker.next
+                        crash = worker.ended()
                         if crash is not None:
                             failure(crash)
                             if "at the start" in crash:  # and would again
                                 continue
-                            if before < arguments.calls and failed < MAX_FAILURES:
-                                worker.start()
-                                watch(worker)
+                        if worker.next < arguments.calls and failed < MAX_FAILURES:
+                            worker.start()
+                            watch(worker)
         except KeyboardInterrupt:
             stopped = True
         if stopped or failed >= MAX_FAILURES:
@@ -187,7 +198,7 @@ def _stop(*_: Any) -> NoReturn:
 
 def progress(workers: list[Worker], calls: int, seconds: float, end: str) -> None:
     made, memory = sum(worker.made()["calls"] for worker in workers), max(worker.memory for worker in workers)
-    rate = f"{made / max(seconds, 1e-9):.0f} calls/s, at most {memory >> 10} MiB a process"
+    rate = f"{made / max(seconds, 1e-9):.0f} calls/s, at most {memory >> 20} MiB a process"
     print(f"{made} of {calls} calls, {seconds:.0f} s, {rate}", end=end, flush=True)
 
 

@@ -57,6 +57,7 @@ M4OV_INLINE float lane_max(V x) {
 
 M4OV_INLINE V load_vector(const float* p) { return {_mm256_loadu_ps(p)}; }
 M4OV_INLINE void store_vector(float* p, V x) { _mm256_storeu_ps(p, x.v); }
+M4OV_INLINE void stream_vector(float* p, V x) { _mm256_stream_ps(p, x.v); }
 M4OV_INLINE Pair load(const float* p) { return {{_mm256_loadu_ps(p)}, {_mm256_loadu_ps(p + 8)}}; }
 M4OV_INLINE void store(float* p, Pair x) {
   _mm256_storeu_ps(p, x.a.v);
@@ -88,6 +89,13 @@ M4OV_INLINE __m256i pack_bf16(Pair x) {
 }
 M4OV_INLINE void store(Bf16* p, Pair x) { store_bits(p, pack_bf16(x)); }
 M4OV_INLINE void stream(Bf16* p, Pair x) { stream_bits(p, pack_bf16(x)); }
+
+// The elements at even places, and those at odd ones.
+M4OV_INLINE Pair deinterleave(Pair x) {
+  const __m256 low = _mm256_permute2f128_ps(x.a.v, x.b.v, 0x20), high = _mm256_permute2f128_ps(x.a.v, x.b.v, 0x31);
+  const __m256 even = _mm256_shuffle_ps(low, high, 0x88), odd = _mm256_shuffle_ps(low, high, 0xdd);
+  return {{even}, {odd}};
+}
 
 M4OV_INLINE Pair load(const Fp16* p) {
   const __m256i x = load_bits(p);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/types.h"
+#include "pack_patches.h"
 
 namespace m4ov {
 
@@ -57,4 +58,5 @@ struct InterpolateBwd {
   X(int64_t, scatter_vision_bwd, FeatureRowsBwd)   \
   X(int64_t, deepstack_add_fwd, FeatureRows)       \
   X(int64_t, interpolate_fwd, InterpolateFwd)      \
-  X(int64_t, interpolate_bwd, InterpolateBwd)
+  X(int64_t, interpolate_bwd, InterpolateBwd)      \
+  X(int64_t, pack_patches, PackPatches)

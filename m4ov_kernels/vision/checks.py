@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NoReturn
 
 from torch import Tensor
@@ -48,3 +49,11 @@ def count_patches(operator: str, grid_thw: Tensor, merge_size: int) -> int:
             refuse_grid(operator, grid_thw, index, merge_size)
         total += t * h * w
     return total
+
+
+def side_of(operator: str, table: Tensor) -> int:
+    """The side S of a table ``[S·S, D]``."""
+    side = math.isqrt(table.shape[0]) if table.ndim == 2 else 0
+    if side == 0 or side * side != table.shape[0]:
+        checks.refuse(ValueError, operator, "table", "[S·S, D], of a square grid", checks.describe(table))
+    return side

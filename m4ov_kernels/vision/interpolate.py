@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from m4ov_kernels import checks
 from m4ov_kernels.dispatch import Operator, is_compiling
 from m4ov_kernels.vision import reference
-from m4ov_kernels.vision.checks import count_patches, refuse_count
+from m4ov_kernels.vision.checks import count_patches, refuse_count, side_of
 
 _OP = "interpolate_position_embeddings"
 
@@ -87,8 +86,8 @@ def _check(
     numerics: str,
 ) -> None:
     checks.float_tensor(_OP, "table", table)
-    if table.ndim != 2 or table.shape[0] < 1 or math.isqrt(int(table.shape[0])) ** 2 != table.shape[0]:
-        checks.refuse(ValueError, _OP, "table", "[S·S, D], of a square grid", checks.describe(table))
+    if not is_compiling():  # a symbolic size has no integer root; kernels look again
+        side_of(_OP, table)
     if not isinstance(grid_thw, Tensor) or grid_thw.dtype is not torch.int64 or grid_thw.layout is not torch.strided:
         sparse = getattr(grid_thw, "is_sparse", False)
         came = f"layout {grid_thw.layout}" if sparse else checks.describe(grid_thw)

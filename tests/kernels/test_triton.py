@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,6 +23,9 @@ from m4ov_kernels.head import reference as head_reference
 from m4ov_kernels.head import triton as head
 from m4ov_kernels.norm import reference as norm_reference
 from m4ov_kernels.norm import triton as norm
+from m4ov_kernels.rope import triton as rope
+from m4ov_kernels.rope.frequencies import tables
+from m4ov_kernels.rope.triton import qk_norm_mrope as rope_kernels
 from m4ov_kernels.vision import reference as vision_reference
 from m4ov_kernels.vision import triton as vision
 
@@ -29,7 +33,8 @@ from . import strategies
 from .numerics import assert_accurate, gradients, leaves, poisoned, rms_norm_terms
 from .operators.case import Call
 from .operators.head import LINEAR_CROSS_ENTROPY
-from .triton_blocks import DEVICE, EPS, dtypes, shapes, small_blocks, tensor
+from .operators.rotation import QK_NORM_MROPE, VISION_ROPE
+from .triton_blocks import DEVICE, DTYPES, EPS, dtypes, shapes, small_blocks, tensor
 
 __all__ = ["small_blocks"]  # a fixture of every test here
 
@@ -145,6 +150,58 @@ def test_linear_cross_entropy(rows, width, vocab, chunk, dtype, bias, ignored, l
     terms = LINEAR_CROSS_ENTROPY.terms(Call(arguments, {"loss": grad_loss}, ("input",)))
     for name, *tensors in zip(names, (loss, *grads), reference(dtype), reference(torch.float64), strict=False):
         assert_accurate(name, *tensors, terms.get(name))
+
+
+@pytest.mark.parametrize("case", [QK_NORM_MROPE, VISION_ROPE], ids=str)
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_rotations(case, data):
+    """As the shared cases draw and judge them, on the CPU or the GPU."""
+    call = data.draw(strategies.drawn(case.call))
+    arguments = {
+        name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in call.arguments.items()
+    }
+    call = call._replace(arguments=arguments, grads={name: grad.to(DEVICE) for name, grad in call.grads.items()})
+    if case.kernel_dtype(call.arguments) not in DTYPES:
+        return
+    with pytest.MonkeyPatch.context() as patch, m4ov_kernels.backend("triton"):
+        patch.setattr(rope_kernels, "_MAX_PROGRAMS", 3)
+        got = case.evaluate(call)
+    m4ov_kernels.check()
+    case.judge(call, got)
+
+
+@pytest.mark.parametrize("numerics", ["hf", "fp32"])
+def test_sines_and_cosines_are_within_one_ulp_to_2_24(numerics):
+    """Of the float32 product, or of the true one."""
+    count, width = 300, 128
+    positions = torch.cat((torch.arange(40), torch.randint(0, 2**24, (count - 40,))))
+    positions = torch.cat((positions, -positions))
+    x = torch.cat((torch.ones(2 * count, 1, width // 2), torch.zeros(2 * count, 1, width // 2)), -1).to(DEVICE)
+    options = ([], 5e6, 0.0, True, width, numerics)
+    got = rope.qk_norm_mrope_fwd(x, x, None, None, positions.to(DEVICE), *options)[0][:, 0].double().cpu()
+    made = tables(5e6, width, (), True, torch.device("cpu"))
+    if numerics == "hf":
+        angles = (positions[:, None].float() * made.single).double()
+    else:
+        angles = (positions[:, None] * made.exact).double() * (2 * math.pi / 2**64)
+    expected = torch.cat((angles.cos(), angles.sin()), -1)
+    ulp = torch.from_numpy(np.spacing(np.abs(expected.float().numpy()))).double()
+    # float64's own error in an angle of up to half a turn is 2^-53 of it.
+    assert ((got - expected).abs() - 2**-50).div(ulp).max() <= 1
+
+
+@pytest.mark.parametrize("sizes", [[[1, 4, 4], [3, 2, 3]], [[1, 4, 4], [0, 2, 2]], [[1, 4, 4]], [[1, 4, 4], [2, 4, 4]]])
+def test_a_wrong_grid_is_nan_and_found_by_check(sizes):
+    x = tensor((24, 2, 8), torch.float32)
+    with m4ov_kernels.backend("triton"):
+        turned = m4ov_kernels.vision_rope(x, x, torch.tensor(sizes, device=DEVICE), merge_size=2)[0]
+    patches = sum(math.prod(size) for size in sizes)
+    whole = all(frames > 0 and rows % 2 == columns % 2 == 0 for frames, rows, columns in sizes)
+    assert turned.isnan().flatten(1).all(1).tolist() == [not whole or i >= patches for i in range(24)]
+    with pytest.raises(ValueError, match=rf"vision_rope: grid_thw\[{len(sizes) - 1}\] is not positive, is no multiple"):
+        m4ov_kernels.check()
+    m4ov_kernels.check()  # told once
 
 
 @given(

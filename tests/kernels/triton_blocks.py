@@ -55,6 +55,12 @@ SMALL += [
     row("interpolate_fwd", None, BLOCK_ROWS=4, BLOCK_D=32),
     row("interpolate_bwd", None, BLOCK_PATCHES=4, BLOCK_D=32),
 ]
+SMALL += [
+    row(name, width, BLOCK_HEADS=2, BLOCK_HALF=width // 2)
+    for name in ("qk_norm_mrope_fwd", "qk_norm_mrope_bwd")
+    for width in (16, 128, 1024)
+]
+SMALL += [row("vision_rope", width, BLOCK_HEADS=4, BLOCK_HALF=width // 2, BLOCK_IMAGES=2) for width in (16, 128)]
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ from m4ov_kernels.vision.native.interpolate import (
     interpolate_position_embeddings_bwd,
     interpolate_position_embeddings_fwd,
 )
+from m4ov_kernels.vision.native.rope import vision_rope_bwd, vision_rope_fwd
 from m4ov_kernels.vision.native.scatter import (
     deepstack_add_bwd,
     deepstack_add_fwd,
@@ -21,4 +22,6 @@ __all__ = [
     "interpolate_position_embeddings_fwd",
     "scatter_vision_bwd",
     "scatter_vision_fwd",
+    "vision_rope_bwd",
+    "vision_rope_fwd",
 ]

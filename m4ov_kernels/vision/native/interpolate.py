@@ -9,7 +9,7 @@ from torch import Tensor
 
 from m4ov_kernels import _C
 from m4ov_kernels.layout import DTYPES, NUMERICS, as_rows, output
-from m4ov_kernels.vision.checks import refuse_count, refuse_grid
+from m4ov_kernels.vision.checks import refuse_count, refuse_grid, side_of
 
 _OP = "interpolate_position_embeddings"
 
@@ -25,7 +25,7 @@ def interpolate_position_embeddings_fwd(
     out: Tensor | None = None,
 ) -> Tensor:
     """The patches' position embeddings, plus ``hidden_states``; ``out``: contiguous, may be ``hidden_states``."""
-    columns = table.shape[1]
+    columns, side = table.shape[1], side_of(_OP, table)
     result = output(out, (num_patches, columns), table, table.dtype)
     table, grid_thw = table.contiguous(), grid_thw.contiguous()
     hidden, hidden_stride = (None, 0) if hidden_states is None else as_rows(hidden_states)
@@ -37,7 +37,7 @@ def interpolate_position_embeddings_fwd(
         grid_thw.shape[0],
         num_patches,
         columns,
-        math.isqrt(table.shape[0]),
+        side,
         hidden_stride,
         merge_size,
         NUMERICS[numerics],

@@ -3,11 +3,12 @@ operators; this one hands their raw functions on, and the table of all their ker
 
 from __future__ import annotations
 
-from m4ov_kernels.vision.triton import interpolate, scatter
+from m4ov_kernels.vision.triton import interpolate, rope, scatter
 from m4ov_kernels.vision.triton.interpolate import (
     interpolate_position_embeddings_bwd,
     interpolate_position_embeddings_fwd,
 )
+from m4ov_kernels.vision.triton.rope import vision_rope_bwd, vision_rope_fwd
 from m4ov_kernels.vision.triton.scatter import (
     deepstack_add_bwd,
     deepstack_add_fwd,
@@ -23,6 +24,8 @@ __all__ = [
     "interpolate_position_embeddings_fwd",
     "scatter_vision_bwd",
     "scatter_vision_fwd",
+    "vision_rope_bwd",
+    "vision_rope_fwd",
 ]
 
-KERNELS = [*interpolate.KERNELS, *scatter.KERNELS]
+KERNELS = [*interpolate.KERNELS, *rope.KERNELS, *scatter.KERNELS]

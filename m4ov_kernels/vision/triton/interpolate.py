@@ -12,7 +12,7 @@ from torch import Tensor
 from m4ov_kernels import configs, device_errors
 from m4ov_kernels.gpu import SIZES, Build, Work, current_device
 from m4ov_kernels.layout import as_rows, output
-from m4ov_kernels.vision.checks import count_patches, refuse_count
+from m4ov_kernels.vision.checks import count_patches, refuse_count, side_of
 
 _OP = "interpolate_position_embeddings"
 
@@ -176,7 +176,7 @@ def interpolate_position_embeddings_fwd(
     out: Tensor | None = None,
 ) -> Tensor:
     """The patches' position embeddings, plus ``hidden_states``; ``out``: contiguous, may be ``hidden_states``."""
-    width = table.shape[1]
+    width, side = table.shape[1], side_of(_OP, table)
     result = output(out, (num_patches, width), table, table.dtype)
     if table.is_cuda and grid_thw.device.type == "cpu" and count_patches(_OP, grid_thw, merge_size) != num_patches:
         refuse_count(_OP, grid_thw, num_patches)
@@ -199,7 +199,7 @@ def interpolate_position_embeddings_fwd(
             images,
             num_patches,
             width,
-            math.isqrt(table.shape[0]),
+            side,
             images.bit_length(),
             MERGE=merge_size,
             HAS_HIDDEN=hidden_states is not None,

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from . import activation, attention, head, norm, vision
+from . import activation, attention, head, norm, rope, rotation, vision
 from .case import Call, OperatorCase
 from .corruptions import Corruption
 
@@ -19,6 +19,9 @@ CASES = {
         activation.GELU,
         head.LINEAR_CROSS_ENTROPY,
         attention.VARLEN_ATTENTION,
+        rotation.QK_NORM_MROPE,
+        rotation.VISION_ROPE,
+        rope.MROPE_POSITIONS,
         vision.SCATTER_VISION,
         vision.DEEPSTACK_ADD,
         vision.INTERPOLATE,
