@@ -4,6 +4,8 @@ VENV ?= .venv
 # A plain `torch` would bring gigabytes of CUDA; this version also exists as a CPU build.
 TORCH ?= torch==2.13.0
 FUZZ ?= 1000000
+# Processes of the test suite.
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 TRANSFORMERS ?= 5.14 5.17 5.23
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
@@ -38,7 +40,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 pytest: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # CI has the compilers that the lock was made with, and must compare; elsewhere a version without a lock is said.
 kernels: $(VENV)/.dev ## compile every GPU kernel for every target, without a GPU; budgets and the lock
@@ -63,13 +65,13 @@ gpu-dry: $(VENV)/.dev ## the same script on the CPU, interpreted, tiny shapes: p
 test-transformers: ## the patches on every supported transformers, each in its own environment
 	for version in $(TRANSFORMERS); do \
 	  $(MAKE) --no-print-directory $(VENV)-transformers-$$version/.ready || exit 1; \
-	  $(VENV)-transformers-$$version/bin/python -m pytest tests/kernels/test_patches.py || exit 1; \
+	  $(VENV)-transformers-$$version/bin/python -m pytest tests/kernels/test_patches*.py || exit 1; \
 	done
 
 $(VENV)-transformers-%/.ready: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)-transformers-$*
 	$(VENV)-transformers-$*/bin/pip install -q $(TORCH)
-	$(VENV)-transformers-$*/bin/pip install -q "transformers==$*.*" -e ".[train]" pytest hypothesis
+	$(VENV)-transformers-$*/bin/pip install -q "transformers==$*.*" -e ".[train]" peft pytest hypothesis
 	touch $@
 
 # `pip install -e` builds the extension in an isolated environment, as `pip install .` does.

@@ -57,7 +57,12 @@ class Comparison:
 
 
 def compare(
-    revision: str, families: Sequence[str], quick: bool, rounds: int, say: Callable[[str], None] = lambda _: None
+    revision: str,
+    families: Sequence[str],
+    quick: bool,
+    rounds: int,
+    say: Callable[[str], None] = lambda _: None,
+    case: str = "",
 ) -> list[Comparison]:
     """Measure ``revision`` and the package that is running, by turns.
 
@@ -68,6 +73,7 @@ def compare(
     if rounds < 1:
         raise ValueError(f"--rounds must be 1 or more; got {rounds}")
     commit = _resolve(revision)
+    options = [*families, *["--quick"] * quick, *(["--case", case] if case else [])]
     with tempfile.TemporaryDirectory(prefix="m4ov-against-") as folder:
         work = Path(folder)
         say(f"building {revision} ({commit[:12]})")
@@ -76,7 +82,7 @@ def compare(
         for number in range(rounds):
             for side in ("then", "now") if number % 2 == 0 else ("now", "then"):
                 say(f"round {number + 1} of {rounds}: {revision if side == 'then' else 'this tree'}")
-                sides[side].append(_measure(families, quick, work, site if side == "then" else None))
+                sides[side].append(_measure(options, work, site if side == "then" else None))
     keys = dict.fromkeys(key for results in sides.values() for result in results for key in result)
     return [
         Comparison(
@@ -112,7 +118,7 @@ def _build(commit: str, work: Path) -> Path:
     return site
 
 
-def _measure(families: Sequence[str], quick: bool, work: Path, site: Path | None) -> dict[Any, float]:
+def _measure(options: Sequence[str], work: Path, site: Path | None) -> dict[Any, float]:
     """Seconds of every green row, by (operator, case, what)."""
     environment = dict(os.environ)
     if site is not None:
@@ -122,7 +128,7 @@ def _measure(families: Sequence[str], quick: bool, work: Path, site: Path | None
                 raise RuntimeError(f"the other commit's process imports {line}, not what was built in {site}")
     out = work / "rows.json"
     out.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "m4ov_bench", *families, *["--quick"] * quick, "--json", str(out)]
+    command = [sys.executable, "-m", "m4ov_bench", *options, "--json", str(out)]
     _checked(command, environment, work, "its benchmark")
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
     return {(r["operator"], r["case"], r["what"]): r["seconds"] for r in rows if r["seconds"] is not None}

@@ -25,7 +25,7 @@ _SIZE = 1024  # of the square matrices whose product is the limit
 
 def benchmark(session: Session) -> Iterator[Row]:
     for case in cases.ATTENTION:
-        if case.quick or not session.quick:
+        if session.wants(case):
             yield from rows(session, subject(case, session.compiled if case.compiled else False))
 
 

@@ -15,6 +15,9 @@ from m4ov_bench.row import Row
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("family", nargs="*", help=f"which: {', '.join(runner.FAMILIES)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="under a minute: main cases, no compiled peers, no memory")
+    parser.add_argument(
+        "--case", default="", metavar="TEXT", help="only cases whose name holds it, such as '4096] fp32'"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every figure there")
     parser.add_argument(
         "--plot", type=Path, metavar="PATH", help="draw rooflines, ratios and memory there (PATH, PATH-…)"
@@ -44,7 +47,7 @@ def execute(arguments: argparse.Namespace, allocator: str = "") -> int:
         def say(text: str) -> None:
             status.update(text)
 
-        for row in runner.stream(arguments.family, arguments.quick, say, allocator):
+        for row in runner.stream(arguments.family, arguments.quick, say, allocator, arguments.case):
             if not rows:
                 report.print_machine(row.machine, console)
             elif row.family != rows[-1].family:
@@ -72,7 +75,9 @@ def _against(arguments: argparse.Namespace, console: Any) -> int:
     from m4ov_bench import against, report
 
     with console.status("starting") as status:
-        found = against.compare(arguments.against, arguments.family, arguments.quick, arguments.rounds, status.update)
+        found = against.compare(
+            arguments.against, arguments.family, arguments.quick, arguments.rounds, status.update, arguments.case
+        )
     console.print(report.comparison(found, arguments.against))
     if arguments.json is not None:
         report.write(arguments.json, [asdict(row) | {"verdict": row.verdict} for row in found])

@@ -29,7 +29,7 @@ _CHUNKS = (1024, 2048, 4096, 8192)  # of the vocabulary, for the products that a
 
 def benchmark(session: Session) -> Iterator[Row]:
     for case in cases.HEAD:
-        if case.quick or not session.quick:
+        if session.wants(case):
             yield from rows(session, subject(session, case))
     if not session.quick:
         yield from _memory_by_tokens(session)

@@ -1,4 +1,4 @@
-"""``rms_norm``: bound by memory; the limit is a copy of as many bytes as it must read and write."""
+"""The norms: bound by memory; the limit is a copy of as many bytes as it must read and write."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from torch import Tensor
 from m4ov_bench import cases, gate, peers
 from m4ov_bench.row import Row
 from m4ov_bench.session import Kernel, Session, Subject, implementation_name, memory_bound, rows
-from m4ov_kernels import rms_norm
+from m4ov_kernels import layer_norm, rms_norm
 from m4ov_kernels.dispatch import Implementation
-from m4ov_kernels.norm import RMS_NORM, reference
+from m4ov_kernels.norm import LAYER_NORM, RMS_NORM, reference
 
 EPS = 1e-6
 
 
 def benchmark(session: Session) -> Iterator[Row]:
     for case in cases.NORM:
-        if case.quick or not session.quick:
+        if session.wants(case):
             yield from rows(session, subject(case, session.compiled if case.compiled else False))
 
 
 def subject(case: cases.NormCase, compiled: peers.Compiled) -> Subject:
     """One case, on PyTorch's default device."""
+    if case.operator == "layer_norm":
+        return _layer_norm_subject(case, compiled)
     implementation = RMS_NORM.select(torch.get_default_device(), case.dtype)
     sets = 3
     inputs = [_inputs(case) for _ in range(sets)]
@@ -148,3 +150,89 @@ def kernels(
 
 def _rstd(hidden_states: Tensor) -> Tensor:
     return torch.zeros(hidden_states.shape[0])
+
+
+def _layer_norm_subject(case: cases.NormCase, compiled: peers.Compiled) -> Subject:
+    implementation = LAYER_NORM.select(torch.get_default_device(), case.dtype)
+    sets = 3
+    inputs = []
+    for _ in range(sets):
+        hidden_states, weight, *residual = _inputs(case)
+        inputs.append((hidden_states, weight, torch.randn(case.width).to(case.dtype).requires_grad_(), *residual))
+    grads = [tuple(torch.randn_like(inputs[0][0]) for _ in range(1 + case.residual)) for _ in range(sets)]
+
+    def call(hidden_states: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Any:
+        return layer_norm(hidden_states, weight, bias, eps=EPS, residual=residual, numerics=case.numerics)
+
+    def defined(hidden_states: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Any:
+        outputs = reference.layer_norm(hidden_states, weight, bias, residual, EPS, case.numerics)
+        return outputs if case.residual else outputs[0]
+
+    names = ["normed", "sum"][: 1 + case.residual]
+    names += ["grad_hidden_states", "grad_weight", "grad_bias", "grad_residual"][: 3 + case.residual]
+    plain = gate.differentiated(defined, inputs[0], grads[0])
+    exact = gate.differentiated(defined, [t.double() for t in inputs[0]], [t.double() for t in grads[0]])
+    green = gate.compare_all(names, gate.differentiated(call, inputs[0], grads[0]), plain, exact)
+    kernels = {}
+    if implementation is not None:
+        kernels, made = _layer_norm_kernels(case, implementation, inputs, grads)
+        raw = [*made[: 1 + case.residual], *made[2:], *([made[2]] if case.residual else [])]
+        green += gate.compare_all([f"{name} (out=)" for name in names], raw, plain, exact)
+    return Subject(
+        family="norm",
+        operator="layer_norm",
+        case=str(case),
+        implementation=implementation_name(implementation),
+        gate=green,
+        ours=call,
+        peers=peers.layer_norm(EPS, case.residual, compiled),
+        inputs=inputs,
+        grads=grads,
+        definition=defined,
+        kernels=kernels,
+    )
+
+
+def _layer_norm_kernels(
+    case: cases.NormCase,
+    implementation: Implementation,
+    inputs: list[tuple[Tensor, ...]],
+    grads: list[tuple[Tensor, ...]],
+) -> tuple[dict[str, Kernel], list[Tensor]]:
+    """The kernels, and what they left in poisoned outputs: normed, sum, and the three gradients."""
+    plain = [tuple(tensor.detach() for tensor in tensors) for tensors in inputs]
+    first, count = plain[0][0], len(plain)
+    empty = first.new_empty(0)
+    forward_out, backward_out = [], []
+    for hidden_states, weight, bias, *_ in plain:
+        total = hidden_states if case.residual else empty
+        forward_out.append(gate.poisoned(hidden_states, total, _rstd(first), _rstd(first)))
+        backward_out.append(gate.poisoned(hidden_states, weight, bias))
+
+    def forward(index: int) -> None:
+        hidden_states, weight, bias, *residual = plain[index % count]
+        added, out = residual[0] if residual else None, forward_out[index % count]
+        implementation.fwd(hidden_states, weight, bias, added, EPS, case.numerics, out=out)
+
+    def backward(index: int) -> None:
+        hidden_states, weight, *_ = plain[index % count]
+        _, total, mean, rstd = forward_out[index % count]
+        grad_normed, *grad_sum = grads[index % count]
+        x, grad_total = (total, grad_sum[0]) if case.residual else (hidden_states, None)
+        implementation.bwd(grad_normed, grad_total, x, weight, mean, rstd, True, True, out=backward_out[index % count])
+
+    for index in range(count):
+        forward(index)
+        backward(index)
+    made = [*forward_out[0][:2], *backward_out[0]]
+    block = first.numel() * first.element_size()
+    moved = {"forward": block * (4 if case.residual else 2), "backward": block * (4 if case.residual else 3)}
+    copies = {
+        "forward": [[(tensors[0], out[0])] for tensors, out in zip(plain, forward_out, strict=True)],
+        "backward": [[(grad[0], out[0])] for grad, out in zip(grads, backward_out, strict=True)],
+    }
+    calls = {"forward": forward, "backward": backward}
+    # forward: sum, distance, square and add, three to scale (and the sum); backward: two dot products, dx, dw and db
+    flops = {"forward": (8.0 + case.residual) * first.numel(), "backward": (14.0 + case.residual) * first.numel()}
+    found = {what: memory_bound(call, moved[what], flops[what], copies[what]) for what, call in calls.items()}
+    return found, [tensor.clone() for tensor in made]

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from m4ov_bench.row import Row
 
-FAMILIES = ("norm", "activation", "attention", "head", "vision_pixels", "dispatch", "step")
-QUICK_FAMILIES = ("norm", "activation", "attention", "head", "vision_pixels", "dispatch")
+FAMILIES = ("norm", "activation", "attention", "rope", "packing", "head", "vision", "dispatch", "step")
+QUICK_FAMILIES = ("norm", "activation", "attention", "rope", "packing", "head", "vision", "dispatch")
 
 
 def check(families: Sequence[str] | None) -> None:
@@ -28,8 +28,10 @@ def stream(
     quick: bool = False,
     say: Callable[[str], None] = lambda _: None,
     allocator: str = "",
+    only: str = "",
 ) -> Iterator[Row]:
-    """The rows of :func:`run`, each as soon as it is measured. Seeds PyTorch's generator anew."""
+    """The rows of :func:`run`, each as soon as it is measured; ``only``: of the cases whose name holds it. Seeds the
+    generator anew."""
     import torch
 
     from m4ov_bench import machine, measure
@@ -40,7 +42,7 @@ def stream(
     here = replace(machine.describe(allocator), limits=machine.limits(measure.QUICK))
     seed = int.from_bytes(os.urandom(4), "little")  # fresh values in every run
     torch.manual_seed(seed)
-    session = Session(replace(here, seed=seed), quick, say)
+    session = Session(replace(here, seed=seed), quick, say, only=only)
     for family in families or (QUICK_FAMILIES if quick else FAMILIES):
         yield from importlib.import_module(f"m4ov_bench.{family}").benchmark(session)
 

@@ -24,17 +24,22 @@ _LIMIT = "limit"
 
 @dataclass(frozen=True)
 class Session:
-    """``quick``: the short run: few cases and rounds, no compiled peers, no memory. ``interleaved``: the timer."""
+    """``quick``: the short run: few cases and rounds, no compiled peers, no memory. ``interleaved``: the timer.
+    ``only``: a part of the names of the cases to measure, whether quick or not."""
 
     machine: Machine
     quick: bool = False
     say: Callable[[str], None] = lambda _: None
     interleaved: Callable[[Mapping[str, measure.Call], measure.Effort], dict[str, measure.Times]] = measure.interleaved
     given_effort: measure.Effort | None = None  # instead of that of a full or a short run
+    only: str = ""
 
     @property
     def effort(self) -> measure.Effort:
         return self.given_effort or (measure.QUICK if self.quick else measure.FULL)
+
+    def wants(self, case: Any) -> bool:
+        return self.only in str(case) if self.only else case.quick or not self.quick
 
     @property
     def compiled(self) -> Compiled:
@@ -126,7 +131,8 @@ def rows(session: Session, subject: Subject) -> Iterator[Row]:
     if subject.definition is not None and not all(isinstance(peer, Absent) for peer in subject.peers.values()):
         session.say(f"{subject.operator} {subject.case}: float64, for the peers")
         truth = Truth(subject.definition, subject.inputs[0], subject.grads and subject.grads[0])
-    for what, backward in (("forward", False), ("forward + backward", True)):
+    differentiable = any(tensor.requires_grad for tensor in subject.inputs[0])
+    for what, backward in (("forward", False), ("forward + backward", True))[: 1 + differentiable]:
         session.say(f"{subject.operator} {subject.case}: {what}, as called")
         yield _called(session, subject, what, backward, truth)
 

@@ -6,26 +6,32 @@ Each subject passes its correctness gate before anything is timed. Compiled peer
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pytest
 
-from m4ov_bench import activation, attention, cases, head, machine, norm
+from m4ov_bench import activation, attention, cases, head, machine, norm, vision
 from m4ov_bench.peers import Absent
 from m4ov_bench.session import OURS, Session, Subject, as_called
 
-CASES = [case for case in (*cases.NORM, *cases.ACTIVATION, *cases.ATTENTION, *cases.HEAD) if case.quick]
+ALL = (*cases.NORM, *cases.ACTIVATION, *cases.ATTENTION, *cases.HEAD, *cases.FEATURE_ROWS, *cases.POSITION_EMBEDDINGS)
+CASES = [case for case in ALL if case.quick]
 PEERS = ("eager", "Hugging Face", "F.rms_norm", "SDPA with a mask", "F.linear_cross_entropy")
 
 
 @cache
-def subject(case: cases.NormCase | cases.GatedCase | cases.AttentionCase | cases.HeadCase) -> Subject:
+def subject(case: Any) -> Subject:
     session = Session(machine.describe(), quick=True)
     if isinstance(case, cases.NormCase):
         made = norm.subject(case, False)
-    elif isinstance(case, cases.GatedCase):
+    elif isinstance(case, (cases.GatedCase, cases.GeluCase)):
         made = activation.subject(case, False)
     elif isinstance(case, cases.AttentionCase):
         made = attention.subject(case, False)
+    elif isinstance(case, cases.FeatureRowsCase):
+        made = vision.feature_rows(case, True, False)
+    elif isinstance(case, cases.PositionEmbeddingsCase):
+        made = vision.interpolation(case, False)
     else:
         made = head.subject(session, case)
     assert made.gate.green, f"{made.operator} {made.case}: {made.gate.problem}"

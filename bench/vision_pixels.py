@@ -34,7 +34,7 @@ def _rows(session: Session, case: cases.PixelCase) -> Iterator[Row]:
     native = unavailable("cpu") is None
     judged = images[:2]  # the others are as these
     subject = Subject(
-        family="vision_pixels",
+        family="vision",
         operator="pack_patches",
         case=str(case),
         implementation=f"native {native_extension()[0].isa()}" if native else "reference",

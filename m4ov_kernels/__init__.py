@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
-from m4ov_kernels.activation import swiglu
+from m4ov_kernels.activation import geglu, gelu, gelu_tanh, swiglu
 from m4ov_kernels.attention import varlen_attention
 from m4ov_kernels.device_errors import check
 from m4ov_kernels.dispatch import backend
 from m4ov_kernels.head import linear_cross_entropy
-from m4ov_kernels.norm import rms_norm
+from m4ov_kernels.norm import layer_norm, rms_norm
+from m4ov_kernels.packing import PackedBatch, pack_sequences
 from m4ov_kernels.patches import patch, unpatch
-from m4ov_kernels.vision import pack_patches
+from m4ov_kernels.rope import mrope_positions, qk_norm_mrope
+from m4ov_kernels.vision import (
+    deepstack_add,
+    interpolate_position_embeddings,
+    pack_patches,
+    patch_embed,
+    scatter_vision,
+    vision_positions,
+    vision_rope,
+)
 
 __all__ = [
+    "PackedBatch",
     "backend",
     "check",
+    "deepstack_add",
+    "geglu",
+    "gelu",
+    "gelu_tanh",
+    "interpolate_position_embeddings",
+    "layer_norm",
     "linear_cross_entropy",
+    "mrope_positions",
     "pack_patches",
+    "pack_sequences",
     "patch",
+    "patch_embed",
+    "qk_norm_mrope",
     "rms_norm",
+    "scatter_vision",
     "swiglu",
     "unpatch",
     "varlen_attention",
+    "vision_positions",
+    "vision_rope",
 ]

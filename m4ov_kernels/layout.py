@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,16 +19,35 @@ def as_rows(tensor: Tensor) -> tuple[Tensor, int]:
         return tensor, width
     if width > 1 and tensor.stride(-1) != 1:
         return tensor.contiguous(), width
+    distance = spacing(tensor.shape[:-1], tensor.stride()[:-1], width)
+    return (tensor.contiguous(), width) if distance is None else (tensor, distance)
+
+
+def as_heads(tensor: Tensor) -> tuple[Tensor, int, int]:
+    """``tensor`` ``[..., H, D]`` and the distances of its tokens and of its heads in elements, or a contiguous copy
+    where its last dimension is not dense or its tokens are not evenly spaced."""
+    heads, width = tensor.shape[-2:]
+    distance = None
+    if width == 1 or tensor.stride(-1) == 1:
+        distance = spacing(tensor.shape[:-2], tensor.stride()[:-2], heads * width)
+    if distance is None:
+        return tensor.contiguous(), heads * width, width
+    return tensor, distance, tensor.stride(-2)
+
+
+def spacing(shape: Sequence[int], strides: Sequence[int], alone: int) -> int | None:
+    """The distance between the neighbours of all elements of such dimensions in their order; ``None``: it varies;
+    ``alone``: there is one element."""
     distance, span = None, 1
-    for size, stride in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if size == 1:
             continue
         if distance is None:
             distance = stride
         elif stride != distance * span:
-            return tensor.contiguous(), width
+            return None
         span *= size
-    return tensor, width if distance is None else distance
+    return alone if distance is None else distance
 
 
 def output(given: Tensor | None, shape: tuple[int, ...] | torch.Size, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -36,3 +57,25 @@ def output(given: Tensor | None, shape: tuple[int, ...] | torch.Size, like: Tens
     if given.shape != shape or given.dtype != dtype or given.device != like.device or not given.is_contiguous():
         raise ValueError(f"out: expected a contiguous {dtype} tensor {list(shape)} on {like.device}")
     return given
+
+
+def vector(given: Tensor | None, like: Tensor, missing: float) -> Tensor:
+    """``[D]``, contiguous; full of ``missing`` where none was given."""
+    return like.new_full((like.shape[-1],), missing) if given is None else given.contiguous()
+
+
+# Gradients of a vector that all rows share are summed in order within a block of rows, then over blocks in order.
+# Enough blocks for many cores, few enough that the partial sums stay small beside the tensors; a function of the number
+# of rows only.
+_BLOCK_ROWS, _MAX_BLOCKS = 32, 64
+_PARTIAL_ALIGN = 32  # as csrc/common/types.h has it
+
+
+def row_blocks(rows: int) -> int:
+    """How many partial sums the compiled CPU kernels make."""
+    return min(_MAX_BLOCKS, (rows + _BLOCK_ROWS - 1) // _BLOCK_ROWS)
+
+
+def padded(columns: int) -> int:
+    """The length of one partial sum in scratch."""
+    return (columns + _PARTIAL_ALIGN - 1) // _PARTIAL_ALIGN * _PARTIAL_ALIGN

@@ -2,27 +2,38 @@
 
 ``make fuzz`` or ``python tests/fuzz.py [--calls 1000000] [--seed N] [--workers 2] [--plain]``: builds the sanitized
 extension (``--plain``: uses the installed one) and makes the calls in worker processes. A call that fails is printed
-as ``SEED:INDEX``, and ``python tests/fuzz.py --only SEED:INDEX`` makes that one alone. What is drawn and what is
-checked: ``tests/kernels/fuzzing.py`` and ``tests/kernels/operators``.
+as ``SEED:INDEX`` when it fails, and ``python tests/fuzz.py --only SEED:INDEX`` makes that one alone. A call that takes
+its process with it, or does not come back, is such a failure: another process goes on behind it. A run that was
+stopped says with which arguments it goes on. What is drawn and what is checked: ``tests/kernels/fuzzing.py`` and
+``tests/kernels/operators``.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import faulthandler
 import json
 import os
+import resource
 import secrets
+import selectors
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).parent.parent
 REPORT_SECONDS = 2.0
-MAX_FAILURES = 10  # of one worker
+HANG_SECONDS = 900.0  # a call takes milliseconds; while others measure, workers are halted for minutes
+# PyTorch keeps about 100 KiB of code for every new shape of a bf16 product, without an end: half a million calls need
+# gigabytes. A process that has grown this large makes way for another.
+MOST_MEMORY = 1.5 * 2**30
+MAX_FAILURES = 50  # of all workers; each crash costs the seconds in which a process starts
 
 
 def work(seed: int, first: int, step: int, last: int, sanitized: bool, position: Path) -> None:
@@ -37,93 +48,158 @@ def work(seed: int, first: int, step: int, last: int, sanitized: bool, position:
 
         assert _C.__file__.startswith(str(sanitize.TARGET)), _C.__file__
     counts: Counter[str] = Counter()
-    failures, told = 0, time.monotonic()
+    told = -REPORT_SECONDS
     with position.open("wb", buffering=0) as mark:
         for index in range(first, last, step):
             os.pwrite(mark.fileno(), b"%020d" % index, 0)
+            if time.monotonic() - told > REPORT_SECONDS:
+                told = time.monotonic()
+                faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
+                if say_memory(counts=counts, next=index) > MOST_MEMORY:
+                    return
+            counts["calls"] += 1
             try:
                 outcome = fuzz(seed, index)
             except FuzzError as error:
-                failures += 1
                 say(failure=f"{seed}:{index}", message=str(error))
-                if failures == MAX_FAILURES:
-                    break
                 continue
             for key in (outcome.operator, outcome.dtype, outcome.isa, outcome.kind):
                 counts[key] += 1
             counts["/".join(outcome[:4])] += 1
             counts["judged"] += outcome.judged
             counts["guarded"] += outcome.guarded
-            counts["calls"] += 1
-            if time.monotonic() - told > REPORT_SECONDS:
-                told = time.monotonic()
-                say(counts=counts)
-    say(counts=counts, done=True)
+    say_memory(counts=counts, next=last)
+
+
+def say_memory(**fields: Any) -> int:
+    """Says it with the bytes that this process holds, and returns these."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
+    say(**fields, memory=pages * resource.getpagesize())
+    return pages * resource.getpagesize()
 
 
 def say(**fields: Any) -> None:
     print(json.dumps(fields), flush=True)
 
 
-def start(arguments: argparse.Namespace, seed: int, worker: int, folder: Path) -> tuple[subprocess.Popen[str], TextIO]:
-    sys.path.insert(0, str(ROOT))
-    from tests import sanitize
+class Worker:
+    """One process after another, for every ``workers``-th call."""
 
-    environment = dict(os.environ) if arguments.plain else sanitize.environment()
-    # For speed: what is freed is watched for a while only, and has short histories (--only gives the long ones).
-    environment["ASAN_OPTIONS"] = f"{environment.get('ASAN_OPTIONS', '')}:quarantine_size_mb=16:malloc_context_size=2"
-    environment["OMP_WAIT_POLICY"] = "passive"  # the workers share the cores
-    environment["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
-    command = [sys.executable, __file__, "--worker", f"{seed}:{worker}:{arguments.workers}:{arguments.calls}"]
-    command += [str(folder / f"{worker}.position"), *(["--plain"] if arguments.plain else [])]
-    errors = (folder / f"{worker}.err").open("w+")
-    process = subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True)
-    return process, errors
+    def __init__(self, arguments: argparse.Namespace, number: int, folder: Path) -> None:
+        self.arguments, self.folder, self.number = arguments, folder, number
+        self.next = arguments.first + number
+        self.position, self.errors = folder / f"{number}.position", folder / f"{number}.err"
+        self.before: Counter[str] = Counter()  # of the processes that crashed
+        self.counts: Counter[str] = Counter()
+        self.memory = 0
+        self.start()
+
+    def start(self) -> None:
+        from tests import sanitize
+
+        arguments = self.arguments
+        environment = dict(os.environ) if arguments.plain else sanitize.environment()
+        # For speed: what is freed is watched for a while only, and has short histories (--only gives the long ones).
+        options = f"{environment.get('ASAN_OPTIONS', '')}:quarantine_size_mb=16:malloc_context_size=2"
+        environment |= {"ASAN_OPTIONS": options, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+        environment["OMP_WAIT_POLICY"] = "passive"  # the workers share the cores
+        self.position.unlink(missing_ok=True)
+        calls = f"{arguments.seed}:{self.next}:{arguments.workers}:{arguments.calls}"
+        command = [sys.executable, __file__, "--worker", calls, str(self.position)]
+        command += ["--plain"] if arguments.plain else []
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                command, env=environment, cwd=self.folder, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+
+    def at(self) -> int | None:
+        """The index of the call in progress; ``None``: there was none yet."""
+        text = self.position.read_text() if self.position.exists() else ""
+        return int(text) if text else None
+
+    def made(self) -> Counter[str]:
+        return self.before + self.counts
+
+    def ended(self) -> str | None:
+        """How the process crashed; ``None``: it came to its end. :attr:`next` is behind its last call then."""
+        status, index = self.process.wait(), self.at()
+        self.before, self.counts = self.made(), Counter()
+        if status == 0:
+            return None
+        where = "the start" if index is None else f"{self.arguments.seed}:{index}"
+        if index is not None:
+            self.next = index + self.arguments.workers
+        return f"CRASHED at {where} with status {status}:\n{self.errors.read_text(errors='replace')[-6000:]}"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    import selectors
-
-    seed = arguments.seed if arguments.seed is not None else secrets.randbits(32)
-    print(f"{arguments.calls} calls, seed {seed}, {arguments.workers} workers", flush=True)
-    started, failed = time.monotonic(), 0
-    totals: dict[int, Counter[str]] = {}
+    if arguments.seed is None:
+        arguments.seed = secrets.randbits(32)
+    wanted = max(0, arguments.calls - arguments.first)
+    print(f"{wanted} calls, seed {arguments.seed}, {arguments.workers} workers", flush=True)
+    signal.signal(signal.SIGTERM, _stop)
+    started, failed, shown, stopped = time.monotonic(), 0, 0.0, False
     with tempfile.TemporaryDirectory() as name, selectors.DefaultSelector() as selector:
-        folder = Path(name)
-        workers = [start(arguments, seed, i, folder) for i in range(arguments.workers)]
-        for i, (process, _) in enumerate(workers):
-            assert process.stdout is not None
-            selector.register(process.stdout, selectors.EVENT_READ, i)
-        while selector.get_map():
-            for key, _ in selector.select():
-                line = key.fileobj.readline()  # type: ignore[union-attr]
-                if not line:
-                    selector.unregister(key.fileobj)
-                    continue
-                told = json.loads(line)
-                if "failure" in told:
-                    failed += 1
-                    print(f"\nFAILED {told['failure']}: {told['message']}", flush=True)
-                else:
-                    totals[key.data] = Counter(told["counts"])
-                    progress(totals, arguments.calls, time.monotonic() - started, end="\r")
-        for i, (process, errors) in enumerate(workers):
-            if process.wait() != 0:
-                failed += 1
-                errors.seek(0)
-                mark = folder / f"{i}.position"
-                at = f"{seed}:{int(mark.read_text() or 0)}" if mark.exists() else "the start"
-                print(f"\nCRASHED at {at} with status {process.returncode}:\n{errors.read()[-6000:]}", flush=True)
-    total = sum(totals.values(), Counter())
-    progress({0: total}, arguments.calls, time.monotonic() - started, end="\n")
+        workers = [Worker(arguments, i, Path(name)) for i in range(arguments.workers)]
+
+        def failure(message: str) -> None:
+            nonlocal failed
+            failed += 1
+            print(f"\n{message}", flush=True)
+
+        def watch(worker: Worker) -> None:
+            selector.register(worker.process.stdout, selectors.EVENT_READ, worker)  # type: ignore[arg-type]
+
+        try:
+            for worker in workers:
+                watch(worker)
+            while selector.get_map() and failed < MAX_FAILURES:
+                for key, _ in selector.select():
+                    worker, line = key.data, key.fileobj.readline()  # type: ignore[union-attr]
+                    told = {}
+                    with contextlib.suppress(json.JSONDecodeError):  # a crash may cut a line
+                        told = json.loads(line)
+                    if "failure" in told:
+                        failure(f"FAILED {told['failure']}: {told['message']}")
+                    elif "counts" in told:
+                        worker.counts, worker.memory = Counter(told["counts"]), told["memory"]
+                        worker.next = told["next"]
+                        if sys.stdout.isatty() or time.monotonic() - shown > 60:
+                            shown = time.monotonic()
+                            progress(workers, wanted, shown - started, end="\r" if sys.stdout.isatty() else "\n")
+                    if not line:
+                        selector.unregister(key.fileobj)
+                        crash = worker.ended()
+                        if crash is not None:
+                            failure(crash)
+                            if "at the start" in crash:  # and would again
+                                continue
+                        if worker.next < arguments.calls and failed < MAX_FAILURES:
+                            worker.start()
+                            watch(worker)
+        except KeyboardInterrupt:
+            stopped = True
+        if stopped or failed >= MAX_FAILURES:
+            resume = min((worker.at() if worker.at() is not None else worker.next) for worker in workers)
+            print(f"\nstopped; --seed {arguments.seed} --first {resume} --calls {arguments.calls} goes on")
+        for worker in workers:
+            worker.process.kill()
+            worker.process.wait()
+    progress(workers, wanted, time.monotonic() - started, end="\n")
+    total = sum((worker.made() for worker in workers), Counter())
     summary(total)
     print(f"failed: {failed}" if failed else "no call failed")
-    return 1 if failed else 0
+    return 1 if failed or total["calls"] < wanted else 0
 
 
-def progress(totals: dict[int, Counter[str]], calls: int, seconds: float, end: str) -> None:
-    made = sum(counts["calls"] for counts in totals.values())
-    print(f"{made} of {calls} calls, {seconds:.0f} s, {made / max(seconds, 1e-9):.0f} calls/s", end=end, flush=True)
+def _stop(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def progress(workers: list[Worker], calls: int, seconds: float, end: str) -> None:
+    made, memory = sum(worker.made()["calls"] for worker in workers), max(worker.memory for worker in workers)
+    rate = f"{made / max(seconds, 1e-9):.0f} calls/s, at most {memory >> 20} MiB a process"
+    print(f"{made} of {calls} calls, {seconds:.0f} s, {rate}", end=end, flush=True)
 
 
 def summary(total: Counter[str]) -> None:
@@ -161,6 +237,7 @@ def only(name: str, plain: bool) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=1_000_000)
+    parser.add_argument("--first", type=int, default=0, help="the index to begin with, of a run that was stopped")
     parser.add_argument("--seed", type=int, help="default: a fresh one, printed")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--plain", action="store_true", help="without the sanitizers")
@@ -173,8 +250,8 @@ def main() -> int:
         return 0
     if arguments.only:
         return only(arguments.only, arguments.plain)
+    sys.path.insert(0, str(ROOT))
     if not arguments.plain:
-        sys.path.insert(0, str(ROOT))
         from tests import sanitize
 
         sanitize.build()

@@ -18,10 +18,13 @@ from m4ov_bench.gpu import device as chip
 from m4ov_bench.gpu import timing
 from m4ov_bench.gpu.context import Context
 from m4ov_bench.gpu.operators import uncovered
-from m4ov_bench.gpu.peers import PACKAGES
+from m4ov_bench.gpu.peers import PACKAGES, WITHOUT_COUNTERPART
 from m4ov_kernels.dispatch import OPERATORS, native_extension
 
-_DISTRIBUTIONS = ("numpy", "triton", "transformers", "liger-kernel", "quack-kernels", "flash-attn", "cut-cross-entropy")
+_DISTRIBUTIONS = (
+    *("numpy", "triton", "transformers", "liger-kernel", "quack-kernels", "flash-attn", "cut-cross-entropy"),
+    *("transformer-engine", "verl", "gemlite"),
+)
 
 
 def run(context: Context) -> None:
@@ -56,6 +59,7 @@ def _host() -> dict[str, Any]:
         "cores": host.describe("").cores,
         "native": {"cuda": extension.cuda_targets(), "isa": extension.isa()} if extension else reason,
         "peers importable": [name for name in PACKAGES if importlib.util.find_spec(name)],
+        "peers without a counterpart": WITHOUT_COUNTERPART,
         "compute-sanitizer": shutil.which("compute-sanitizer") or "not on the PATH",
     }
 

@@ -81,6 +81,7 @@ def markdown(results: dict[str, Any]) -> str:
         lines.append(_line(stage["stage"], stage["status"], f"{stage['seconds']:.0f} s", *counts, problem))
     operators = [row for row in results["rows"] if row["family"] not in ("step", "overhead")]
     lines += ["", *_operators(operators, limits)] if operators else []
+    lines += [f"\nNot measured: {name}: {why}." for name, why in machine.get("peers without a counterpart", {}).items()]
     steps = [row for row in results["rows"] if row["family"] == "step"]
     lines += ["", *_steps(steps)] if steps else []
     lines += _overheads([row for row in results["rows"] if row["family"] == "overhead"])

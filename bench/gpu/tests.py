@@ -12,7 +12,7 @@ from m4ov_bench.gpu import device as chip
 from m4ov_bench.gpu.context import Context
 from m4ov_bench.gpu.part import NotRun
 
-_FILE = "tests/kernels/test_triton.py"
+_FILES = ("tests/kernels/test_triton.py", "tests/kernels/test_triton_layer_norm.py")
 _QUICK = "check or refused"  # what a dry run takes of it: CI has run all of it
 _LINE = re.compile(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b(.*)")
 
@@ -21,16 +21,16 @@ def run(context: Context) -> None:
     part = context.part
     missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
     if missing:
-        with part.check(_FILE):
+        with part.check(_FILES[0]):
             raise NotRun(f"{' and '.join(missing)} not installed")
         return
     # A copy beside no package of ours, so that the tests import what was installed and not the checkout.
     shutil.copytree(context.source / "tests", context.work / "tests", dirs_exist_ok=True)
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", _FILE]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *_FILES]
     command += ["-k", _QUICK] if context.tiny else []
     lines: list[str] = []
     with (
-        part.check(f"{_FILE}: pytest"),
+        part.check(f"{', '.join(_FILES)}: pytest"),
         subprocess.Popen(
             command, cwd=context.work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as child,

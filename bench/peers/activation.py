@@ -24,3 +24,22 @@ def swiglu(compiled: Compiled = True) -> dict[str, Peer]:
         "torch.compile": compiled_peer(eager, compiled),
         **runtime_peers(eager, nodes, ["gate", "up"], compiled),
     }
+
+
+def geglu(compiled: Compiled = True) -> dict[str, Peer]:
+    """Functions of ``(gate, up)``."""
+
+    def eager(gate: Tensor, up: Tensor) -> Tensor:
+        return F.gelu(gate, approximate="tanh") * up
+
+    return {"eager": eager, "torch.compile": compiled_peer(eager, compiled)}
+
+
+def gelu(approximate: str, compiled: Compiled = True) -> dict[str, Peer]:
+    """Functions of ``(input[, bias])``: the activation of Hugging Face's vision towers after a linear layer, whose
+    product holds the bias already where a matrix product adds it."""
+
+    def eager(input: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.gelu(input if bias is None else input + bias, approximate=approximate)
+
+    return {"eager": eager, "torch.compile": compiled_peer(eager, compiled)}

@@ -52,3 +52,22 @@ def rms_norm(weight: Tensor, eps: float, residual: bool, compiled: Compiled = Tr
         nodes = [("SimplifiedLayerNormalization", ["x", "w"], ["y"], {"axis": -1, "epsilon": eps})]
         peers |= runtime_peers(eager, nodes, ["x", "w"], compiled)
     return peers
+
+
+def layer_norm(eps: float, residual: bool, compiled: Compiled = True) -> dict[str, Peer]:
+    """Functions of ``(hidden_states, weight, bias[, residual])``. Hugging Face's vision towers call ``nn.LayerNorm``,
+    which is the eager expression."""
+
+    def eager(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(hidden_states, weight.shape, weight, bias, eps)
+
+    def add_norm(hidden_states: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = hidden_states + residual
+        return eager(total, weight, bias), total
+
+    function: Callable[..., Any] = add_norm if residual else eager
+    peers: dict[str, Peer] = {"eager": function, "torch.compile": compiled_peer(function, compiled)}
+    if not residual:
+        nodes = [("LayerNormalization", ["x", "w", "b"], ["y"], {"axis": -1, "epsilon": eps})]
+        peers |= runtime_peers(eager, nodes, ["x", "w", "b"], compiled)
+    return peers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,11 @@ def gated_tiles(width: int | None) -> Iterator[Config]:
                     yield Config({"BLOCK_ROWS": tile // block, "BLOCK_D": block}, warps)
 
 
-def _swiglu(backward: bool) -> Callable[[int, torch.dtype, torch.device, Size], Problem]:
+def _gated(name: str, backward: bool) -> Callable[[int, torch.dtype, torch.device, Size], Problem]:
+    options = ("hf",) if name == "swiglu" else ("tanh", "hf")
+    definition = getattr(activation_reference, name)
+    fwd, bwd = getattr(activation, f"{name}_fwd"), getattr(activation, f"{name}_bwd")
+
     def problem(width: int, dtype: torch.dtype, device: torch.device, size: Size) -> Problem:
         rows = max(2, size.elements // width)
         if width == size.wide:  # dense
@@ -31,33 +35,66 @@ def _swiglu(backward: bool) -> Callable[[int, torch.dtype, torch.device, Size], 
         else:  # the halves of one projection
             gated, up = randn((rows, 2 * width), dtype, device).chunk(2, -1)
         grad = randn((rows, width), dtype, device)
-
-        def definition(a: Tensor, b: Tensor) -> Tensor:
-            return activation_reference.swiglu(a, b, "hf")
-
-        def judged(*, double: bool) -> list[Tensor]:
-            tensors = [t.double() if double else t for t in (gated, up)]
-            if not backward:
-                return [definition(*tensors)]
-            leaves = [t.detach().requires_grad_() for t in tensors]
-            return gate.differentiated(definition, leaves, [grad.double() if double else grad])[1:]
-
         out = tuple(torch.empty_like(grad) for _ in range(1 + backward))
 
         def run() -> None:
             if backward:
-                activation.swiglu_bwd(grad, gated, up, "hf", out=(out[0], out[1]))
+                bwd(grad, gated, up, *options, out=(out[0], out[1]))
             else:
-                activation.swiglu_fwd(gated, up, "hf", out=out[0])
+                fwd(gated, up, *options, out=out[0])
 
         names = ("grad_gate", "grad_up") if backward else ("out",)
-        plain, exact = judged(double=False), judged(double=True)
-        return Problem(lambda: poison(out), run, lambda: out, names, plain, exact)
+        return _problem(lambda *t: definition(*t, *options), [gated, up], grad, backward, run, out, names)
 
     return problem
 
 
+def _gelu(backward: bool) -> Callable[[int, torch.dtype, torch.device, Size], Problem]:
+    def problem(width: int, dtype: torch.dtype, device: torch.device, size: Size) -> Problem:
+        rows = max(2, size.elements // width)
+        x, grad = (randn((rows, width), dtype, device) for _ in range(2))
+        bias = randn((width,), dtype, device)
+        out = (torch.empty_like(x), *([torch.empty_like(bias)] if backward else []))
+
+        def run() -> None:
+            if backward:
+                activation.gelu_bwd(grad, x, bias, "tanh", True, out=(out[0], out[1]))
+            else:
+                activation.gelu_fwd(x, bias, "tanh", out=out[0])
+
+        names = ("grad_input", "grad_bias") if backward else ("out",)
+        return _problem(
+            lambda a, b: activation_reference.gelu(a, b, "tanh"), [x, bias], grad, backward, run, out, names
+        )
+
+    return problem
+
+
+def _problem(
+    definition: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    grad: Tensor,
+    backward: bool,
+    run: Callable[[], None],
+    out: Sequence[Tensor],
+    names: Sequence[str],
+) -> Problem:
+    def judged(*, double: bool) -> list[Tensor]:
+        tensors = [t.double() if double else t for t in inputs]
+        if not backward:
+            return [definition(*tensors)]
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        return gate.differentiated(definition, leaves, [grad.double() if double else grad])[1:]
+
+    plain, exact = judged(double=False), judged(double=True)
+    return Problem(lambda: poison(out), run, lambda: out, names, plain, exact)
+
+
 TUNABLES = (
-    Tunable("swiglu_fwd", gated_tiles, _swiglu(False)),
-    Tunable("swiglu_bwd", gated_tiles, _swiglu(True)),
+    Tunable("swiglu_fwd", gated_tiles, _gated("swiglu", False)),
+    Tunable("swiglu_bwd", gated_tiles, _gated("swiglu", True)),
+    Tunable("geglu_fwd", gated_tiles, _gated("geglu", False)),
+    Tunable("geglu_bwd", gated_tiles, _gated("geglu", True)),
+    Tunable("gelu_fwd", gated_tiles, _gelu(False)),
+    Tunable("gelu_bwd", gated_tiles, _gelu(True)),
 )

@@ -136,10 +136,10 @@ static void backward_block(const VarlenAttentionBwd& a, const BackwardScratch<Ti
   prepare_lanes(a, w, lanes);
   for (int64_t key = range.first; key < last; key += kBlockKeys) {
     const int64_t count = smaller(kBlockKeys, last - key), steps = (count + kPair - 1) / kPair;
-    multiply<Tile, kZero>(w.scores, kBlockLanes, keys.at(h, s.first_key + key), keys.stride(), w.queries, kStep, count,
-                          lanes.vectors(), dim / kPair);
-    multiply<Tile, kZero>(w.grad_probabilities, kBlockLanes, values.at(h, s.first_key + key), values.stride(), w.grads,
-                          kStep, count, lanes.vectors(), dim / kPair);
+    multiply_rows<Tile, T>(w.scores, keys.at(h, s.first_key + key), keys.stride(), w.queries, count, lanes.vectors(),
+                           dim);
+    multiply_rows<Tile, T>(w.grad_probabilities, values.at(h, s.first_key + key), values.stride(), w.grads, count,
+                           lanes.vectors(), dim);
     if (key + count > lanes.fewest) hide(w.scores, key, count, lanes);
     differentiate(w, count, lanes.vectors(), shared.scale * kExponentUnit<T>);
     const int64_t at = (key - range.first) * w.padded;

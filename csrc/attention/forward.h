@@ -1,7 +1,7 @@
 // Forward: for each block of lanes, over blocks of keys: scores, running softmax, output.
 #pragma once
 
-#include "plan.h"
+#include "few_lanes.h"
 
 namespace m4ov {
 namespace M4OV_VARIANT {
@@ -54,14 +54,17 @@ template <typename Tile, typename T>
 struct ForwardScratch {
   using E = typename Tile::Element;
   E *queries, *probabilities, *rows;
+  E *key_rows, *value_rows;  // of few lanes
   float *scores, *output, *maximum, *sum, *rescale;
 
   ForwardScratch(Scratch& scratch, int64_t dim) {
+    key_rows = scratch.take<E>(kSame<E, T> ? 0 : kBlockKeys * dim);
+    value_rows = scratch.take<E>(kBlockKeys * rounded_up(dim, kLanes));
     queries = scratch.take<E>(dim * kBlockLanes);
     rows = scratch.take<E>(kSame<E, T> ? 0 : dim * kBlockLanes);
     probabilities = scratch.take<E>(kBlockKeys * kBlockLanes);
     scores = scratch.take<float>(kBlockKeys * kBlockLanes);
-    output = scratch.take<float>(2 * dim * kBlockLanes);  // [dim][lane], then [lane][dim]
+    output = scratch.take<float>(2 * rounded_up(dim, kLanes) * kBlockLanes);  // [dim][lane], then [lane][dim]
     maximum = scratch.take<float>(kBlockLanes);
     sum = scratch.take<float>(kBlockLanes);
     rescale = scratch.take<float>(kBlockLanes);
@@ -69,8 +72,8 @@ struct ForwardScratch {
 };
 
 template <typename T>
-static void write_lanes(const VarlenAttentionFwd& a, const Lanes& lanes, const float* rows, const float* maximum,
-                        const float* sum) {
+static void write_lanes(const VarlenAttentionFwd& a, const Lanes& lanes, const float* rows, int64_t stride,
+                        const float* maximum, const float* sum) {
   const int64_t dim = a.shared.dim;
   for (int64_t i = 0; i < lanes.count; ++i) {
     T* to = static_cast<T*>(a.output) + (lanes.token[i] * a.shared.heads + lanes.head[i]) * dim;
@@ -81,7 +84,7 @@ static void write_lanes(const VarlenAttentionFwd& a, const Lanes& lanes, const f
       normalizer[0] = -__builtin_inff();
       normalizer[apart] = 0.0f;
     } else {
-      narrow(to, rows + i * dim, 1.0f / sum[i], dim);
+      narrow(to, rows + i * stride, 1.0f / sum[i], dim);
       normalizer[0] = maximum[i];
       normalizer[apart] = sum[i];
     }
@@ -90,13 +93,15 @@ static void write_lanes(const VarlenAttentionFwd& a, const Lanes& lanes, const f
 
 template <typename Tile, typename T>
 static void forward_block(const VarlenAttentionFwd& a, const ForwardScratch<Tile, T>& w, const Rows<Tile, T>& keys,
-                          const Panels<Tile>& values, int64_t n, int64_t h, int64_t block) {
+                          const Rows<Tile, T>& values, const Panels<Tile>& transposed, int64_t n, int64_t h,
+                          int64_t block) {
   using E = typename Tile::Element;
   constexpr int64_t kPair = Tile::kPair, kStep = kBlockLanes * kPair;
   const VarlenAttention& shared = a.shared;
-  const int64_t dim = shared.dim;
+  const int64_t dim = shared.dim, padded = rounded_up(dim, kLanes);
   const Sequence s = sequence_at(shared, n);
   const Lanes lanes(shared, s, h, block);
+  const bool few = few_lanes(shared, s);
   const E* rows[kBlockLanes];
   lane_rows(rows, w.rows, static_cast<const T*>(shared.q), shared.q_row, shared.q_head, lanes, dim);
   if (lanes.most > 0) pack_columns<Tile>(w.queries, kStep, rows, lanes.count, lanes.columns, dim);
@@ -105,13 +110,18 @@ static void forward_block(const VarlenAttentionFwd& a, const ForwardScratch<Tile
     w.sum[i] = 0.0f;
   }
   for (int64_t key = 0; key < lanes.most; key += kBlockKeys) {
-    const int64_t count = smaller(kBlockKeys, lanes.most - key);
-    multiply<Tile, kZero>(w.scores, kBlockLanes, keys.at(h, s.first_key + key), keys.stride(), w.queries, kStep, count,
-                          lanes.vectors(), dim / kPair);
+    const int64_t count = smaller(kBlockKeys, lanes.most - key), first = s.first_key + key;
+    const Block<E> left = few ? keys.block(w.key_rows, dim, h, first, count) : Block<E>{keys.at(h, first), keys.stride()};
+    multiply_rows<Tile, T>(w.scores, left.rows, left.stride, w.queries, count, lanes.vectors(), dim);
     if (key + count > lanes.fewest) hide(w.scores, key, count, lanes);
     add_block<Tile, T>(w.scores, count, lanes.vectors(), shared.scale * kExponentUnit<T>, w.maximum, w.sum, w.rescale,
                        w.probabilities);
-    const E* panel = values.at(h, n, s, key);
+    if (few) {
+      const Block<E> right = values.block(w.value_rows, padded, h, first, count);
+      add_values<Tile>(w.output, padded, w.probabilities, right, lanes.count, count, key ? w.rescale : nullptr);
+      continue;
+    }
+    const E* panel = transposed.at(h, n, s, key);
     const int64_t stride = Panels<Tile>::stride(s, key), steps = (count + kPair - 1) / kPair;
     if (key == 0) {
       multiply<Tile, kZero>(w.output, kBlockLanes, panel, stride, w.probabilities, kStep, dim, lanes.vectors(), steps);
@@ -120,9 +130,10 @@ static void forward_block(const VarlenAttentionFwd& a, const ForwardScratch<Tile
                              w.rescale);
     }
   }
+  if (few) return write_lanes<T>(a, lanes, w.output, padded, w.maximum, w.sum);
   float* by_lane = w.output + dim * kBlockLanes;
   if (lanes.most > 0) unpack_columns(by_lane, dim, w.output, kBlockLanes, lanes.count, dim);
-  write_lanes<T>(a, lanes, by_lane, w.maximum, w.sum);
+  write_lanes<T>(a, lanes, by_lane, dim, w.maximum, w.sum);
 }
 
 // Returns the bytes of scratch memory that it needs; does nothing else when there is none.
@@ -141,7 +152,9 @@ static int64_t forward(const VarlenAttentionFwd& a) {
   const int64_t each = one.used - common;
   if (!shared.scratch) return common + each * shared.threads;
 
-  number_units(panels, shared, [](const Sequence& s) { return (s.keys + kBlockKeys - 1) / kBlockKeys; });
+  number_units(panels, shared, [&](const Sequence& s) {
+    return few_lanes(shared, s) ? 0 : (s.keys + kBlockKeys - 1) / kBlockKeys;
+  });
   number_units(blocks, shared, [&](const Sequence& s) { return lane_blocks(shared, s) * shared.kv_heads; });
   const int64_t panel_units = panels[shared.sequences] * shared.kv_heads, block_units = blocks[shared.sequences];
   const int team = team_size(shared);
@@ -165,7 +178,7 @@ static int64_t forward(const VarlenAttentionFwd& a) {
       const int64_t n = owner(blocks, shared.sequences, unit), rest = unit - blocks[n];
       const int64_t many = (blocks[n + 1] - blocks[n]) / shared.kv_heads;
       // The last block of a causal sequence is the longest: it goes first.
-      forward_block<Tile, T>(a, w, keys, transposed, n, rest % shared.kv_heads, many - 1 - rest / shared.kv_heads);
+      forward_block<Tile, T>(a, w, keys, values, transposed, n, rest % shared.kv_heads, many - 1 - rest / shared.kv_heads);
     }
   }
   return 0;

@@ -57,6 +57,12 @@ M4OV_INLINE int64_t owner(const int64_t* starts, int64_t sequences, int64_t unit
   return low;
 }
 
+template <typename E>
+struct Block {
+  const E* rows;
+  int64_t stride;
+};
+
 // Keys or values as left operands: [key][dim], where they lie or, for a tile of another element, converted.
 template <typename Tile, typename T>
 struct Rows {
@@ -78,6 +84,23 @@ struct Rows {
       return original + h * head + key * row;
     }
   }
+  // A few rows: where they lie, or in `buffer`, `width` elements to a row, zeros beyond the head's.
+  Block<E> block(E* buffer, int64_t width, int64_t h, int64_t key, int64_t count) const {
+    const T* from = original + h * head + key * row;
+    if constexpr (!kConverted) {
+      if (width == dim) return {from, row};
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      E* to = buffer + i * width;
+      if constexpr (kConverted) {
+        widen(to, from + i * row, dim);
+      } else {
+        memcpy(to, from + i * row, dim * sizeof(E));
+      }
+      memset(to + dim, 0, (width - dim) * sizeof(E));
+    }
+    return {buffer, width};
+  }
   void convert(int64_t h, int64_t key, int64_t count) const {
     if constexpr (kConverted) {
       for (int64_t i = key; i < key + count; ++i) {
@@ -86,6 +109,21 @@ struct Rows {
     }
   }
 };
+
+// Products of rows with lanes over the head's dimension: [rows][kBlockLanes] of A [rows][dim] and B [dim / kPair][lane].
+// An fp32 sum over a whole head in one go loses more than PyTorch's does: parts are summed by themselves, then added.
+constexpr int64_t kPart = 32;
+template <typename Tile, typename T>
+static void multiply_rows(float* c, const typename Tile::Element* a, int64_t lda, const typename Tile::Element* b,
+                          int64_t rows, int64_t vectors, int64_t dim) {
+  constexpr int64_t kPair = Tile::kPair, kStep = kBlockLanes * kPair;
+  const int64_t part = kSame<T, float> ? kPart : dim;
+  multiply<Tile, kZero>(c, kBlockLanes, a, lda, b, kStep, rows, vectors, smaller(part, dim) / kPair);
+  for (int64_t k = part; k < dim; k += part) {
+    const int64_t steps = smaller(part, dim - k) / kPair;
+    multiply<Tile, kKeep>(c, kBlockLanes, a + k, lda, b + k / kPair * kStep, kStep, rows, vectors, steps);
+  }
+}
 
 // Keys or values as left operands of the second product: [dim][key], a panel for every block of keys.
 template <typename Tile>

@@ -5,6 +5,8 @@
 #include "../attention/kernels.h"
 #include "../head/kernels.h"
 #include "../norm/kernels.h"
+#include "../packing/kernels.h"
+#include "../rope/kernels.h"
 #include "../vision/kernels.h"
 
 #define M4OV_KERNELS(X)    \
@@ -12,6 +14,8 @@
   M4OV_ATTENTION_KERNELS(X)  \
   M4OV_HEAD_KERNELS(X)       \
   M4OV_NORM_KERNELS(X)       \
+  M4OV_PACKING_KERNELS(X)    \
+  M4OV_ROPE_KERNELS(X)       \
   M4OV_VISION_KERNELS(X)
 
 namespace m4ov {

@@ -24,6 +24,9 @@ M4OV_INLINE V operator/(V x, V y) { return {_mm256_div_ps(x.v, y.v)}; }
 M4OV_INLINE V fma(V x, V y, V z) { return {_mm256_fmadd_ps(x.v, y.v, z.v)}; }
 M4OV_INLINE V min(V x, V y) { return {_mm256_min_ps(x.v, y.v)}; }
 M4OV_INLINE V max(V x, V y) { return {_mm256_max_ps(x.v, y.v)}; }
+M4OV_INLINE V magnitude(V x) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.v)}; }
+// `yes` where the sign bit of x is set, else `no`.
+M4OV_INLINE V where_negative(V x, V yes, V no) { return {_mm256_blendv_ps(no.v, yes.v, x.v)}; }
 M4OV_INLINE V nearest(V x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 // x · 2^n for whole n in [-151, 129]. In two steps, because 2^n alone need not be a normal number.
 M4OV_INLINE V scale_by_power(V x, V n) {
@@ -54,6 +57,7 @@ M4OV_INLINE float lane_max(V x) {
 
 M4OV_INLINE V load_vector(const float* p) { return {_mm256_loadu_ps(p)}; }
 M4OV_INLINE void store_vector(float* p, V x) { _mm256_storeu_ps(p, x.v); }
+M4OV_INLINE void stream_vector(float* p, V x) { _mm256_stream_ps(p, x.v); }
 M4OV_INLINE Pair load(const float* p) { return {{_mm256_loadu_ps(p)}, {_mm256_loadu_ps(p + 8)}}; }
 M4OV_INLINE void store(float* p, Pair x) {
   _mm256_storeu_ps(p, x.a.v);
@@ -85,6 +89,13 @@ M4OV_INLINE __m256i pack_bf16(Pair x) {
 }
 M4OV_INLINE void store(Bf16* p, Pair x) { store_bits(p, pack_bf16(x)); }
 M4OV_INLINE void stream(Bf16* p, Pair x) { stream_bits(p, pack_bf16(x)); }
+
+// The elements at even places, and those at odd ones.
+M4OV_INLINE Pair deinterleave(Pair x) {
+  const __m256 low = _mm256_permute2f128_ps(x.a.v, x.b.v, 0x20), high = _mm256_permute2f128_ps(x.a.v, x.b.v, 0x31);
+  const __m256 even = _mm256_shuffle_ps(low, high, 0x88), odd = _mm256_shuffle_ps(low, high, 0xdd);
+  return {{even}, {odd}};
+}
 
 M4OV_INLINE Pair load(const Fp16* p) {
   const __m256i x = load_bits(p);

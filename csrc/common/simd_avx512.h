@@ -24,6 +24,11 @@ M4OV_INLINE V operator/(V x, V y) { return {_mm512_div_ps(x.v, y.v)}; }
 M4OV_INLINE V fma(V x, V y, V z) { return {_mm512_fmadd_ps(x.v, y.v, z.v)}; }
 M4OV_INLINE V min(V x, V y) { return {_mm512_min_ps(x.v, y.v)}; }
 M4OV_INLINE V max(V x, V y) { return {_mm512_max_ps(x.v, y.v)}; }
+M4OV_INLINE V magnitude(V x) { return {_mm512_abs_ps(x.v)}; }
+// `yes` where the sign bit of x is set, else `no`.
+M4OV_INLINE V where_negative(V x, V yes, V no) {
+  return {_mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x.v)), no.v, yes.v)};
+}
 M4OV_INLINE V nearest(V x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 M4OV_INLINE V scale_by_power(V x, V n) { return {_mm512_scalef_ps(x.v, n.v)}; }  // x · 2^floor(n)
 // x without its whole part, in [0, 1), and something whose floor that is.
@@ -50,6 +55,7 @@ M4OV_INLINE float lane_max(V x) {
 
 M4OV_INLINE V load_vector(const float* p) { return {_mm512_loadu_ps(p)}; }
 M4OV_INLINE void store_vector(float* p, V x) { _mm512_storeu_ps(p, x.v); }
+M4OV_INLINE void stream_vector(float* p, V x) { _mm512_stream_ps(p, x.v); }
 M4OV_INLINE Pair load(const float* p) { return {{_mm512_loadu_ps(p)}, {_mm512_loadu_ps(p + 16)}}; }
 M4OV_INLINE void store(float* p, Pair x) {
   _mm512_storeu_ps(p, x.a.v);
@@ -61,11 +67,11 @@ M4OV_INLINE void stream(float* p, Pair x) {
 }
 
 // bf16: even elements in a, odd ones in b.
-M4OV_INLINE Pair load(const Bf16* p) {
-  const __m512i x = _mm512_loadu_si512(p);
+M4OV_INLINE Pair unpack_bf16(__m512i x) {
   return {{_mm512_castsi512_ps(_mm512_slli_epi32(x, 16))},
           {_mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000))))}};
 }
+M4OV_INLINE Pair load(const Bf16* p) { return unpack_bf16(_mm512_loadu_si512(p)); }
 // The value rounded (nearest even) in the upper 16 bits, rubbish in the lower; see `canonical` in simd.h for NaN.
 M4OV_INLINE __m512i bf16_bits(V x) {
   const __m512i bits = _mm512_castps_si512(x.v);
@@ -77,6 +83,13 @@ M4OV_INLINE __m512i pack_bf16(Pair x) {
 }
 M4OV_INLINE void store(Bf16* p, Pair x) { _mm512_storeu_si512(p, pack_bf16(x)); }
 M4OV_INLINE void stream(Bf16* p, Pair x) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), pack_bf16(x)); }
+
+// The elements at even places, and those at odd ones.
+M4OV_INLINE Pair deinterleave(Pair x) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  return {{_mm512_permutex2var_ps(x.a.v, even, x.b.v)}, {_mm512_permutex2var_ps(x.a.v, odd, x.b.v)}};
+}
 
 M4OV_INLINE Pair load(const Fp16* p) {
   const __m512i x = _mm512_loadu_si512(p);
@@ -93,6 +106,21 @@ M4OV_INLINE void stream(Fp16* p, Pair x) { _mm512_stream_si512(reinterpret_cast<
 M4OV_INLINE V round_to_bf16(V x) {
   return {_mm512_castsi512_ps(_mm512_and_si512(bf16_bits(x), _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
 }
+#ifdef __AVX512BF16__
+// In hardware, which takes and gives 0 for what is below the normal range.
+M4OV_INLINE __m512i pack_bf16_normal(Pair x) {
+  const __m512i order = _mm512_set_epi32(  // word 2i comes from word i, word 2i + 1 from word 16 + i
+      0x1f000f, 0x1e000e, 0x1d000d, 0x1c000c, 0x1b000b, 0x1a000a, 0x190009, 0x180008, 0x170007, 0x160006, 0x150005,
+      0x140004, 0x130003, 0x120002, 0x110001, 0x100000);
+  return _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(x.b.v, x.a.v)));
+}
+M4OV_INLINE Pair round_to_bf16_normal(Pair x) { return unpack_bf16(pack_bf16_normal(x)); }
+M4OV_INLINE void store_normal(Bf16* p, Pair x) { _mm512_storeu_si512(p, pack_bf16_normal(x)); }
+M4OV_INLINE void stream_normal(Bf16* p, Pair x) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), pack_bf16_normal(x));
+}
+#endif
+
 M4OV_INLINE V round_to_fp16(V x) { return {_mm512_cvtph_ps(_mm512_cvtps_ph(x.v, kHalfRounding))}; }
 
 }  // namespace M4OV_VARIANT

@@ -24,6 +24,12 @@ M4OV_INLINE V operator/(V x, V y) { return {_mm_div_ps(x.v, y.v)}; }
 M4OV_INLINE V fma(V x, V y, V z) { return {_mm_add_ps(_mm_mul_ps(x.v, y.v), z.v)}; }  // rounds twice
 M4OV_INLINE V min(V x, V y) { return {_mm_min_ps(x.v, y.v)}; }
 M4OV_INLINE V max(V x, V y) { return {_mm_max_ps(x.v, y.v)}; }
+M4OV_INLINE V magnitude(V x) { return {_mm_andnot_ps(_mm_set1_ps(-0.0f), x.v)}; }
+// `yes` where the sign bit of x is set, else `no`.
+M4OV_INLINE V where_negative(V x, V yes, V no) {
+  const __m128 mask = _mm_castsi128_ps(_mm_srai_epi32(_mm_castps_si128(x.v), 31));
+  return {_mm_or_ps(_mm_and_ps(mask, yes.v), _mm_andnot_ps(mask, no.v))};
+}
 M4OV_INLINE V nearest(V x) { return {_mm_cvtepi32_ps(_mm_cvtps_epi32(x.v))}; }  // |x| < 2^31
 // x · 2^n for whole n in [-151, 129]. In two steps, because 2^n alone need not be a normal number.
 M4OV_INLINE V scale_by_power(V x, V n) {
@@ -51,6 +57,7 @@ M4OV_INLINE float lane_max(V x) {
 
 M4OV_INLINE V load_vector(const float* p) { return {_mm_loadu_ps(p)}; }
 M4OV_INLINE void store_vector(float* p, V x) { _mm_storeu_ps(p, x.v); }
+M4OV_INLINE void stream_vector(float* p, V x) { _mm_stream_ps(p, x.v); }
 M4OV_INLINE Pair load(const float* p) { return {{_mm_loadu_ps(p)}, {_mm_loadu_ps(p + 4)}}; }
 M4OV_INLINE void store(float* p, Pair x) {
   _mm_storeu_ps(p, x.a.v);
@@ -84,6 +91,11 @@ M4OV_INLINE __m128i bf16_bits(V x) {
 M4OV_INLINE __m128i pack_bf16(Pair x) { return _mm_or_si128(_mm_srli_epi32(bf16_bits(x.a), 16), bf16_bits(x.b)); }
 M4OV_INLINE void store(Bf16* p, Pair x) { store_bits(p, pack_bf16(x)); }
 M4OV_INLINE void stream(Bf16* p, Pair x) { stream_bits(p, pack_bf16(x)); }
+
+// The elements at even places, and those at odd ones.
+M4OV_INLINE Pair deinterleave(Pair x) {
+  return {{_mm_shuffle_ps(x.a.v, x.b.v, 0x88)}, {_mm_shuffle_ps(x.a.v, x.b.v, 0xdd)}};
+}
 
 // fp16 in integer arithmetic, as there is no F16C. Works with denormals flushed (DAZ, FTZ) too.
 M4OV_INLINE V widen_fp16(__m128i half) {  // four values, each in the low 16 bits of its lane

@@ -40,6 +40,26 @@ void bind_norm_cuda(py::module_& m) {
 #endif
 
 void bind_norm(py::module_& m) {
+  m.def("layer_norm_fwd",
+        [](Address normed, Address new_residual, Address mean, Address rstd, Address hidden_states, Address weight,
+           Address bias, Address residual, int64_t rows, int64_t columns, int64_t hidden_stride,
+           int64_t residual_stride, float eps, int numerics, int dtype, int threads) {
+          run<&Kernels::layer_norm_fwd>(LayerNormFwd{at<void>(normed), at<void>(new_residual), at<float>(mean),
+                                                     at<float>(rstd), at<void>(hidden_states), at<void>(weight),
+                                                     at<void>(bias), at<void>(residual), rows, columns, hidden_stride,
+                                                     residual_stride, eps, numerics, dtype, threads});
+        });
+  m.def("layer_norm_bwd",
+        [](Address grad_hidden_states, Address grad_weight, Address grad_bias, Address partials, Address grad_normed,
+           Address grad_residual, Address hidden_states, Address weight, Address mean, Address rstd, int64_t rows,
+           int64_t columns, int64_t grad_stride, int64_t grad_residual_stride, int64_t hidden_stride, int64_t blocks,
+           int dtype, int threads) {
+          run<&Kernels::layer_norm_bwd>(LayerNormBwd{
+              at<void>(grad_hidden_states), at<void>(grad_weight), at<void>(grad_bias), at<float>(partials),
+              at<void>(grad_normed), at<void>(grad_residual), at<void>(hidden_states), at<void>(weight),
+              at<float>(mean), at<float>(rstd), rows, columns, grad_stride, grad_residual_stride, hidden_stride, blocks,
+              dtype, threads});
+        });
   m.def("rms_norm_fwd",
         [](Address normed, Address new_residual, Address rstd, Address hidden_states, Address weight, Address residual,
            int64_t rows, int64_t columns, int64_t hidden_stride, int64_t residual_stride, float eps, int numerics,

@@ -1,7 +1,6 @@
 // RMSNorm, with the addition of a residual before it: forward and backward.
-#include "../common/parallel.h"
-#include "../common/simd.h"
 #include "kernels.h"
+#include "rows.h"
 
 namespace m4ov {
 namespace M4OV_VARIANT {
@@ -9,21 +8,10 @@ namespace {
 
 // ---- Forward: two passes over a row, the second from the cache.
 
-template <typename T, bool kResidual, bool kRounded>
-M4OV_INLINE Pair add_residual(Pair x, Pair residual) {
-  if constexpr (kResidual) x = x + residual;
-  return kResidual && kRounded ? round_to<T>(x) : x;
-}
-
 // Once a row in fp64: one rounding instead of four, in a factor that all elements share.
 static float reciprocal_root(float square_sum, int64_t columns, double eps) {
   return static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(square_sum) / static_cast<double>(columns) + eps));
 }
-
-// Steps of a sum over a row before it moves to a sum of such sums. A lane that adds equal values rounds in the same
-// direction at every step, which a wide fp32 row would show; 16-bit results would not.
-template <typename T>
-constexpr int64_t kRun = kSame<T, float> ? 8 : INT64_MAX;
 
 template <typename T, bool kResidual, bool kRounded>
 static float square_sum(const T* x, const T* residual, int64_t columns) {
@@ -68,7 +56,7 @@ static void write_row(T* normed, T* new_residual, const T* x, const T* residual,
   const Pair rstd = both(set1(rstd_value));
   int64_t i = 0;
   for (; i + kGroup <= columns; i += kGroup) {
-    // The next row is read while this one is written.
+    // The row after the next is read while this one is written.
     prefetch(x + next_x + i);
     if constexpr (kResidual) prefetch(residual + next_residual + i);
     const Pair sum = add_residual<T, kResidual, kRounded>(load(x + i), kResidual ? load(residual + i) : Pair{});
@@ -90,21 +78,29 @@ static void forward(const RmsNormFwd& a) {
   const int64_t bytes = a.rows * a.columns * static_cast<int64_t>(sizeof(T));
   const bool large = bytes >= kStreamBytes;
   parallel_ranges(a.rows, bytes, a.threads, [&](int64_t begin, int64_t end) {
+    const auto input = [&](int64_t row) { return static_cast<const T*>(a.hidden_states) + row * a.hidden_stride; };
+    const auto added = [&](int64_t row) {
+      return kResidual ? static_cast<const T*>(a.residual) + row * a.residual_stride : nullptr;
+    };
+    const auto factor = [&](int64_t row) {
+      const float squares = square_sum<T, kResidual, kRounded>(input(row), added(row), a.columns);
+      return a.rstd[row] = reciprocal_root(squares, a.columns, a.eps);
+    };
+    // The next row's factor is a chain of slow operations: it is found while this row is written.
+    float rstd = factor(begin);
     for (int64_t row = begin; row < end; ++row) {
-      const T* x = static_cast<const T*>(a.hidden_states) + row * a.hidden_stride;
-      const T* residual = kResidual ? static_cast<const T*>(a.residual) + row * a.residual_stride : nullptr;
+      const float next = row + 1 < end ? factor(row + 1) : 0.0f;
+      const T *x = input(row), *residual = added(row), *weight = static_cast<const T*>(a.weight);
       T* normed = static_cast<T*>(a.normed) + row * a.columns;
       T* new_residual = kResidual ? static_cast<T*>(a.new_residual) + row * a.columns : nullptr;
-      const T* weight = static_cast<const T*>(a.weight);
-      const float rstd = reciprocal_root(square_sum<T, kResidual, kRounded>(x, residual, a.columns), a.columns, a.eps);
-      a.rstd[row] = rstd;
       if (large && vector_aligned(normed) && vector_aligned(new_residual)) {
         write_row<T, kNumerics, kResidual, true>(normed, new_residual, x, residual, weight, rstd, a.columns,
-                                                 a.hidden_stride, a.residual_stride);
+                                                 2 * a.hidden_stride, 2 * a.residual_stride);
       } else {
         write_row<T, kNumerics, kResidual, false>(normed, new_residual, x, residual, weight, rstd, a.columns,
-                                                  a.hidden_stride, a.residual_stride);
+                                                  2 * a.hidden_stride, 2 * a.residual_stride);
       }
+      rstd = next;
     }
     if (large) fence();
   });
@@ -222,12 +218,12 @@ static void backward_rows(const RmsNormBwd& a, int64_t first, float* partial, bo
 template <typename T, bool kWeight, bool kGradResidual>
 static void backward(const RmsNormBwd& a) {
   const int64_t bytes = a.rows * a.columns * static_cast<int64_t>(sizeof(T));
-  const int64_t padded = (a.columns + kPartialAlign - 1) / kPartialAlign * kPartialAlign;
+  const int64_t length = padded(a.columns);
   const bool large = bytes >= kStreamBytes;
   parallel_ranges(a.blocks, bytes, a.threads, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      float* partial = kWeight ? a.partials + block * padded : nullptr;
-      if (kWeight) memset(partial, 0, padded * sizeof(float));
+      float* partial = kWeight ? a.partials + block * length : nullptr;
+      if (kWeight) memset(partial, 0, length * sizeof(float));
       int64_t row = a.rows * block / a.blocks;
       const int64_t last = a.rows * (block + 1) / a.blocks;
       for (; row + kRowBlock <= last; row += kRowBlock) {
@@ -238,16 +234,7 @@ static void backward(const RmsNormBwd& a) {
     if (large) fence();
   });
   if (!kWeight) return;
-  const int64_t groups = (a.columns + kGroup - 1) / kGroup;
-  parallel_ranges(groups, a.blocks * padded * 4, a.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * kGroup; i < end * kGroup; i += kGroup) {
-      Pair sum = both(set1(0.0f));
-      for (int64_t block = 0; block < a.blocks; ++block) sum = sum + load(a.partials + block * padded + i);
-      T* target = static_cast<T*>(a.grad_weight) + i;
-      const int64_t rest = a.columns - i;
-      rest >= kGroup ? store(target, sum) : store_tail(target, sum, rest);
-    }
-  });
+  sum_partials<T>(a.grad_weight, a.partials, a.blocks, length, a.columns, a.threads);
 }
 
 template <typename T, bool kWeight>

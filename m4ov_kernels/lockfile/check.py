@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from m4ov_kernels.lockfile import compile as compilers
 from m4ov_kernels.lockfile.families import CSRC, Declared
 from m4ov_kernels.lockfile.report import Report, violations
 from m4ov_kernels.lockfile.targets import CUDA_TARGETS, STATIC_SHARED, TARGETS
+
+_WORTH_A_PROCESS = 16
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,7 @@ def _run(jobs: Sequence[_Job], cache: Path | None) -> list[list[Report]]:
     results = [_load(path) for path in paths]
     missing = [i for i, reports in enumerate(results) if reports is None]
     if missing:
-        workers = min(len(missing), len(os.sched_getaffinity(0)))
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with _pool([jobs[i] for i in missing]) as pool:
             futures: dict[int, Future[list[Report]]] = {
                 i: pool.submit(jobs[i].function, *jobs[i].arguments) for i in missing
             }
@@ -111,6 +112,18 @@ def _run(jobs: Sequence[_Job], cache: Path | None) -> list[list[Report]]:
                 results[i] = future.result()
                 _store(paths[i], future.result())
     return [reports for reports in results if reports is not None]
+
+
+def _pool(jobs: Sequence[_Job]) -> Executor:
+    """nvcc is a process by itself. One that compiles with Triton must import it first, which takes as long as
+    ``_WORTH_A_PROCESS`` compilations do: few are made here."""
+    cores = len(os.sched_getaffinity(0))
+    if all(job.function is compilers.compile_cuda for job in jobs):
+        return ThreadPoolExecutor(min(len(jobs), cores))
+    workers = min(cores, -(-len(jobs) // _WORTH_A_PROCESS))
+    if workers == 1:
+        return ThreadPoolExecutor(1)
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 
 
 def _load(path: Path | None) -> list[Report] | None:

@@ -28,8 +28,10 @@ class Declared:
 
 
 def families() -> list[str]:
-    """The ``triton.py`` of every operator family."""
-    return [f"m4ov_kernels.{path.parent.name}.triton" for path in sorted(PACKAGE.glob("*/triton.py"))]
+    """The ``triton.py`` of every operator family, or its package ``triton``."""
+    found = {path.parent.name for path in PACKAGE.glob("*/triton.py")}
+    found |= {path.parents[1].name for path in PACKAGE.glob("*/triton/__init__.py")}
+    return [f"m4ov_kernels.{family}.triton" for family in sorted(found)]
 
 
 def declared(modules: list[str] | None = None) -> Declared:
@@ -66,7 +68,7 @@ def declared(modules: list[str] | None = None) -> Declared:
 
 def _strays() -> list[str]:
     """Triton kernels outside the families, which nobody would compile."""
-    homes = {path.parent for path in PACKAGE.glob("*/triton.py")}
+    homes = {path.parent for path in (*PACKAGE.glob("*/triton.py"), *PACKAGE.glob("*/triton/__init__.py"))}
     return [
         f"{path.relative_to(PACKAGE.parent)} has Triton kernels, but no triton.py beside it declares them"
         for path in sorted(PACKAGE.rglob("*.py"))
@@ -89,9 +91,10 @@ def _undeclared(name: str, entries: list[Any]) -> list[str]:
 
     modules = [importlib.import_module(name)]
     if name in families():
-        package = PACKAGE / name.split(".")[-2]
-        stems = [path.stem for path in sorted(package.glob("*.py")) if _JIT.search(path.read_text())]
-        modules = [importlib.import_module(f"{name.rpartition('.')[0]}.{stem}") for stem in stems]
+        home = name if hasattr(modules[0], "__path__") else name.rpartition(".")[0]  # the folder of its kernels
+        folder = PACKAGE.parent.joinpath(*home.split("."))
+        stems = [path.stem for path in sorted(folder.glob("*.py")) if _JIT.search(path.read_text())]
+        modules = [importlib.import_module(f"{home}.{stem}") for stem in stems]
     reached: set[Any] = set()
     waiting = [entry.kernel for entry in entries if isinstance(entry, Build)]
     while waiting:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from m4ov_kernels.nn.loss import CausalLMHead, causal_lm_loss
-from m4ov_kernels.nn.mlp import SwiGLUMLP
-from m4ov_kernels.nn.norm import RMSNorm
+from m4ov_kernels.nn.mlp import GELU, SwiGLUMLP, VisionMLP, linear_gelu
+from m4ov_kernels.nn.norm import LayerNorm, RMSNorm
 from m4ov_kernels.nn.patch_embed import PatchEmbed
 
 __all__ = [
+    "GELU",
     "CausalLMHead",
+    "LayerNorm",
     "PatchEmbed",
     "RMSNorm",
     "SwiGLUMLP",
+    "VisionMLP",
     "causal_lm_loss",
+    "linear_gelu",
 ]

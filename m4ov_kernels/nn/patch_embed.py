@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from m4ov_kernels.vision import patch_embed
 
 
 class PatchEmbed(nn.Module):
     """Projects flattened patches. The weight is held by a ``Conv3d``, so that checkpoints load as they are.
 
-    A convolution whose stride equals its kernel size, on an input of exactly one kernel, is a matrix product;
-    convolution libraries take it by their general road (pytorch#174051: 10 to 20 times slower).
+    See :func:`m4ov_kernels.patch_embed`.
 
     Args:
         in_channels, temporal_patch_size, patch_size: shape of one patch, ``[C, T, P, P]``.
@@ -24,5 +24,6 @@ class PatchEmbed(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[N, C·T·P·P]`` (or ``[N, C, T, P, P]``) → ``[N, hidden_size]``, in the dtype of the weight."""
-        weight = self.proj.weight.flatten(1)  # [hidden_size, C·T·P·P]
-        return F.linear(hidden_states.reshape(-1, weight.shape[1]).to(weight.dtype), weight, self.proj.bias)
+        return patch_embed(
+            hidden_states.reshape(-1, self.proj.weight.shape[1:].numel()), self.proj.weight, self.proj.bias
+        )

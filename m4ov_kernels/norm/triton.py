@@ -1,4 +1,5 @@
-"""``rms_norm`` in Triton, for CUDA and ROCm (and, interpreted, for CPU tensors): launches and declarations.
+"""The norms in Triton, for CUDA and ROCm (and, interpreted, for CPU tensors): launches and declarations. Those of
+``layer_norm`` stand in ``triton_layer_norm.py``.
 
 The kernels are in ``triton_kernels.py``, their configurations in :mod:`m4ov_kernels.configs`, by dtype and width alone,
 so that a row's bits do not depend on how many there are.
@@ -13,7 +14,7 @@ import triton
 from torch import Tensor
 
 from m4ov_kernels import configs
-from m4ov_kernels.gpu import SIZES, Build, Config, CudaBuild, Work, current_device
+from m4ov_kernels.gpu import SIZES, Build, CudaBuild, Work, current_device
 from m4ov_kernels.layout import NUMERICS, as_rows, output
 from m4ov_kernels.norm.triton_kernels import (
     _rms_norm_bwd_kernel,
@@ -23,20 +24,11 @@ from m4ov_kernels.norm.triton_kernels import (
     _rms_norm_fwd_kernel,
     _rms_norm_fwd_wide_kernel,
 )
+from m4ov_kernels.norm.triton_layer_norm import KERNELS as _LAYER_NORM
+from m4ov_kernels.norm.triton_layer_norm import layer_norm_bwd, layer_norm_fwd
+from m4ov_kernels.norm.triton_rows import programs_for, whole_row
 
-
-def _whole_row(kernel: str, tensor: Tensor, width: int) -> Config | None:
-    """How rows of this width are kept in registers; ``None``: they are too wide for that."""
-    config = configs.find(kernel, tensor, width)
-    if config and config.constexprs["BLOCK_D"] < width:
-        raise ValueError(f"configuration of {kernel} at {width}: expected BLOCK_D to hold the row, got {config}")
-    return config
-
-
-def _programs(blocks: int, width: int, whole: bool) -> int:
-    """How many partial weight gradients: at most 4 MiB of them for whole rows, enough to fill a large GPU."""
-    most = max(256, min(1024, 2**20 // width)) if whole else 64
-    return max(1, min(blocks, most))
+__all__ = ["KERNELS", "layer_norm_bwd", "layer_norm_fwd", "rms_norm_bwd", "rms_norm_fwd"]
 
 
 def rms_norm_fwd(
@@ -62,7 +54,7 @@ def rms_norm_fwd(
     added, added_stride = as_rows(residual) if residual is not None else (hidden_states, hidden_stride)
     operands: tuple[Any, ...] = (hidden_states, hidden_stride, added, added_stride, weight.contiguous(), normed)
     flags = {"NUMERICS": NUMERICS[numerics], "HAS_RESIDUAL": residual is not None}
-    whole = _whole_row("rms_norm_fwd", hidden_states, width)
+    whole = whole_row("rms_norm_fwd", hidden_states, width)
     with current_device(hidden_states):
         if whole:
             grid = (triton.cdiv(rows, whole.constexprs["BLOCK_ROWS"]),)
@@ -95,10 +87,10 @@ def rms_norm_bwd(
     grad_normed, grad_stride = as_rows(grad_normed)
     added, added_stride = as_rows(grad_total) if grad_total is not None else (hidden_states, hidden_stride)
     rstd = rstd.contiguous()
-    whole = _whole_row("rms_norm_bwd", hidden_states, width)
+    whole = whole_row("rms_norm_bwd", hidden_states, width)
     by_weight = whole or configs.get("rms_norm_bwd_weight", hidden_states)
     blocks = triton.cdiv(rows, by_weight.constexprs["BLOCK_ROWS"])
-    programs = _programs(blocks, width, whole is not None)
+    programs = programs_for(blocks, width, whole is not None)
     partial = torch.empty((programs, width) if need_weight else (0,), dtype=torch.float32, device=weight.device)
     operands: tuple[Any, ...] = (grad_normed, grad_stride, added, added_stride, hidden_states, hidden_stride)
     operands += (weight.contiguous(), rstd, grad_hidden)
@@ -141,7 +133,7 @@ def _backward_work(width: int, dtype: str, residual: bool, need_weight: bool) ->
 
 
 def _reduce_work(width: int, dtype: str) -> Work:
-    programs = _programs(_ROWS, width, True)
+    programs = programs_for(_ROWS, width, True)
     return Work(f"[{programs}, {width}] partials", 4 * programs * width + width * SIZES[dtype], programs * width)
 
 
@@ -194,7 +186,7 @@ def _declared() -> list[Build | CudaBuild]:
             declare(_rms_norm_bwd_wide_kernel, dtype, f"{bwd} i32/16", row, targets, **rest)
         for row, targets in configs.shipped("rms_norm_bwd_weight", dtype):
             count = _ROWS * _WIDE
-            moved = 2 * count * SIZES[dtype] + 4 * _ROWS + 4 * _programs(_ROWS, _WIDE, False) * _WIDE
+            moved = 2 * count * SIZES[dtype] + 4 * _ROWS + 4 * programs_for(_ROWS, _WIDE, False) * _WIDE
             work = Work(f"[{_ROWS}, {_WIDE}]", moved, 3 * count)
             signature = f"{rows_of} {rows_of} *fp32/16 *fp32/16 i32 i32/16"
             declare(_rms_norm_bwd_weight_kernel, dtype, signature, row, targets, note="wide", work=work)
@@ -211,4 +203,4 @@ def _declared() -> list[Build | CudaBuild]:
     return builds
 
 
-KERNELS = _declared()
+KERNELS = [*_declared(), *_LAYER_NORM]

@@ -1,56 +1,176 @@
-"""Replacing modules by giving them a subclass: nothing is added to an instance, and copies and pickles keep it."""
+"""Replacing modules by giving them another class: nothing is added to an instance, and copies and pickles keep it.
+
+The other class is *composed*: one or several fronts (modules of :mod:`m4ov_kernels.nn`, or adapters to transformers'
+calls) stand before the module's own class, so that their methods come first. It keeps the name and module of the
+class that it is made from (transformers finds a model's recorded outputs by them), and is pickled as what it is made
+of.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from functools import cache, wraps
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from m4ov_kernels.patches.report import Replacement
 
 
+class Part(NamedTuple):
+    """A kind of module that an operator's front is put before.
+
+    Attributes:
+        operator: name of the operator.
+        kind: class of the module, exactly.
+        front: class whose methods come first.
+        where: pattern (``fnmatch``) of the module's path in the model.
+        unfit: why a module of that kind must stay as it is, if so.
+    """
+
+    operator: str
+    kind: type[nn.Module]
+    front: type
+    where: str = "*"
+    unfit: Callable[[Any], str | None] = lambda module: None
+
+
 class Swap(NamedTuple):
-    """A module, the class that it is to have, and the line for the report."""
+    """A module and the class that it is to have."""
 
     module: nn.Module
     new_class: type[nn.Module]
-    entry: Replacement
+
+
+class Composed:
+    """Base of composed classes."""
+
+    original: type[nn.Module]
+    fronts: tuple[type, ...]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, _, *rest = super().__reduce_ex__(protocol)  # type: ignore
+        return (_new, (self.original, self.fronts), *rest)
+
+
+def _new(original: type[nn.Module], fronts: tuple[type, ...]) -> nn.Module:
+    kind = compose(original, fronts)  # type: ignore[arg-type]
+    return kind.__new__(kind)
+
+
+@cache
+def compose(original: type[nn.Module], fronts: tuple[type, ...]) -> type[nn.Module]:
+    """The class of ``original`` with ``fronts`` before it. A front with ``keeps_signature`` shows its forward with the
+    signature of the original's (what a trainer or ``generate`` looks at)."""
+    body: dict[str, Any] = {
+        "original": original,
+        "fronts": fronts,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+    }
+    for front in fronts:
+        if getattr(front, "keeps_signature", False):
+            body["forward"] = _like(original.forward, front.forward)  # type: ignore[attr-defined]
+    return type(original.__name__, (*fronts, Composed, original), body)
+
+
+def _like(shown: Callable[..., Any], called: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(shown)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return called(self, *args, **kwargs)
+
+    return forward
+
+
+def parameters(kind: type[nn.Module]) -> tuple[str, ...]:
+    """The names of what the forward of ``kind`` takes, in order."""
+    made = _PARAMETERS.get(kind)
+    if made is None:
+        made = _PARAMETERS[kind] = tuple(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
+    return made
+
+
+_PARAMETERS: dict[type, tuple[str, ...]] = {}  # not functools.cache: torch.compile warns of that
 
 
 def name_of(kind: type) -> str:
-    """``transformers.Name``, ``torch.Name`` or ``m4ov_kernels.Name``: patched classes keep their names."""
+    """``transformers.Name``, ``torch.Name`` or ``m4ov_kernels.Name``."""
     return f"{kind.__module__.split('.')[0]}.{kind.__name__}"
 
 
-def find_swaps(
-    group: str, modules: Iterable[tuple[str, nn.Module]], classes: Mapping[type, type]
-) -> tuple[list[Swap], list[Replacement]]:
-    """What to swap among ``modules`` (path, module), and what already is.
+class Found(NamedTuple):
+    """What :func:`find_swaps` found."""
+
+    swaps: list[Swap]
+    replaced: list[Replacement]
+    already: list[Replacement]
+    skipped: list[tuple[str, str]]
+
+
+def find_swaps(parts: Iterable[Part], modules: Iterable[tuple[str, nn.Module]]) -> Found:
+    """What to swap among ``modules`` (path, module), its lines for the report, what already is in place, what stays.
 
     Raises:
         ValueError: a module was changed by something else: its forward was replaced on the instance, or it has a class
-            derived from one that should be swapped or was (as ``fully_shard`` makes them).
+            derived from one that should be swapped or was.
     """
-    swaps, already = [], []
-    originals = {new: old for old, new in classes.items()}
+    parts = tuple(parts)
+    found = Found([], [], [], [])
     for path, module in modules:
-        kind = type(module)
-        if kind in originals:
-            already.append(Replacement(group, path, name_of(originals[kind]), name_of(kind)))
-        elif kind in classes:
+        original, fronts = _made_of(module)
+        here = [part for part in parts if fnmatchcase(path, part.where)]
+        if (isinstance(module, Composed) and not is_composed(module)) or any(
+            issubclass(original, part.kind) and original is not part.kind for part in here
+        ):
+            raise ValueError(
+                f"patch: {path or 'the model'} is a {type(module).__name__}; patch before fully_shard and before "
+                "anything else that changes classes, and take the patch off in the reverse order"
+            )
+        wanted = []
+        for part in here:
+            if part.kind is not original:
+                continue
+            entry = Replacement(part.operator, path, name_of(original), f"m4ov_kernels.{part.front.__name__}")
+            if part.front in fronts:
+                found.already.append(entry)
+            elif (reason := part.unfit(module)) is not None:
+                if (part.operator, reason) not in found.skipped:
+                    found.skipped.append((part.operator, reason))
+            else:
+                found.replaced.append(entry)
+                wanted.append(part.front)
+        if wanted:
             if "forward" in vars(module):
                 raise ValueError(f"patch: the forward of {path or 'the model'} was replaced by something else already")
-            new = classes[kind]
-            swaps.append(Swap(module, new, Replacement(group, path, name_of(kind), name_of(new))))
-        elif isinstance(module, tuple(classes)):
+            found.swaps.append(Swap(module, compose(original, (*fronts, *dict.fromkeys(wanted)))))  # type: ignore
+    return found
+
+
+def find_composed(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """The modules (path, module) that are composed.
+
+    Raises:
+        ValueError: something else derived a class from a composed one.
+    """
+    found: list[tuple[str, nn.Module]] = [(path, part) for path, part in modules if isinstance(part, Composed)]
+    for path, module in found:
+        if not is_composed(module):
             raise ValueError(
-                f"patch: {path or 'the model'} is a {kind.__name__}; patch before fully_shard and before anything else "
-                "that changes classes, and take the patch off in the reverse order"
+                f"unpatch: {path or 'the model'} is a {type(module).__name__}; what was applied after the patch "
+                "(fully_shard, …) must be taken off first"
             )
-    return swaps, already
+    return found
 
 
-def apply(swaps: Iterable[Swap]) -> None:
-    for module, new_class, _ in swaps:
-        module.__class__ = new_class
+def is_composed(module: nn.Module) -> bool:
+    """Whether the class of ``module`` is exactly a composed one."""
+    return "fronts" in vars(type(module))
+
+
+def _made_of(module: nn.Module) -> tuple[type[nn.Module], tuple[type, ...]]:
+    """The class that a module has without the patch, and the fronts before it."""
+    kind: Any = type(module)
+    return (kind.original, kind.fronts) if is_composed(module) else (kind, ())

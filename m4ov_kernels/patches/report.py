@@ -12,13 +12,13 @@ class Replacement:
     """One part of a model that a patch replaced.
 
     Attributes:
-        group: ``"norm"``, ``"mlp"``, …
+        operator: the operator that serves it now, ``"rms_norm"``, ``"swiglu"``, …
         path: where in the model, e.g. ``"model.language_model.layers.0.mlp"``.
         was: what stood there before (a class, function or setting, by name).
         now: what stands there now.
     """
 
-    group: str
+    operator: str
     path: str
     was: str
     now: str
@@ -32,7 +32,7 @@ class PatchReport:
         model: class name of the model.
         replaced: what this call replaced.
         already: what an earlier call had replaced and this one found in place.
-        skipped: group or path → why it was left as it is.
+        skipped: operator or setting → why it was left as it is.
         restored: whether this is ``unpatch``'s report; ``replaced`` is then what it put back.
     """
 
@@ -52,7 +52,9 @@ class PatchReport:
         summary = f"{len(self.replaced)} replaced, {len(self.already)} already in place"
         lines = [f"{self.model}: {f'{len(self.replaced)} restored' if self.restored else summary}"]
         for entries, note in ((self.replaced, ""), (self.already, " (already in place)")):
-            counts = Counter((entry.group, entry.was, entry.now) for entry in entries)
-            lines += [f"  {group:<12}{count:>4} × {was} → {now}{note}" for (group, was, now), count in counts.items()]
-        lines += [f"  {name:<12}left as it is: {reason}" for name, reason in self.skipped]
+            counts = Counter((entry.operator, entry.was, entry.now) for entry in entries)
+            lines += [
+                f"  {operator:<22}{count:>4} × {was} → {now}{note}" for (operator, was, now), count in counts.items()
+            ]
+        lines += [f"  {name:<22}left as it is: {reason}" for name, reason in self.skipped]
         return "\n".join(lines)

@@ -41,14 +41,15 @@ def test_a_revision_that_is_not_there_and_no_rounds():
 
 @needs_checkout
 def test_this_commit_against_itself_end_to_end(tmp_path):
-    """The command: export, install (without kernels, to be quick), and the short benchmark of one family from both."""
+    """The command: export, install (without kernels, to be quick), and the benchmark of one small case from both."""
     out = tmp_path / "against.json"
-    options = ["activation", "--quick", "--against", "HEAD", "--rounds", "1", "--json", str(out)]
-    command = [sys.executable, "-m", "m4ov_bench", *options]
+    options = ["--quick", "--case", "[1024, 1536]", "--against", "HEAD", "--rounds", "1", "--json", str(out)]
+    command = [sys.executable, "-m", "m4ov_bench", "activation", *options]
     environment = os.environ | {"M4OV_BUILD": "0", "COLUMNS": "200"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())
+    assert {row["case"] for row in rows} == {"[1024, 1536] bf16"}
     both = {row["what"] for row in rows if len(row["then"]) == len(row["now"]) == 1}
     assert both == {"forward, as called", "forward + backward, as called"}
     only_now = {row["verdict"] for row in rows if row["what"] not in both}
@@ -60,4 +61,4 @@ def test_this_commit_against_itself_end_to_end(tmp_path):
 def test_the_other_commit_must_be_what_is_imported(tmp_path):
     """A folder without the packages: the process would import this tree's instead, which is found out."""
     with pytest.raises(RuntimeError, match="not what was built"):
-        against._measure(["activation"], True, tmp_path, tmp_path)
+        against._measure(["activation", "--quick"], tmp_path, tmp_path)

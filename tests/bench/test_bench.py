@@ -6,8 +6,8 @@ import dataclasses
 import json
 import subprocess
 import sys
-import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,10 +25,18 @@ def tiny():
     """The short run on tiny shapes."""
     patch = pytest.MonkeyPatch()
     patch.setattr(measure, "QUICK", FAST)
+    for name in [name for name in vars(cases) if name.startswith("TINY_")]:
+        patch.setattr(
+            cases, name[5:], tuple(replace(case, quick=True, compiled=False) for case in getattr(cases, name))
+        )
     patch.setattr(cases, "NORM", (cases.NormCase(8, 64, quick=True), cases.NormCase(4, 32, residual=True, quick=True)))
     patch.setattr(cases, "ACTIVATION", (cases.GatedCase(8, 64, quick=True),))
     patch.setattr(cases, "HEAD", (cases.HeadCase(8, 32, 96, labelled=0.5, quick=True),))
     patch.setattr(cases, "PIXELS", (cases.PixelCase(2, 50, 70, 4096, 64, 4, quick=True),))
+    patch.setattr(cases, "FEATURE_ROWS", (cases.FeatureRowsCase(12, 48, 0.5, quick=True),))
+    patch.setattr(
+        cases, "POSITION_EMBEDDINGS", (cases.PositionEmbeddingsCase("tiny", ((1, 4, 2),), 40, 3, quick=True),)
+    )
     patch.setattr(machine, "_COPY_BYTES", 2**16)
     patch.setattr(machine, "_MATRIX", 128)
     heard: list[str] = []
@@ -41,7 +49,8 @@ def tiny():
 
 def test_every_family_of_the_short_run_gives_rows(tiny):
     rows, heard = tiny
-    assert [f for f in dict.fromkeys(row.family for row in rows)][:4] == ["norm", "activation", "attention", "head"]
+    families = list(dict.fromkeys(row.family for row in rows))
+    assert families[:7] == ["norm", "activation", "attention", "rope", "packing", "head", "vision"]
     assert all(row.green for row in rows), [row.problem for row in rows if not row.green]
     assert any("kernel" in text for text in heard) == (native_extension()[0] is not None)
 
@@ -115,14 +124,22 @@ def test_every_family_is_a_module(family):
     assert callable(importlib.import_module(f"m4ov_bench.{family}").benchmark)
 
 
-def test_interleaved_times_and_ratios():
+def test_interleaved_times_and_ratios(monkeypatch):
+    """By a clock that the calls move: on a busy machine a sleep takes any time."""
+    now = 0.0
+
+    def take(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now))
     times = measure.interleaved(
-        {"short": lambda _: time.sleep(0.002), "long": lambda _: time.sleep(0.006)},
+        {"short": lambda _: take(0.002), "long": lambda _: take(0.006)},
         measure.Effort(seconds=0.2, each=0.1, fewest=5, most=12),
     )
-    assert 0.0018 < times["short"].seconds < 0.004
-    assert 1.5 < times["long"].ratio_to(times["short"]) < 4
-    assert times["long"].less(times["short"]) > 0.002
+    assert times["short"].seconds == pytest.approx(0.002)
+    assert times["long"].ratio_to(times["short"]) == pytest.approx(3)
+    assert times["long"].less(times["short"]) == pytest.approx(0.004)
     assert sum(sample is not None for sample in times["long"].rounds) >= 5
 
 

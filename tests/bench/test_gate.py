@@ -139,7 +139,9 @@ def test_a_red_gate_has_no_speed(capsys, monkeypatch, tmp_path):
 
     monkeypatch.setattr(runner, "stream", lambda *_: iter(made))
     options = type(
-        "Options", (), {"family": [], "quick": True, "json": tmp_path / "a" / "b.json", "plot": None, "against": None}
+        "Options",
+        (),
+        {"family": [], "quick": True, "json": tmp_path / "a" / "b.json", "plot": None, "against": None, "case": ""},
     )
     assert execute(options) == 1
     assert "no speed" in capsys.readouterr().out

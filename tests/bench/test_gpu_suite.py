@@ -244,7 +244,8 @@ def test_a_part_is_whole_after_every_check(tmp_path):
 
 
 def test_a_failed_build_makes_the_verdict_red():
-    machine = runner.Outcome(stages.MACHINE, PASSED, data={"facts": {"gpu": "NVIDIA H200"}})
+    facts = {"gpu": "NVIDIA H200", "peers without a counterpart": {"a peer": "nothing to compare"}}
+    machine = runner.Outcome(stages.MACHINE, PASSED, data={"facts": facts})
     rest = runner.Outcome(stages.Stage("numerics", 1, 1, "one"), PASSED)
     about = {"dry_run": False, "date": "2026-01-02T03:04:05+00:00", "commit": "abc", "dirty": True, "seed": 1}
     about |= {"seconds": 1.0, "build": {"status": FAILED, "problem": "no nvcc | here", "seconds": 1.0}}
@@ -253,6 +254,7 @@ def test_a_failed_build_makes_the_verdict_red():
     assert results.file_name(made) == "nvidia-h200-2026-01-02t0304-abc"
     assert "no nvcc \\| here" in results.markdown(made)
     assert "uncommitted changes" in results.markdown(made)
+    assert "Not measured: a peer: nothing to compare." in results.markdown(made)
 
 
 def test_what_the_build_lacks_is_named(monkeypatch):

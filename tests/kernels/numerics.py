@@ -70,6 +70,37 @@ def rms_norm_terms(grad: Tensor, hidden_states: Tensor, weight: Tensor, rstd: Te
     return (weighted.abs() + 3 * second.abs()) * rstd
 
 
+def layer_norm_terms(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    apart: bool = False,
+) -> dict[str, Tensor]:
+    """What nearly cancels in ``layer_norm`` and its gradients, in float64. In float32 a value and the mean are each
+    rounded before they are subtracted; 16-bit values are exact there. ``apart``: so much was rounded off the sum."""
+    x, grad = x.double(), grad.double()
+    scale = torch.ones(()).double() if weight is None else weight.double().abs()
+    mean = x.mean(-1, keepdim=True)
+    rstd = torch.rsqrt((x - mean).square().mean(-1, keepdim=True) + eps)
+    normed = ((x - mean) * rstd).abs()
+    reach = (x.abs() + mean.abs()) * rstd if dtype is torch.float32 or apart else normed
+    weighted = grad.abs() * scale
+    second = reach * (weighted * reach).mean(-1, keepdim=True)
+    to_x = (weighted + weighted.mean(-1, keepdim=True) + 3 * second) * rstd
+    flat = (-1, x.shape[-1])
+    terms = {
+        "grad_hidden_states": to_x,
+        "grad_weight": (grad.abs() * reach).reshape(flat).sum(0),
+        "grad_bias": grad.abs().reshape(flat).sum(0),
+    }
+    if dtype is torch.float32:
+        terms["normed"] = (reach * scale + (0.0 if bias is None else bias.double().abs())) / 4
+    return terms
+
+
 def _max(tensor: Tensor) -> float:
     return float(tensor.abs().max())
 

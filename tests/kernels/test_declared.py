@@ -18,11 +18,13 @@ from m4ov_kernels.activation import triton as activation
 from m4ov_kernels.gpu import FP_FUSION, Build
 from m4ov_kernels.head import triton as head
 from m4ov_kernels.norm import triton as norm
+from m4ov_kernels.rope import triton as rope
+from m4ov_kernels.vision import triton as vision
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="records the interpreter's launches")
 ROWS = 32
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-TYPES = {torch.int64: "i64", **gpu.DTYPES}
+TYPES = {torch.int64: "i64", torch.int32: "i32", **gpu.DTYPES}
 
 Launch = tuple[str, tuple[str, ...], tuple[tuple[str, Any], ...], int, int]
 
@@ -71,8 +73,15 @@ def launch_norm(dtype: torch.dtype) -> None:
         for need_weight in (False, True):
             norm.rms_norm_bwd(x, x if residual else None, x, weight, rstd, numerics, need_weight)
 
+    widths = {row.width for row in configs.rows_of("layer_norm_fwd", "cpu", gpu.DTYPES[dtype])} | {16384}
+    for width, residual, numerics in itertools.product(widths, (False, True), ("hf", "vllm", "fp32")):
+        x, weight = torch.empty(ROWS, width, dtype=dtype), torch.empty(width, dtype=dtype)
+        *_, mean, rstd = norm.layer_norm_fwd(x, weight, weight, x if residual else None, 1e-6, numerics)
+        for need in (False, True):
+            norm.layer_norm_bwd(x, x if residual else None, x, weight, mean, rstd, need, need)
 
-def launch_swiglu(dtype: torch.dtype) -> None:
+
+def launch_activation(dtype: torch.dtype) -> None:
     widths = {row.width or 4096 for row in configs.rows_of("swiglu_fwd", "cpu", gpu.DTYPES[dtype])}
     for width, numerics in itertools.product(widths, ("hf", "vllm", "fp32")):
         dense = torch.empty(ROWS, width, dtype=dtype)
@@ -80,6 +89,12 @@ def launch_swiglu(dtype: torch.dtype) -> None:
         for gate, up in ((dense, dense), halves):
             activation.swiglu_fwd(gate, up, numerics)
             activation.swiglu_bwd(gate, gate, up, numerics)
+            for approximate in ("tanh", "none"):
+                activation.geglu_fwd(gate, up, approximate, numerics)
+                activation.geglu_bwd(gate, gate, up, approximate, numerics)
+                for bias in (None, torch.empty(width, dtype=dtype)):
+                    activation.gelu_fwd(gate, bias, approximate)
+                    activation.gelu_bwd(gate, gate, bias, approximate, bias is not None)
 
 
 def launch_head(dtype: torch.dtype) -> None:
@@ -93,7 +108,56 @@ def launch_head(dtype: torch.dtype) -> None:
         head.EPILOGUE.add(accumulator, addend, output, assign)
 
 
-FAMILIES = ((norm, launch_norm), (activation, launch_swiglu), (head, launch_head))
+def launch_rope(dtype: torch.dtype) -> None:
+    ids, bounds = torch.zeros(2 * ROWS, dtype=torch.int64), torch.tensor([0, 2 * ROWS])
+    grid = torch.ones(ROWS, 3, dtype=torch.int64)
+    for types, intervals in itertools.product((None, ids, ids.int()), (None, torch.ones(ROWS))):
+        rope.mrope_positions_fwd(ids, bounds, types, grid, grid, intervals, 1, 2, 1)
+    widths = {row.width for row in configs.rows_of("qk_norm_mrope_fwd", "cpu", gpu.DTYPES[dtype])}
+    for width, norms, rest in itertools.product(sorted(w for w in widths if w), (False, True), (False, True)):
+        q, k = (torch.empty(ROWS, heads, width, dtype=dtype) for heads in (4, 2))
+        weights = [torch.empty(width, dtype=dtype) if norms else None for _ in range(2)]
+        rotary = width // 2 if rest else width
+        for axes, numerics in itertools.product((1, 3), ("hf", "vllm", "fp32")):
+            positions = torch.zeros((3, ROWS) if axes == 3 else (ROWS,), dtype=torch.int64)
+            options = (positions, [rotary // 2, 0, 0] if axes == 3 else [], 1e4, 1e-6, True, rotary, numerics)
+            rope.qk_norm_mrope_fwd(q, k, *weights, *options)
+            for need in {False, norms}:
+                rope.qk_norm_mrope_bwd(q, k, *((q, k) if norms else (None, None)), *weights, *options, need, need)
+
+
+def launch_vision_rope(dtype: torch.dtype) -> None:
+    widths = {row.width for row in configs.rows_of("vision_rope", "cpu", gpu.DTYPES[dtype])}
+    for width, numerics in itertools.product(sorted(w for w in widths if w), ("hf", "fp32")):
+        q, k = (torch.empty(ROWS, 4, width, dtype=dtype) for _ in range(2))
+        for places in ((torch.tensor([[2, 4, 4]]), None), (None, torch.zeros(ROWS, 2, dtype=torch.int64))):
+            for run in (vision.vision_rope_fwd, vision.vision_rope_bwd):
+                run(q, k, *places, 2, 1e4, numerics)
+
+
+def launch_vision(dtype: torch.dtype) -> None:
+    launch_vision_rope(dtype)
+    positions, grid_thw = torch.arange(ROWS // 2), torch.tensor([[1, 4, ROWS // 4]])
+    widths = {row.width or 1152 for row in configs.rows_of("feature_rows_fwd", "cpu", gpu.DTYPES[dtype])}
+    widths |= {row.width or 1152 for row in configs.rows_of("interpolate_fwd", "cpu", gpu.DTYPES[dtype])}
+    for width in widths:
+        x = torch.empty(ROWS, width, dtype=dtype)
+        for forward in (vision.scatter_vision_fwd, vision.deepstack_add_fwd):
+            forward(x, x[: ROWS // 2], positions)
+        vision.scatter_vision_bwd(x, positions, True, True)
+        table = torch.empty(48 * 48, width, dtype=dtype)
+        for hidden, numerics in itertools.product((None, x), ("hf", "vllm", "fp32")):
+            vision.interpolate_position_embeddings_fwd(table, grid_thw, hidden, ROWS, 2, numerics)
+        vision.interpolate_position_embeddings_bwd(x, grid_thw, 48 * 48, 2)
+
+
+FAMILIES = (
+    (norm, launch_norm),
+    (activation, launch_activation),
+    (head, launch_head),
+    (rope, launch_rope),
+    (vision, launch_vision),
+)
 
 
 def builds(module: Any) -> Iterator[Build]:
@@ -109,9 +173,9 @@ def test_what_is_declared_is_what_is_launched(module, launch, launches):
         if build.targets == gpu.ARCHITECTURES:  # an architecture's own rows are in force there, not here
             assert declared(build) in found, build.name
     # And the other way: no kernel is launched with a configuration, for a dtype, that is not declared.
-    known = {
-        (name, _blocks(constants), warps, stages) for name, _, constants, warps, stages in map(declared, builds(module))
-    }
+    # By any family: one may launch another's.
+    every = itertools.chain.from_iterable(builds(module) for module, _ in FAMILIES)
+    known = {(name, _blocks(constants), warps, stages) for name, _, constants, warps, stages in map(declared, every)}
     for name, _, constants, warps, stages in found:
         assert (name, _blocks(constants), warps, stages) in known
 

@@ -3,6 +3,9 @@ million, under the sanitizers."""
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +20,8 @@ from .conftest import SEED
 from .fuzzing import FuzzError, fuzz
 from .operators import CASES
 
-CALLS = 3000
+CALLS = int(os.environ.get("M4OV_FUZZ_CALLS", "3000"))
+PARTS = 4  # tests, for several processes
 SCRIPT = Path(__file__).parents[1] / "fuzz.py"
 
 
@@ -32,15 +36,18 @@ def _as_before() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def test_calls():
-    made = set()
-    for index in range(CALLS):
+@pytest.mark.parametrize("part", range(PARTS))
+def test_calls(part):
+    names, kinds = set(), set()
+    for index in range(part, CALLS, PARTS):
         try:
             outcome = fuzz(SEED, index)
         except FuzzError as error:
             pytest.fail(f"python tests/fuzz.py --plain --only {SEED}:{index}\n{error}")
-        made.add((outcome.operator, outcome.kind))
-    assert made == {(name, kind) for name in CASES for kind in ("forward", "backward", "refused")}
+        names.add(outcome.operator)
+        kinds.add(outcome.kind)
+    assert names == CASES.keys()
+    assert kinds == {"forward", "backward", "refused"}
 
 
 def make(calls: int) -> None:
@@ -81,14 +88,35 @@ def test_a_broken_kernel_is_found(fault, monkeypatch):
         make(2000)
 
 
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(SCRIPT), "--plain", *arguments]
+
+
 def test_the_command():
     def run(*arguments: str) -> str:
-        command = [sys.executable, str(SCRIPT), "--plain", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    output = run("--calls", "60", "--seed", "1")
-    assert "60 of 60 calls" in output
+    output = run("--calls", "60", "--seed", "1", "--first", "10")
+    assert "50 of 50 calls" in output
     assert "no call failed" in output
     assert "Outcome(operator=" in run("--only", "1:3")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker in /proc")
+def test_a_crash_is_told_and_the_run_goes_on_behind_it():
+    arguments = ("--calls", "3000", "--seed", "1", "--workers", "1")
+    with subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        output = [process.stdout.readline(), process.stdout.readline()]  # the second: the worker is at its first call
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[0]), signal.SIGSEGV)
+        output += process.stdout.read()
+    told = "".join(output)
+    crashed = re.search(r"CRASHED at 1:(\d+) with status -11", told)
+    assert crashed, told
+    assert "failed: 1" in told
+    assert process.returncode == 1
+    made = int(re.findall(r"(\d+) of 3000 calls", told)[-1])
+    assert 3000 - int(crashed[1]) - 1 <= made <= 3000, told  # all behind it, and those before that were reported

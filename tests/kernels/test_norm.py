@@ -1,12 +1,13 @@
-"""rms_norm: what is its own; what it shares with all operators is in ``test_operators.py``."""
+"""The norms: what is their own; what they share with all operators is in ``test_operators.py``."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import m4ov_kernels
-from m4ov_kernels import rms_norm
+from m4ov_kernels import layer_norm, rms_norm
 from m4ov_kernels.norm import reference
 
 from . import strategies
@@ -125,3 +126,114 @@ def test_only_the_sum_is_used():
     assert torch.equal(grad_x, torch.ones(3, 8))
     assert torch.equal(grad_residual, torch.ones(3, 8))
     assert not grad_weight.any()
+
+
+# ---- layer_norm
+
+
+def layer_norm_inputs(shape, dtype):
+    return [strategies.tensor(size, dtype) for size in (shape, shape[-1:], shape[-1:], shape)]
+
+
+def our_layer_norm(x, weight, bias, residual=None, numerics="hf"):
+    return layer_norm(x, weight, bias, eps=EPS, residual=residual, numerics=numerics)
+
+
+@pytest.mark.parametrize("dtype", strategies.HALF_AND_SINGLE)
+def test_layer_norm_bits_depend_neither_on_other_rows_nor_on_threads(isa, dtype):
+    tensors = layer_norm_inputs((67, 515), dtype)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            copies = leaves(dtype, *tensors)
+            out = our_layer_norm(*copies)
+            results.append((*out, *gradients(out, copies, tensors[:1] + tensors[3:])))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    x, weight, bias, residual = tensors
+    alone = our_layer_norm(x[13:14], weight, bias, residual[13:14])
+    assert torch.equal(alone[0], results[0][0][13:14])
+
+
+@pytest.mark.parametrize("numerics", ["hf", "vllm", "fp32"])
+def test_layer_norm_rounding_contract(isa, numerics):
+    x, weight, bias, residual = layer_norm_inputs((64, 1152), torch.bfloat16)
+    got, total = our_layer_norm(x, weight, bias, residual, numerics)
+    assert torch.equal(total, x + residual)
+    rounded = F.layer_norm(x + residual, (1152,), weight, bias, EPS)
+    exact = F.layer_norm(x.float() + residual.float(), (1152,), weight.float(), bias.float(), EPS).bfloat16()
+    expected, other = (exact, rounded) if numerics == "fp32" else (rounded, exact)
+    assert (got == expected).float().mean() > 0.995
+    assert (got == other).float().mean() < 0.95, "the contracts are not told apart"
+
+
+@pytest.mark.parametrize("columns", [5, 1152, 4304])
+@pytest.mark.parametrize("mean", [1e3, -1e6])
+def test_layer_norm_of_a_large_mean(isa, columns, mean):
+    """As if the mean were subtracted in float64: no error of the mean's own size, in the result or the gradient."""
+    x = (torch.randn(7, columns) + mean).requires_grad_()
+    grad = torch.randn(7, columns)
+    exact = x.detach().double().requires_grad_()
+    expected = F.layer_norm(exact, (columns,), eps=EPS)
+    got = layer_norm(x, None, None, eps=EPS)
+    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
+    (grad_x,) = torch.autograd.grad(got, x, grad)
+    (grad_exact,) = torch.autograd.grad(expected, exact, grad.double())
+    half_ulp = abs(mean) * 2.0**-24  # of the saved mean
+    torch.testing.assert_close(grad_x.double(), grad_exact, atol=1e-5 + 20 * half_ulp, rtol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 32, 1152, 4304])
+def test_layer_norm_of_constant_rows(isa, columns):
+    """Their variance is 0 exactly, whatever the constant, so that the result is the bias."""
+    for dtype in strategies.HALF_AND_SINGLE:
+        x = torch.tensor([0.1, -3.3, 1e4, 6e-5])[:, None].to(dtype).expand(4, columns).clone().requires_grad_()
+        bias = torch.randn(columns).to(dtype)
+        got = layer_norm(x, torch.ones_like(bias), bias, eps=EPS)
+        assert torch.equal(got, bias.expand(4, columns)), dtype
+        (grad,) = torch.autograd.grad(got, x, torch.ones_like(got))
+        assert grad.abs().max() <= 1e-2, (dtype, grad.abs().max())
+
+
+def test_layer_norm_extreme_values(isa):
+    for dtype in strategies.HALF_AND_SINGLE:
+        big = torch.finfo(dtype).max
+        x = torch.tensor([[big, -big, 1.0, 0.0], [0.0] * 4, [torch.nan, 1, 2, 3], [torch.inf, 1, 2, 3]], dtype=dtype)
+        got = layer_norm(x, torch.ones(4, dtype=dtype), None, eps=EPS)
+        assert got.isnan().tolist() == [[False] * 4, [False] * 4, [True] * 4, [True] * 4], (dtype, got)
+
+
+def test_layer_norm_gradcheck_of_the_reference():
+    tensors = [tensor.double().requires_grad_() for tensor in layer_norm_inputs((3, 5), torch.float32)]
+    with m4ov_kernels.backend("reference"):
+        for count in (1, 2, 3):  # frozen or absent: weight, bias
+            call = lambda x, *rest: our_layer_norm(x, *[*rest, None, None][:2])  # noqa: E731
+            assert torch.autograd.gradcheck(call, tensors[:count])
+        assert torch.autograd.gradcheck(our_layer_norm, tensors)
+        assert torch.autograd.gradgradcheck(our_layer_norm, tensors)
+
+
+def test_layer_norm_without_weight_or_bias_and_with_either_frozen():
+    x, weight, bias, residual = layer_norm_inputs((5, 33), torch.float32)
+    torch.testing.assert_close(layer_norm(x, None, None, eps=EPS), F.layer_norm(x, (33,), eps=EPS))
+    torch.testing.assert_close(layer_norm(x, weight, None, eps=EPS), F.layer_norm(x, (33,), weight, eps=EPS))
+    torch.testing.assert_close(layer_norm(x, None, bias, eps=EPS), F.layer_norm(x, (33,), None, bias, EPS))
+    for wanted in (0, 1, 2, 3):
+        tensors = [t.clone().requires_grad_(i == wanted) for i, t in enumerate((x, weight, bias, residual))]
+        normed, total = our_layer_norm(*tensors)
+        (ours,) = torch.autograd.grad(normed.sum() + total.square().sum(), tensors[wanted], allow_unused=True)
+        plain = F.layer_norm(tensors[0] + tensors[3], (33,), tensors[1], tensors[2], EPS).sum()
+        plain = plain + (tensors[0] + tensors[3]).square().sum()
+        (expected,) = torch.autograd.grad(plain, tensors[wanted])
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_layer_norm_of_mixed_dtypes_keeps_the_inputs():
+    x, weight, bias = torch.randn(4, 8).bfloat16(), torch.randn(8), torch.randn(8)
+    assert layer_norm(x, weight, bias, eps=EPS).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="different dtypes"), m4ov_kernels.backend("native"):
+        layer_norm(x, weight, bias, eps=EPS)

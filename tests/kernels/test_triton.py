@@ -6,8 +6,9 @@ Interpreted, bfloat16 proves nothing (its stores truncate), so it is tested on a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,57 +16,27 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import m4ov_kernels
-from m4ov_kernels import configs
 from m4ov_kernels.activation import reference as activation_reference
 from m4ov_kernels.activation import triton as activation
-from m4ov_kernels.gpu import Config
 from m4ov_kernels.head import chunked
 from m4ov_kernels.head import reference as head_reference
 from m4ov_kernels.head import triton as head
 from m4ov_kernels.norm import reference as norm_reference
 from m4ov_kernels.norm import triton as norm
+from m4ov_kernels.rope import triton as rope
+from m4ov_kernels.rope.frequencies import tables
+from m4ov_kernels.rope.triton import qk_norm_mrope as rope_kernels
+from m4ov_kernels.vision import reference as vision_reference
+from m4ov_kernels.vision import triton as vision
 
 from . import strategies
 from .numerics import assert_accurate, gradients, leaves, poisoned, rms_norm_terms
 from .operators.case import Call
 from .operators.head import LINEAR_CROSS_ENTROPY
+from .operators.rotation import QK_NORM_MROPE, VISION_ROPE
+from .triton_blocks import DEVICE, DTYPES, EPS, dtypes, shapes, small_blocks, tensor
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else []))
-EPS = 1e-6
-dtypes = st.sampled_from(DTYPES)
-# Interpreted programs take about a millisecond each, so blocks are made small instead of shapes large.
-shapes = st.one_of(
-    st.tuples(st.integers(0, 9), st.sampled_from((1, 2, 7, 16, 33, 128, 130))),
-    st.tuples(st.integers(1, 3), st.integers(0, 3), st.sampled_from((5, 64))),
-)
-
-
-def tensor(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous", magnitude: float = 1.0) -> Tensor:
-    values = strategies.tensor(shape, dtype, magnitude=magnitude).to(DEVICE)
-    return strategies.laid_out(values, layout)
-
-
-def row(kernel: str, width: int | None, num_warps: int = 4, **blocks: int) -> configs.Row:
-    return configs.Row(kernel, "any", width, Config(blocks, num_warps))
-
-
-# Wide rows begin at 65 columns, and tiles are small enough that shapes cross them.
-SMALL = [
-    row(name, 2**k, BLOCK_ROWS=64 >> k, BLOCK_D=2**k) for name in ("rms_norm_fwd", "rms_norm_bwd") for k in range(7)
-]
-SMALL += [row("rms_norm_fwd_wide", None, BLOCK_D=32), row("rms_norm_bwd_wide", None, BLOCK_D=32)]
-SMALL += [row("rms_norm_bwd_weight", None, BLOCK_ROWS=2, BLOCK_D=32)]
-SMALL += [row("rms_norm_bwd_reduce", None, BLOCK_PARTIALS=2, BLOCK_D=32)]
-SMALL += [row(name, None, BLOCK_ROWS=2, BLOCK_D=32) for name in ("swiglu_fwd", "swiglu_bwd")]
-SMALL += [row(name, None, BLOCK=32) for name in ("cross_entropy_fwd", "cross_entropy_bwd")]
-SMALL += [row("accumulate", None, BLOCK=64)]
-
-
-@pytest.fixture(autouse=True)
-def _small_blocks() -> Iterator[None]:
-    with configs.override(*SMALL):
-        yield
+__all__ = ["small_blocks"]  # a fixture of every test here
 
 
 @given(
@@ -86,7 +57,7 @@ def test_rms_norm(shape, dtype, layout, magnitude, numerics, residual, need_weig
     out = (*poisoned(x, x if residual else x.new_empty(0)), torch.full((rows,), torch.nan, device=DEVICE))
     normed, total, rstd = norm.rms_norm_fwd(x, weight, other if residual else None, EPS, numerics, out=out)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(norm, "_programs", lambda blocks, width, whole: max(1, min(blocks, programs)))
+        patch.setattr(norm, "programs_for", lambda blocks, width, whole: max(1, min(blocks, programs)))
         grads = norm.rms_norm_bwd(
             grad,
             grad_total if residual else None,
@@ -179,6 +150,177 @@ def test_linear_cross_entropy(rows, width, vocab, chunk, dtype, bias, ignored, l
     terms = LINEAR_CROSS_ENTROPY.terms(Call(arguments, {"loss": grad_loss}, ("input",)))
     for name, *tensors in zip(names, (loss, *grads), reference(dtype), reference(torch.float64), strict=False):
         assert_accurate(name, *tensors, terms.get(name))
+
+
+@pytest.mark.parametrize("case", [QK_NORM_MROPE, VISION_ROPE], ids=str)
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_rotations(case, data):
+    """As the shared cases draw and judge them, on the CPU or the GPU."""
+    call = data.draw(strategies.drawn(case.call))
+    arguments = {
+        name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in call.arguments.items()
+    }
+    call = call._replace(arguments=arguments, grads={name: grad.to(DEVICE) for name, grad in call.grads.items()})
+    if case.kernel_dtype(call.arguments) not in DTYPES:
+        return
+    with pytest.MonkeyPatch.context() as patch, m4ov_kernels.backend("triton"):
+        patch.setattr(rope_kernels, "_MAX_PROGRAMS", 3)
+        got = case.evaluate(call)
+    m4ov_kernels.check()
+    case.judge(call, got)
+
+
+@pytest.mark.parametrize("numerics", ["hf", "fp32"])
+def test_sines_and_cosines_are_within_one_ulp_to_2_24(numerics):
+    """Of the float32 product, or of the true one."""
+    count, width = 300, 128
+    positions = torch.cat((torch.arange(40), torch.randint(0, 2**24, (count - 40,))))
+    positions = torch.cat((positions, -positions))
+    x = torch.cat((torch.ones(2 * count, 1, width // 2), torch.zeros(2 * count, 1, width // 2)), -1).to(DEVICE)
+    options = ([], 5e6, 0.0, True, width, numerics)
+    got = rope.qk_norm_mrope_fwd(x, x, None, None, positions.to(DEVICE), *options)[0][:, 0].double().cpu()
+    made = tables(5e6, width, (), True, torch.device("cpu"))
+    if numerics == "hf":
+        angles = (positions[:, None].float() * made.single).double()
+    else:
+        angles = (positions[:, None] * made.exact).double() * (2 * math.pi / 2**64)
+    expected = torch.cat((angles.cos(), angles.sin()), -1)
+    ulp = torch.from_numpy(np.spacing(np.abs(expected.float().numpy()))).double()
+    # float64's own error in an angle of up to half a turn is 2^-53 of it.
+    assert ((got - expected).abs() - 2**-50).div(ulp).max() <= 1
+
+
+@pytest.mark.parametrize("sizes", [[[1, 4, 4], [3, 2, 3]], [[1, 4, 4], [0, 2, 2]], [[1, 4, 4]], [[1, 4, 4], [2, 4, 4]]])
+def test_a_wrong_grid_is_nan_and_found_by_check(sizes):
+    x = tensor((24, 2, 8), torch.float32)
+    with m4ov_kernels.backend("triton"):
+        turned = m4ov_kernels.vision_rope(x, x, torch.tensor(sizes, device=DEVICE), merge_size=2)[0]
+    patches = sum(math.prod(size) for size in sizes)
+    whole = all(frames > 0 and rows % 2 == columns % 2 == 0 for frames, rows, columns in sizes)
+    assert turned.isnan().flatten(1).all(1).tolist() == [not whole or i >= patches for i in range(24)]
+    with pytest.raises(ValueError, match=rf"vision_rope: grid_thw\[{len(sizes) - 1}\] is not positive, is no multiple"):
+        m4ov_kernels.check()
+    m4ov_kernels.check()  # told once
+
+
+@given(
+    rows=st.tuples(st.integers(1, 3), st.integers(0, 6)),
+    width=st.sampled_from((1, 16, 33, 70)),
+    share=st.sampled_from((0.0, 0.4, 1.0)),
+    dtype=dtypes,
+    layout=strategies.layouts,
+    add=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_features_into_rows(rows, width, share, dtype, layout, add):
+    """``scatter_vision`` and ``deepstack_add``, whose backward the first one's holds."""
+    base, grad = tensor((*rows, width), dtype, layout), tensor((*rows, width), dtype, layout)
+    count = rows[0] * rows[1]
+    positions = torch.randperm(count, device=DEVICE)[: round(share * count)]
+    features = tensor((len(positions), width), dtype, layout)
+    raw = vision.deepstack_add_fwd if add else vision.scatter_vision_fwd
+    got = [raw(base, features, positions, out=poisoned(base)[0])]
+    if add:
+        got += [grad, vision.deepstack_add_bwd(grad, positions, out=poisoned(features)[0])]
+    else:
+        got += vision.scatter_vision_bwd(grad, positions, True, True, out=poisoned(base, features))
+        assert torch.equal(vision.scatter_vision_bwd(grad, positions, True, False)[0], got[1])
+        assert torch.equal(vision.scatter_vision_bwd(grad, positions, False, True)[1], got[2])
+    m4ov_kernels.check()
+    definition = vision_reference.deepstack_add if add else vision_reference.scatter_vision
+    inputs = leaves(dtype, base, features)
+    result = definition(*inputs, positions)
+    for ours, plain in zip(got, [result, *gradients(result, inputs, [grad])], strict=True):
+        assert torch.equal(ours, plain)
+
+
+def test_positions_without_a_row_of_their_own_are_nan_and_found_by_check():
+    base, features = tensor((2, 4, 40), torch.float32), tensor((6, 40), torch.float32)
+    positions = torch.tensor([0, 3, 3, -1, 8, 6], device=DEVICE)
+    for operator in (m4ov_kernels.scatter_vision, m4ov_kernels.deepstack_add):
+        inputs = leaves(torch.float32, base, features)
+        with m4ov_kernels.backend("triton"):
+            out = operator(*inputs, positions)
+        assert out.isnan().any(-1).flatten().nonzero().flatten().tolist() == [3]
+        assert torch.equal(out[0, 0], features[0] + (operator is m4ov_kernels.deepstack_add) * base[0, 0])
+        with pytest.raises(
+            ValueError, match=rf"{operator.__name__}: positions\[2\] is not in \[0, rows\), or is there tw"
+        ):
+            m4ov_kernels.check()
+        grads = gradients(out, inputs, [base])
+        assert grads[1].isnan().any(-1).tolist() == [False, False, False, True, True, False]
+        with (
+            pytest.raises(ValueError, match=r"positions\[2\]")
+            if operator is m4ov_kernels.scatter_vision
+            else nullcontext()
+        ):
+            m4ov_kernels.check()
+
+
+@given(
+    grids=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4)), max_size=4),
+    side=st.sampled_from((1, 2, 3, 5)),
+    width=st.sampled_from((1, 16, 33, 70)),
+    merge=st.sampled_from((1, 2, 3)),
+    dtype=dtypes,
+    layout=strategies.layouts,
+    numerics=strategies.numerics,
+    alone=st.booleans(),
+)
+@settings(max_examples=30, deadline=None)
+def test_interpolate_position_embeddings(grids, side, width, merge, dtype, layout, numerics, alone):
+    grid_thw = torch.tensor([(t, h * merge, w * merge) for t, h, w in grids], dtype=torch.int64).reshape(-1, 3)
+    grid_thw = grid_thw.to(DEVICE)
+    patches = int(grid_thw.prod(1).sum())
+    table, hidden, grad = (
+        tensor((side**2, width), dtype),
+        tensor((patches, width), dtype, layout),
+        tensor((patches, width), dtype),
+    )
+    out, given_hidden = poisoned(hidden)[0], None if alone else hidden
+    got = [
+        vision.interpolate_position_embeddings_fwd(table, grid_thw, given_hidden, patches, merge, numerics, out=out),
+        vision.interpolate_position_embeddings_bwd(grad, grid_thw, side**2, merge, out=poisoned(table)[0]),
+    ]
+    m4ov_kernels.check()
+
+    def reference(dtype: torch.dtype, grad: Tensor = grad) -> list[Tensor]:
+        (leaf,) = leaves(dtype, table)
+        result = vision_reference.interpolate_position_embeddings(
+            leaf, grid_thw, None if alone else hidden.to(dtype), patches, merge, numerics
+        )
+        return [result, *gradients(result, [leaf], [grad.to(dtype)])]
+
+    terms = {"grad_table": reference(torch.float64, grad.abs())[1]}
+    for name, *tensors in zip(("embedded", "grad_table"), got, reference(dtype), reference(torch.float64), strict=True):
+        assert_accurate(name, *tensors, terms.get(name))
+    if DEVICE == "cpu":
+        assert torch.equal(got[0], reference(dtype)[0])
+
+
+@pytest.mark.parametrize(
+    ("grids", "first", "lost"),
+    [
+        ([[1, 4, 6], [1, 3, 2], [1, 2, 2]], 1, range(24, 30)),
+        ([[1, 4, 6], [1, -2, -3], [1, 2, 2]], 1, range(24, 30)),
+        ([[1, 4, 6]], 0, range(24, 34)),
+        ([[1, 4, 6], [1, 4, 8]], 1, ()),
+        ([], 0, range(34)),
+    ],
+)
+def test_grids_that_do_not_fit_are_nan_and_found_by_check(grids, first, lost):
+    table, hidden = tensor((9, 40), torch.float32).requires_grad_(), tensor((34, 40), torch.float32)
+    grid_thw = torch.tensor(grids, dtype=torch.int64, device=DEVICE).reshape(-1, 3)
+    with m4ov_kernels.backend("triton"):
+        out = m4ov_kernels.interpolate_position_embeddings(table, grid_thw, merge_size=2, hidden_states=hidden)
+    assert out.isnan().any(-1).nonzero().flatten().tolist() == list(lost)
+    with pytest.raises(
+        ValueError, match=rf"interpolate_position_embeddings: grid_thw\[{first}\] is not positive, or not a"
+    ):
+        m4ov_kernels.check()
+    if len(lost) < 34 and [grid for grid in grids if min(grid) < 1 or grid[1] % 2 or grid[2] % 2]:
+        assert torch.autograd.grad(out.sum(), table)[0].isnan().all()
 
 
 @pytest.mark.parametrize("num_valid", [None, 5])

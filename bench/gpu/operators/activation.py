@@ -1,4 +1,4 @@
-"""``swiglu`` for the GPU suite."""
+"""The activations for the GPU suite."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from m4ov_bench import activation, cases
 from m4ov_bench.gpu import peers
 from m4ov_bench.gpu.example import Example, Maker
 from m4ov_bench.session import Session, Subject
-from m4ov_kernels import swiglu
+from m4ov_kernels import geglu, gelu, swiglu
 from m4ov_kernels.activation import reference
 
 NUMERICS = ("hf", "vllm", "fp32")
+APPROXIMATIONS = ("tanh", "none")
 _SHAPES = (
     ((37, 6144), "contiguous", 1.0),
     ((3, 5, 4096), "wide rows", 30.0),
@@ -57,8 +58,63 @@ def _example(maker: Maker, shape: tuple[int, ...], layout: str, magnitude: float
     )
 
 
+def geglu_examples(maker: Maker, tiny: bool) -> Iterator[Example]:
+    for shape in _TINY_SHAPES if tiny else _SHAPES:
+        for approximate in APPROXIMATIONS:
+            yield _geglu_example(maker, *shape, approximate, random.choice(NUMERICS))
+
+
+def _geglu_example(
+    maker: Maker, shape: tuple[int, ...], layout: str, magnitude: float, approximate: str, numerics: str
+) -> Example:
+    return Example(
+        f"{list(shape)}, {layout}, × {magnitude:g}, {approximate}, {numerics}",
+        lambda gate, up: geglu(gate, up, approximate=approximate, numerics=numerics),
+        lambda gate, up: reference.geglu(gate, up, approximate, numerics),
+        (maker.normal(shape, layout, magnitude), maker.normal(shape, layout)),
+        (maker.normal(shape, layout, grad=False),),
+        ("output", "grad_gate", "grad_up"),
+    )
+
+
+def gelu_examples(maker: Maker, tiny: bool) -> Iterator[Example]:
+    for shape in _TINY_SHAPES if tiny else _SHAPES:
+        for approximate in APPROXIMATIONS:
+            for bias in (True, False):
+                yield _gelu_example(maker, *shape, approximate, bias)
+
+
+def _gelu_example(
+    maker: Maker, shape: tuple[int, ...], layout: str, magnitude: float, approximate: str, bias: bool
+) -> Example:
+    vectors = [maker.normal(shape[-1:], "contiguous")] if bias else []
+    return Example(
+        f"{list(shape)}, {layout}, × {magnitude:g}, {approximate}" + ", bias" * bias,
+        lambda input, bias=None: gelu(input, bias=bias, approximate=approximate),
+        lambda input, bias=None: reference.gelu(input, bias, approximate),
+        (maker.normal(shape, layout, magnitude), *vectors),
+        (maker.normal(shape, layout, grad=False),),
+        ("output", "grad_input", "grad_bias")[: 2 + bias],
+    )
+
+
 def subjects(session: Session, device: torch.device, tiny: bool) -> Iterator[Subject]:
+    yield from _subjects("swiglu", device, tiny)
+
+
+def geglu_subjects(session: Session, device: torch.device, tiny: bool) -> Iterator[Subject]:
+    yield from _subjects("geglu", device, tiny)
+
+
+def gelu_subjects(session: Session, device: torch.device, tiny: bool) -> Iterator[Subject]:
+    yield from _subjects("gelu", device, tiny)
+
+
+def _subjects(operator: str, device: torch.device, tiny: bool) -> Iterator[Subject]:
     for case in cases.TINY_ACTIVATION if tiny else cases.GPU_ACTIVATION:
+        if (case.operator if isinstance(case, cases.GatedCase) else "gelu") != operator:
+            continue
         with torch.device(device):
             made = activation.subject(case, case.compiled)
-        yield replace(made, peers={**made.peers, **peers.swiglu()})
+        libraries = {"swiglu": peers.swiglu, "geglu": peers.geglu}.get(operator, dict)
+        yield replace(made, peers={**made.peers, **libraries()})

@@ -1,4 +1,4 @@
-"""``rms_norm`` for the GPU suite."""
+"""The norms for the GPU suite."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from m4ov_bench import cases, norm
 from m4ov_bench.gpu import peers
 from m4ov_bench.gpu.example import Example, Maker
 from m4ov_bench.session import Session, Subject
-from m4ov_kernels import rms_norm
+from m4ov_kernels import layer_norm, rms_norm
 from m4ov_kernels.norm import reference
 
 EPS = 1e-6
@@ -85,9 +85,73 @@ def _terms(grad: Tensor, hidden: list[Tensor], weight: Tensor) -> Tensor:
         return (weighted.abs() + 3 * second.abs()) * rstd
 
 
+def layer_norm_examples(maker: Maker, tiny: bool) -> Iterator[Example]:
+    shapes = _TINY_SHAPES if tiny else _SHAPES
+    for residual in (False, True):
+        for numerics in NUMERICS:
+            yield _layer_norm_example(maker, *shapes[0], residual, numerics)
+    for shape in shapes[1:]:
+        yield _layer_norm_example(maker, *shape, random.random() < 0.5, random.choice(("hf", "vllm")))
+
+
+def _layer_norm_example(
+    maker: Maker, shape: tuple[int, ...], layout: str, magnitude: float, residual: bool, numerics: str
+) -> Example:
+    hidden = [maker.normal(shape, layout, magnitude) for _ in range(1 + residual)]
+    vectors = [maker.normal(shape[-1:], layout) for _ in range(2)]
+    grads = tuple(maker.normal(shape, layout, magnitude, grad=False) for _ in range(1 + residual))
+
+    def function(
+        hidden_states: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        return layer_norm(hidden_states, weight, bias, eps=EPS, residual=residual, numerics=numerics)  # type: ignore[call-overload]
+
+    def definition(
+        hidden_states: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        outputs = reference.layer_norm(hidden_states, weight, bias, residual, EPS, numerics)
+        return outputs[: 1 if residual is None else 2]
+
+    names = ("normed", "sum")[: 1 + residual]
+    names += ("grad_hidden_states", "grad_weight", "grad_bias", "grad_residual")[: 3 + residual]
+    terms = _layer_norm_terms(grads, hidden, vectors[0])
+    return Example(
+        f"{list(shape)}, {layout}, × {magnitude:g}, {numerics}" + ", residual" * residual,
+        function,
+        definition,
+        (hidden[0], *vectors, *hidden[1:]),
+        grads,
+        names,
+        {"grad_hidden_states": terms, "grad_residual": terms},
+    )
+
+
+def _layer_norm_terms(grads: tuple[Tensor, ...], hidden: list[Tensor], weight: Tensor) -> Tensor:
+    """What nearly cancels in the gradient of narrow rows; a value and the mean are rounded before they are
+    subtracted."""
+    with torch.no_grad():
+        x = torch.stack([tensor.double() for tensor in hidden]).sum(0)
+        mean = x.mean(-1, keepdim=True)
+        rstd = torch.rsqrt((x - mean).square().mean(-1, keepdim=True) + EPS)
+        weighted, reach = (grads[0].double() * weight.double()).abs(), (x.abs() + mean.abs()) * rstd
+        second = reach * (weighted * reach).mean(-1, keepdim=True)
+        made = (weighted + weighted.mean(-1, keepdim=True) + 3 * second) * rstd
+        return made + grads[1].double().abs() if len(grads) > 1 else made
+
+
 def subjects(session: Session, device: torch.device, tiny: bool) -> Iterator[Subject]:
+    yield from _subjects("rms_norm", device, tiny)
+
+
+def layer_norm_subjects(session: Session, device: torch.device, tiny: bool) -> Iterator[Subject]:
+    yield from _subjects("layer_norm", device, tiny)
+
+
+def _subjects(operator: str, device: torch.device, tiny: bool) -> Iterator[Subject]:
     for case in cases.TINY_NORM if tiny else cases.GPU_NORM:
+        if case.operator != operator:
+            continue
         with torch.device(device):
             made = norm.subject(case, case.compiled)
-        more = peers.rms_norm(EPS, case.residual)
-        yield replace(made, peers={**made.peers, **more})
+        libraries = peers.rms_norm if operator == "rms_norm" else peers.layer_norm
+        yield replace(made, peers={**made.peers, **libraries(EPS, case.residual)})

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from . import activation, attention, head, norm
+from . import activation, attention, head, norm, rope, rotation, vision
 from .case import Call, OperatorCase
 from .corruptions import Corruption
 
@@ -11,5 +11,19 @@ __all__ = ["CASES", "Call", "Corruption", "OperatorCase"]
 
 CASES = {
     case.name: case
-    for case in (norm.RMS_NORM, activation.SWIGLU, head.LINEAR_CROSS_ENTROPY, attention.VARLEN_ATTENTION)
+    for case in (
+        norm.RMS_NORM,
+        norm.LAYER_NORM,
+        activation.SWIGLU,
+        activation.GEGLU,
+        activation.GELU,
+        head.LINEAR_CROSS_ENTROPY,
+        attention.VARLEN_ATTENTION,
+        rotation.QK_NORM_MROPE,
+        rotation.VISION_ROPE,
+        rope.MROPE_POSITIONS,
+        vision.SCATTER_VISION,
+        vision.DEEPSTACK_ADD,
+        vision.INTERPOLATE,
+    )
 }

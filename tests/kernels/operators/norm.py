@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m4ov_kernels import rms_norm
+from m4ov_kernels import layer_norm, rms_norm
 
 from .. import draws
 from ..draws import Draw
-from ..numerics import BEYOND, rms_norm_terms
+from ..numerics import BEYOND, layer_norm_terms, rms_norm_terms
 from . import corruptions
 from .case import Call, OperatorCase
 from .options import NUMERICS, nonnegative, tensor_dtype
@@ -82,4 +82,65 @@ RMS_NORM = OperatorCase(
         NUMERICS,
     ),
     _terms,
+)
+
+
+def _layer_norm_arguments(draw: Draw) -> dict[str, Any]:
+    arguments = _arguments(draw)
+    hidden_states, weight = arguments["hidden_states"], arguments["weight"]
+    bias = draws.tensor(draw, hidden_states.shape[-1:], weight.dtype, "normal") if draw.boolean() else None
+    return arguments | {"weight": weight if draw.boolean() or bias is not None else None, "bias": bias}
+
+
+def _layer_norm_results(hidden_states: Tensor, residual: Tensor | None, **_: Any) -> Any:
+    normed = {"normed": (hidden_states.shape, hidden_states.dtype)}
+    return normed if residual is None else normed | {"total": (hidden_states.shape, hidden_states.dtype)}
+
+
+def _layer_norm_terms(call: Call) -> dict[str, Tensor]:
+    arguments = call.arguments
+    dtype, x = arguments["hidden_states"].dtype, arguments["hidden_states"].double()
+    apart = arguments["residual"] is not None and arguments["numerics"] == "fp32"
+    if arguments["residual"] is not None:
+        x = x + arguments["residual"].double()
+    grad = call.grads["normed"].double() if "normed" in call.grads else torch.zeros_like(x)
+    terms = layer_norm_terms(grad, x, arguments["weight"], arguments["bias"], arguments["eps"], dtype, apart)
+    to_x = terms["grad_hidden_states"]
+    if "total" in call.grads:
+        to_x = to_x + call.grads["total"].double().abs()
+    # With an infinite sum of squares the factor is 0, and 0 times another infinite sum NaN.
+    far = (x - x.mean(-1, keepdim=True)).abs()
+    weighted = (grad if arguments["weight"] is None else grad * arguments["weight"].double()).abs()
+    sums = torch.maximum((4 * far.square()).sum(-1, keepdim=True), 4 * (weighted * far).sum(-1, keepdim=True))
+    to_x = torch.where(sums > 0.9 * torch.finfo(torch.float32).max, BEYOND, to_x)
+    largest = x.abs().amax(-1, keepdim=True)
+    to_x = torch.where(largest > 0.2 * torch.finfo(torch.float32).max, BEYOND, to_x)
+    if apart:  # the rounded sum may overflow
+        to_x = torch.where(largest > 0.99 * torch.finfo(dtype).max, BEYOND, to_x)
+    return terms | {"grad_hidden_states": to_x, "grad_residual": to_x}
+
+
+LAYER_NORM = OperatorCase(
+    "layer_norm",
+    layer_norm,
+    _layer_norm_arguments,
+    _layer_norm_results,
+    ("hidden_states", "weight", "bias", "residual"),
+    (
+        *corruptions.float_tensor("hidden_states"),
+        corruptions.shape("hidden_states", corruptions.scalar),
+        *corruptions.float_tensor("weight", optional=True),
+        corruptions.shape("weight", corruptions.wider, corruptions.deeper, corruptions.scalar),
+        corruptions.device("weight"),
+        *corruptions.float_tensor("bias", optional=True),
+        corruptions.shape("bias", corruptions.wider, corruptions.deeper, corruptions.scalar),
+        corruptions.device("bias"),
+        *corruptions.float_tensor("residual", optional=True),
+        corruptions.float_dtype("residual"),
+        corruptions.shape("residual", corruptions.wider, corruptions.deeper, corruptions.scalar),
+        corruptions.device("residual"),
+        *nonnegative("eps"),
+        NUMERICS,
+    ),
+    _layer_norm_terms,
 )

@@ -1,0 +1,122 @@
+// The second product for few lanes, as in decoding: probabilities times values where they lie, without a panel of them
+// transposed, which would be read and written for a handful of lanes. The sums are those of the tiles, in their order:
+// decoding gives the bits of prefilling.
+#pragma once
+
+#include "plan.h"
+
+namespace m4ov {
+namespace M4OV_VARIANT {
+namespace {  // nothing that the linker could share between variants
+
+constexpr int64_t kFewLanes = 8;  // all lanes of a sequence and key head
+
+M4OV_INLINE bool few_lanes(const VarlenAttention& a, const Sequence& s) {
+  return s.rows * (a.heads / a.kv_heads) <= kFewLanes;
+}
+
+// A step of the tiles: kPair neighbouring keys. Of the values one vector, from two rows for pairs (the second may not be
+// there); of the probabilities one lane's, everywhere.
+struct FmaStep {
+  using Operand = V;
+  static V values(const float* row, int64_t, bool) { return load_vector(row); }
+  static V probability(const float* p) { return set1(*p); }
+  static V add(V sum, V p, V value) { return fma(value, p, sum); }
+};
+#ifdef __AVX512BF16__
+struct DotStep {
+  using Operand = __m512i;
+  static __m512i values(const Bf16* row, int64_t stride, bool pair) {
+    const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+    if (!pair) return even;
+    const __m256i odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + stride));
+    return _mm512_or_si512(even, _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+  }
+  static __m512i probability(const Bf16* p) {
+    int32_t word;
+    memcpy(&word, p, 4);
+    return _mm512_set1_epi32(word);
+  }
+  static V add(V sum, __m512i p, __m512i value) {
+    return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<const __m512bh&>(p), reinterpret_cast<const __m512bh&>(value))};
+  }
+};
+#endif
+template <typename Tile>
+struct StepOf {
+  using type = FmaStep;
+};
+#ifdef __AVX512BF16__
+template <>
+struct StepOf<DotTile> {
+  using type = DotStep;
+};
+#endif
+
+// `values`: rows of whole vectors. rescale: null for the first block of keys.
+template <typename Tile, int kCount, int kVectors>
+static void add_some_values(float* output, int64_t width, const typename Tile::Element* probabilities,
+                            const typename Tile::Element* values, int64_t stride, int64_t keys, const float* rescale) {
+  using Step = typename StepOf<Tile>::type;
+  constexpr int64_t kPair = Tile::kPair;
+  V sum[kCount][kVectors];
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) sum[i][j] = set1(0.0f);
+  }
+  for (int64_t key = 0; key < keys; key += kPair) {
+    const auto* row = values + key * stride;
+    const auto* p = probabilities + key * kBlockLanes;
+    typename Step::Operand value[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) value[j] = Step::values(row + j * kLanes, stride, key + 1 < keys);
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) {
+      const auto x = Step::probability(p + i * kPair);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) sum[i][j] = Step::add(sum[i][j], x, value[j]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      float* at = output + i * width + j * kLanes;
+      store_vector(at, rescale ? fma(load_vector(at), set1(rescale[i]), sum[i][j]) : sum[i][j]);
+    }
+  }
+}
+
+// output [lane][width] = probabilities · values, plus the output times `rescale` by lanes if there is one. `width`: whole
+// vectors.
+template <typename Tile>
+static void add_values(float* output, int64_t width, const typename Tile::Element* probabilities,
+                       const Block<typename Tile::Element>& values, int64_t lanes, int64_t keys, const float* rescale) {
+  constexpr int kWide = Tile::kVectors;
+  for (int64_t i = 0; i < lanes;) {
+    const int64_t count = lanes - i >= 4 ? 4 : lanes - i >= 2 ? 2 : 1;
+    for (int64_t j = 0; j < width;) {
+      const int64_t vectors = width - j >= kWide * kLanes ? kWide : 1;
+      float* to = output + i * width + j;
+      const auto* p = probabilities + i * Tile::kPair;
+      const auto* from = values.rows + j;
+      const float* factor = rescale ? rescale + i : nullptr;
+#define M4OV_VALUES(m, n) \
+  if (count == m && vectors == n) add_some_values<Tile, m, n>(to, width, p, from, values.stride, keys, factor)
+      M4OV_VALUES(1, kWide);
+      M4OV_VALUES(2, kWide);
+      M4OV_VALUES(4, kWide);
+      M4OV_VALUES(1, 1);
+      M4OV_VALUES(2, 1);
+      M4OV_VALUES(4, 1);
+#undef M4OV_VALUES
+      j += vectors * kLanes;
+    }
+    i += count;
+  }
+}
+
+}  // namespace
+}  // namespace M4OV_VARIANT
+}  // namespace m4ov

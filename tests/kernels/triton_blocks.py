@@ -1,0 +1,69 @@
+"""Blocks small enough for Triton's interpreter, and tensors where the kernels run: shared by the tests of Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from m4ov_kernels import configs
+from m4ov_kernels.gpu import Config
+
+from . import strategies
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else []))
+EPS = 1e-6
+dtypes = st.sampled_from(DTYPES)
+# Interpreted programs take about a millisecond each, so blocks are made small instead of shapes large.
+shapes = st.one_of(
+    st.tuples(st.integers(0, 9), st.sampled_from((1, 2, 7, 16, 33, 128, 130))),
+    st.tuples(st.integers(1, 3), st.integers(0, 3), st.sampled_from((5, 64))),
+)
+
+
+def tensor(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous", magnitude: float = 1.0) -> Tensor:
+    values = strategies.tensor(shape, dtype, magnitude=magnitude).to(DEVICE)
+    return strategies.laid_out(values, layout)
+
+
+def row(kernel: str, width: int | None, num_warps: int = 4, **blocks: int) -> configs.Row:
+    return configs.Row(kernel, "any", width, Config(blocks, num_warps))
+
+
+# Wide rows begin at 65 columns, and tiles are small enough that shapes cross them.
+SMALL = [
+    row(f"{name}_{kind}", 2**k, BLOCK_ROWS=64 >> k, BLOCK_D=2**k)
+    for name in ("rms_norm", "layer_norm")
+    for kind in ("fwd", "bwd")
+    for k in range(7)
+]
+SMALL += [row(f"layer_norm_{kind}_wide", None, BLOCK_D=32) for kind in ("fwd", "bwd")]
+SMALL += [row("layer_norm_bwd_parameters", None, BLOCK_ROWS=2, BLOCK_D=32)]
+SMALL += [row("rms_norm_fwd_wide", None, BLOCK_D=32), row("rms_norm_bwd_wide", None, BLOCK_D=32)]
+SMALL += [row("rms_norm_bwd_weight", None, BLOCK_ROWS=2, BLOCK_D=32)]
+SMALL += [row("rms_norm_bwd_reduce", None, BLOCK_PARTIALS=2, BLOCK_D=32)]
+SMALL += [row(name, None, BLOCK_ROWS=2, BLOCK_D=32) for name in ("swiglu_fwd", "swiglu_bwd", "geglu_fwd", "geglu_bwd")]
+SMALL += [row(name, None, BLOCK_ROWS=2, BLOCK_D=32) for name in ("gelu_fwd", "gelu_bwd")]
+SMALL += [row(name, None, BLOCK=32) for name in ("cross_entropy_fwd", "cross_entropy_bwd")]
+SMALL += [row("accumulate", None, BLOCK=64), row("feature_rows_index", None, BLOCK=4)]
+SMALL += [row(f"feature_rows_{name}", None, BLOCK_ROWS=2, BLOCK_D=32) for name in ("fwd", "clear", "gather")]
+SMALL += [
+    row("interpolate_fwd", None, BLOCK_ROWS=4, BLOCK_D=32),
+    row("interpolate_bwd", None, BLOCK_PATCHES=4, BLOCK_D=32),
+]
+SMALL += [
+    row(name, width, BLOCK_HEADS=2, BLOCK_HALF=width // 2)
+    for name in ("qk_norm_mrope_fwd", "qk_norm_mrope_bwd")
+    for width in (16, 128, 1024)
+]
+SMALL += [row("vision_rope", width, BLOCK_HEADS=4, BLOCK_HALF=width // 2, BLOCK_IMAGES=2) for width in (16, 128)]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks() -> Iterator[None]:
+    with configs.override(*SMALL):
+        yield
