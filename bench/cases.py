@@ -43,23 +43,6 @@ class GatedCase:
 
 
 @dataclass(frozen=True)
-class GeluCase:
-    """``bias``: of the linear layer before it, added on the way."""
-
-    rows: int
-    width: int
-    dtype: torch.dtype = torch.bfloat16
-    approximate: str = "tanh"
-    bias: bool = True
-    quick: bool = False
-    compiled: bool = False
-
-    def __str__(self) -> str:
-        name = {"tanh": "tanh", "none": "erf"}[self.approximate]
-        return f"[{self.rows}, {self.width}] {_dtype_name(self.dtype)}, {name}" + " + bias" * self.bias
-
-
-@dataclass(frozen=True)
 class PixelCase:
     """``pil``: the images are Pillow's, not NumPy arrays."""
 
@@ -77,6 +60,23 @@ class PixelCase:
         kind = " (PIL)" * self.pil
         size = f"{self.images} of {self.width} x {self.height}{kind}"
         return f"{size}, at most {self.max_pixels >> 10} Ki pixels, {_dtype_name(self.dtype)}"
+
+
+@dataclass(frozen=True)
+class GeluCase:
+    """``bias``: of the linear layer before it, added on the way."""
+
+    rows: int
+    width: int
+    dtype: torch.dtype = torch.bfloat16
+    approximate: str = "tanh"
+    bias: bool = True
+    quick: bool = False
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        name = {"tanh": "tanh", "none": "erf"}[self.approximate]
+        return f"[{self.rows}, {self.width}] {_dtype_name(self.dtype)}, {name}" + " + bias" * self.bias
 
 
 @dataclass(frozen=True)
@@ -273,6 +273,15 @@ HEAD = (
     HeadCase(1024, 1024, 32000, labelled=0.25),
     HeadCase(256, 1024, 32000, quick=True),
 )
+PIXELS = (
+    PixelCase(32, 1080, 1920, 1 << 20),
+    PixelCase(32, 1080, 1920, 1 << 20, pil=True),
+    PixelCase(8, 1080, 1920, 1 << 20, dtype=torch.bfloat16, pil=True),
+    PixelCase(8, 1080, 1920, 1 << 24),  # Qwen3-VL's own limit: rows are enlarged to 1088
+    PixelCase(8, 1088, 1920, 1 << 24),  # not resized
+    PixelCase(8, 1088, 1920, 1 << 24, dtype=torch.bfloat16),
+    PixelCase(3, 1080, 1920, 1 << 20, quick=True),
+)
 FEATURE_ROWS = (
     FeatureRowsCase(8192, 2048, 0.75, quick=True, compiled=True),
     FeatureRowsCase(8192, 4096, 0.5),
@@ -285,15 +294,6 @@ POSITION_EMBEDDINGS = (
     PositionEmbeddingsCase("64 small images", ((1, 16, 16),) * 64, 1152),
     PositionEmbeddingsCase("a video", ((16, 24, 42),), 1152),
     PositionEmbeddingsCase("4 images", ((1, 64, 64),) * 4, 1152, dtype=torch.float32),
-)
-PIXELS = (
-    PixelCase(32, 1080, 1920, 1 << 20),
-    PixelCase(32, 1080, 1920, 1 << 20, pil=True),
-    PixelCase(8, 1080, 1920, 1 << 20, dtype=torch.bfloat16, pil=True),
-    PixelCase(8, 1080, 1920, 1 << 24),  # Qwen3-VL's own limit: rows are enlarged to 1088
-    PixelCase(8, 1088, 1920, 1 << 24),  # not resized
-    PixelCase(8, 1088, 1920, 1 << 24, dtype=torch.bfloat16),
-    PixelCase(3, 1080, 1920, 1 << 20, quick=True),
 )
 HEAD_MEMORY = tuple(HeadCase(rows, 1024, 32000) for rows in (256, 512, 1024, 2048, 4096))  # memory alone, by tokens
 

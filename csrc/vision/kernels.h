@@ -54,9 +54,9 @@ struct InterpolateBwd {
 }  // namespace m4ov
 
 #define M4OV_VISION_KERNELS(X)                     \
+  X(int64_t, pack_patches, PackPatches)            \
   X(int64_t, scatter_vision_fwd, FeatureRows)      \
   X(int64_t, scatter_vision_bwd, FeatureRowsBwd)   \
   X(int64_t, deepstack_add_fwd, FeatureRows)       \
   X(int64_t, interpolate_fwd, InterpolateFwd)      \
-  X(int64_t, interpolate_bwd, InterpolateBwd)      \
-  X(int64_t, pack_patches, PackPatches)
+  X(int64_t, interpolate_bwd, InterpolateBwd)
