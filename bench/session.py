@@ -88,7 +88,7 @@ class Subject:
     ``kernels``: by what they do ("forward", "backward", …). ``ours`` and the peers take one of ``inputs`` (sets that
     rotate) and return a tensor or several; ``grads``: for every set, what is handed to their backward (``None``: the
     outputs are scalar losses). ``definition``: the same in plain PyTorch, for judging peers. ``memory``: a peer's name
-    → MiB beyond inputs and outputs.
+    → MiB beyond inputs and outputs. ``forward_only``: nobody differentiates it.
     """
 
     family: str
@@ -103,6 +103,7 @@ class Subject:
     definition: Callable[..., Any] | None = None
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
     memory: Mapping[str, float | None] = field(default_factory=dict)
+    forward_only: bool = False
 
 
 def rows(session: Session, subject: Subject) -> Iterator[Row]:
@@ -131,7 +132,7 @@ def rows(session: Session, subject: Subject) -> Iterator[Row]:
     if subject.definition is not None and not all(isinstance(peer, Absent) for peer in subject.peers.values()):
         session.say(f"{subject.operator} {subject.case}: float64, for the peers")
         truth = Truth(subject.definition, subject.inputs[0], subject.grads and subject.grads[0])
-    for what, backward in (("forward", False), ("forward + backward", True)):
+    for what, backward in (("forward", False), ("forward + backward", True))[: 1 if subject.forward_only else 2]:
         session.say(f"{subject.operator} {subject.case}: {what}, as called")
         yield _called(session, subject, what, backward, truth)
 
