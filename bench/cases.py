@@ -228,6 +228,23 @@ class PositionEmbeddingsCase:
         return f"{self.name}: {self.patches} patches, D {self.width} {_dtype_name(self.dtype)}"
 
 
+@dataclass(frozen=True)
+class DecodingCase:
+    """One query for each of ``sequences``, each of ``keys`` keys; ``dim``: of a head."""
+
+    sequences: int
+    keys: int
+    heads: int
+    kv_heads: int
+    dim: int
+    dtype: torch.dtype = torch.bfloat16
+    quick: bool = False
+
+    def __str__(self) -> str:
+        heads = f"{self.heads}/{self.kv_heads} heads of {self.dim}"
+        return f"decoding: {self.sequences} queries, {self.keys} keys each, {heads}, {_dtype_name(self.dtype)}"
+
+
 NORM = (
     NormCase(4096, 4096, quick=True, compiled=True),
     NormCase(4096, 4096, residual=True),
@@ -266,6 +283,11 @@ ATTENTION = (  # the first two are those of the training step
     AttentionCase("tiny", (5, 64, 16, 7, 33, 60, 50, 21) * 4, 4, 2, 32, causal=True),
     AttentionCase("tower", (576,) * 4, 16, 16, 72, causal=False),
     AttentionCase("text", (1024,), 4, 2, 128, causal=True, dtype=torch.float32),
+)
+DECODING = (
+    DecodingCase(4, 4096, 16, 8, 128),
+    DecodingCase(64, 256, 16, 8, 128),
+    DecodingCase(4, 2048, 16, 8, 128, dtype=torch.float32),
 )
 HEAD = (
     HeadCase(1024, 1024, 32000, compiled=True, memory=True),
@@ -362,6 +384,7 @@ TINY_ROPE = (RopeCase("tiny", 5, 4, 2, 16, dtype=torch.float32),)
 TINY_VISION_ROPE = (RopeCase("tiny", 8, 2, 2, 8, grid=(2, 2, 2), dtype=torch.float32),)
 TINY_ATTENTION = (AttentionCase("tiny", (5, 9), 2, 1, 16, causal=True, dtype=torch.float32),)
 TINY_POSITIONS = (PositionsCase(3, 60, 2, rows=2, columns=3),)
+TINY_DECODING = (DecodingCase(2, 9, 4, 2, 16, dtype=torch.float32),)
 TINY_HEAD = (HeadCase(8, 16, 96, dtype=torch.float32, labelled=0.5, memory=True),)
 
 TINY_FEATURE_ROWS = (FeatureRowsCase(12, 48, 0.5, dtype=torch.float32),)
