@@ -34,7 +34,8 @@ class ScatteredFeatures:
         model, call = self, super().forward  # type: ignore[misc]
         positions = kwargs.pop("vision_positions", None)
         pixels = any(kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
-        if not pixels or kwargs.get("input_ids") is None or kwargs.get("mm_encoder_outputs") is not None:
+        made_before = kwargs.get("mm_encoder_outputs")
+        if kwargs.get("input_ids") is None or pixels == bool(made_before):  # nothing to place, or refused
             return call(**kwargs)
         return model._scattered(call, kwargs, positions)
 
@@ -43,8 +44,11 @@ class ScatteredFeatures:
         input_ids = kwargs.pop("input_ids")
         embeds = kwargs.get("inputs_embeds")
         embeds = model.get_input_embeddings()(input_ids) if embeds is None else embeds
-        outputs = {name: self.features(name, kwargs) for name in ("image", "video")}
+        made_before = kwargs.pop("mm_encoder_outputs", None) or {}
+        outputs = {name: made_before.get(name) or self.features(name, kwargs) for name in ("image", "video")}
         outputs = {name: made for name, made in outputs.items() if made is not None}
+        if not outputs:
+            return call(**kwargs, input_ids=input_ids)
         features = [_joined(made.pooler_output, embeds) for made in outputs.values()]
         if positions is None:
             positions = torch.cat(

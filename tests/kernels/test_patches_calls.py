@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from importlib import import_module
 
 import pytest
@@ -84,6 +85,22 @@ def test_positions_of_features_may_come_from_the_packing():
     found = m4ov_kernels.vision_positions(batch["mm_token_type_ids"], tiny.cu_seqlens(parts), merge_size=2, **grids)
     positions = torch.cat([found.image, found.video])
     assert torch.equal(logits_of(patched, batch, vision_positions=positions), logits_of(patched, batch))
+
+
+@FAMILIES
+def test_features_may_come_from_before(family):
+    plain, patched = pair(family)
+    if "mm_encoder_outputs" not in inspect.signature(plain.forward).parameters:
+        pytest.skip("this transformers takes no features")
+    batch = tiny.packed(plain, tiny.samples(plain))
+    results = []
+    for model in (plain, patched):
+        names = [name for name in ("image_grid_thw", "image_sizes", "batch_num_images") if name in batch]
+        features = model.get_image_features(batch["pixel_values"], **{name: batch[name] for name in names})
+        rest = {name: value for name, value in batch.items() if name not in ("pixel_values", "image_sizes")}
+        rest.pop("batch_num_images", None)
+        results.append(step(model, rest, mm_encoder_outputs={"image": features}, use_cache=False))
+    assert_same_step(results[1], results[0])
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
