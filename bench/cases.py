@@ -383,6 +383,7 @@ TINY_ACTIVATION = (
 TINY_ROPE = (RopeCase("tiny", 5, 4, 2, 16, dtype=torch.float32),)
 TINY_VISION_ROPE = (RopeCase("tiny", 8, 2, 2, 8, grid=(2, 2, 2), dtype=torch.float32),)
 TINY_ATTENTION = (AttentionCase("tiny", (5, 9), 2, 1, 16, causal=True, dtype=torch.float32),)
+TINY_PIXELS = (PixelCase(2, 50, 70, 4096, min_pixels=64, patch_size=4),)
 TINY_POSITIONS = (PositionsCase(3, 60, 2, rows=2, columns=3),)
 TINY_DECODING = (DecodingCase(2, 9, 4, 2, 16, dtype=torch.float32),)
 TINY_HEAD = (HeadCase(8, 16, 96, dtype=torch.float32, labelled=0.5, memory=True),)

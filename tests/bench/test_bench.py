@@ -17,6 +17,7 @@ from m4ov_bench import cases, machine, measure, memory, peers, plots, report, ru
 from m4ov_bench.session import memory_bound
 from m4ov_kernels.dispatch import native_extension
 
+HOST_FUNCTIONS = ("mrope_positions", "pack_patches", "pack_sequences")  # their peers are not PyTorch's
 FAST = measure.Effort(seconds=0.05, each=0.02, fewest=2, most=3)
 
 
@@ -26,13 +27,12 @@ def tiny():
     patch = pytest.MonkeyPatch()
     patch.setattr(measure, "QUICK", FAST)
     for name in [name for name in vars(cases) if name.startswith("TINY_")]:
-        patch.setattr(
-            cases, name[5:], tuple(replace(case, quick=True, compiled=False) for case in getattr(cases, name))
-        )
+        made = [replace(case, quick=True) for case in getattr(cases, name)]
+        made = [replace(case, compiled=False) if hasattr(case, "compiled") else case for case in made]
+        patch.setattr(cases, name[5:], tuple(made))
     patch.setattr(cases, "NORM", (cases.NormCase(8, 64, quick=True), cases.NormCase(4, 32, residual=True, quick=True)))
     patch.setattr(cases, "ACTIVATION", (cases.GatedCase(8, 64, quick=True),))
     patch.setattr(cases, "HEAD", (cases.HeadCase(8, 32, 96, labelled=0.5, quick=True),))
-    patch.setattr(cases, "PIXELS", (cases.PixelCase(2, 50, 70, 4096, 64, 4, quick=True),))
     patch.setattr(cases, "FEATURE_ROWS", (cases.FeatureRowsCase(12, 48, 0.5, quick=True),))
     patch.setattr(
         cases, "POSITION_EMBEDDINGS", (cases.PositionEmbeddingsCase("tiny", ((1, 4, 2),), 40, 3, quick=True),)
@@ -68,10 +68,11 @@ def test_rows_hold_what_they_promise(tiny):
             assert row.limit_seconds > 0
             assert row.rate > 0
             assert row.unit in ("B", "FLOP")
-        if row.what.endswith(", as called"):
-            assert {"eager", "torch.compile"} <= row.peers.keys()
+        if row.what.endswith(", as called") and row.operator in HOST_FUNCTIONS:
+            assert any(peer.absent or peer.ratio > 0 for peer in row.peers.values())
+        elif row.what.endswith(", as called"):
             assert row.peers["eager"].ratio > 0
-            assert row.peers["torch.compile"].absent
+            assert "torch.compile" not in row.peers or row.peers["torch.compile"].absent
     called = [row for row in tiny[0] if row.family == "head" and row.what == "forward + backward, as called"]
     assert {"F.linear_cross_entropy", "Hugging Face"} <= called[0].peers.keys()
 
