@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m4ov_bench import cases, gate, measure, peers
+from m4ov_bench import cases, decoding, gate, measure, peers
 from m4ov_bench.row import Row
 from m4ov_bench.session import Kernel, Session, Subject, implementation_name, rows
 from m4ov_kernels import varlen_attention
@@ -27,6 +27,9 @@ def benchmark(session: Session) -> Iterator[Row]:
     for case in cases.ATTENTION:
         if session.wants(case):
             yield from rows(session, subject(case, session.compiled if case.compiled else False))
+    for one in cases.DECODING:
+        if session.wants(one):
+            yield from rows(session, decoding.subject(one))
 
 
 def subject(case: cases.AttentionCase, compiled: peers.Compiled) -> Subject:

@@ -43,6 +43,26 @@ class GatedCase:
 
 
 @dataclass(frozen=True)
+class PixelCase:
+    """``pil``: the images are Pillow's, not NumPy arrays."""
+
+    images: int
+    height: int
+    width: int
+    max_pixels: int
+    min_pixels: int = 1 << 16
+    patch_size: int = 16
+    dtype: torch.dtype = torch.float32
+    pil: bool = False
+    quick: bool = False
+
+    def __str__(self) -> str:
+        kind = " (PIL)" * self.pil
+        size = f"{self.images} of {self.width} x {self.height}{kind}"
+        return f"{size}, at most {self.max_pixels >> 10} Ki pixels, {_dtype_name(self.dtype)}"
+
+
+@dataclass(frozen=True)
 class GeluCase:
     """``bias``: of the linear layer before it, added on the way."""
 
@@ -208,6 +228,23 @@ class PositionEmbeddingsCase:
         return f"{self.name}: {self.patches} patches, D {self.width} {_dtype_name(self.dtype)}"
 
 
+@dataclass(frozen=True)
+class DecodingCase:
+    """One query for each of ``sequences``, each of ``keys`` keys; ``dim``: of a head."""
+
+    sequences: int
+    keys: int
+    heads: int
+    kv_heads: int
+    dim: int
+    dtype: torch.dtype = torch.bfloat16
+    quick: bool = False
+
+    def __str__(self) -> str:
+        heads = f"{self.heads}/{self.kv_heads} heads of {self.dim}"
+        return f"decoding: {self.sequences} queries, {self.keys} keys each, {heads}, {_dtype_name(self.dtype)}"
+
+
 NORM = (
     NormCase(4096, 4096, quick=True, compiled=True),
     NormCase(4096, 4096, residual=True),
@@ -247,11 +284,25 @@ ATTENTION = (  # the first two are those of the training step
     AttentionCase("tower", (576,) * 4, 16, 16, 72, causal=False),
     AttentionCase("text", (1024,), 4, 2, 128, causal=True, dtype=torch.float32),
 )
+DECODING = (
+    DecodingCase(4, 4096, 16, 8, 128),
+    DecodingCase(64, 256, 16, 8, 128),
+    DecodingCase(4, 2048, 16, 8, 128, dtype=torch.float32),
+)
 HEAD = (
     HeadCase(1024, 1024, 32000, compiled=True, memory=True),
     HeadCase(1024, 1024, 32000, kept=64 << 20, memory=True),
     HeadCase(1024, 1024, 32000, labelled=0.25),
     HeadCase(256, 1024, 32000, quick=True),
+)
+PIXELS = (
+    PixelCase(32, 1080, 1920, 1 << 20),
+    PixelCase(32, 1080, 1920, 1 << 20, pil=True),
+    PixelCase(8, 1080, 1920, 1 << 20, dtype=torch.bfloat16, pil=True),
+    PixelCase(8, 1080, 1920, 1 << 24),  # Qwen3-VL's own limit: rows are enlarged to 1088
+    PixelCase(8, 1088, 1920, 1 << 24),  # not resized
+    PixelCase(8, 1088, 1920, 1 << 24, dtype=torch.bfloat16),
+    PixelCase(3, 1080, 1920, 1 << 20, quick=True),
 )
 FEATURE_ROWS = (
     FeatureRowsCase(8192, 2048, 0.75, quick=True, compiled=True),
@@ -333,6 +384,7 @@ TINY_ROPE = (RopeCase("tiny", 5, 4, 2, 16, dtype=torch.float32),)
 TINY_VISION_ROPE = (RopeCase("tiny", 8, 2, 2, 8, grid=(2, 2, 2), dtype=torch.float32),)
 TINY_ATTENTION = (AttentionCase("tiny", (5, 9), 2, 1, 16, causal=True, dtype=torch.float32),)
 TINY_POSITIONS = (PositionsCase(3, 60, 2, rows=2, columns=3),)
+TINY_DECODING = (DecodingCase(2, 9, 4, 2, 16, dtype=torch.float32),)
 TINY_HEAD = (HeadCase(8, 16, 96, dtype=torch.float32, labelled=0.5, memory=True),)
 
 TINY_FEATURE_ROWS = (FeatureRowsCase(12, 48, 0.5, dtype=torch.float32),)

@@ -100,9 +100,8 @@ def differentiated(
     outputs = function(*leaves)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     wanted = [tensor for tensor in leaves if tensor.requires_grad]
-    if not wanted:
-        return [tensor.detach() for tensor in outputs]
-    return [tensor.detach() for tensor in outputs] + list(torch.autograd.grad(outputs, wanted, grads))
+    gradients = torch.autograd.grad(outputs, wanted, grads) if wanted else ()
+    return [tensor.detach() for tensor in outputs] + list(gradients)
 
 
 class Truth:

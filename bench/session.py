@@ -118,7 +118,7 @@ def rows(session: Session, subject: Subject) -> Iterator[Row]:
             session,
             subject,
             f"{what}, kernel",
-            **_timing(ours),
+            **timing(ours),
             rate=(kernel.bytes if kernel.unit == "B" else kernel.flops) / ours.seconds,
             unit=kernel.unit,
             bytes=kernel.bytes,
@@ -168,7 +168,7 @@ def _called(session: Session, subject: Subject, what: str, backward: bool, truth
         ratio = taken.ratio_to(ours) if believed else None
         peers[name] = PeerRow(taken.seconds, ratio, memory.get(name), error=error)
     peers |= {name: PeerRow(absent=reason, memory_mib=memory.get(name)) for name, reason in absent.items()}
-    return row(session, subject, f"{what}, as called", **_timing(ours), memory_mib=memory.get(OURS), peers=peers)
+    return row(session, subject, f"{what}, as called", **timing(ours), memory_mib=memory.get(OURS), peers=peers)
 
 
 def as_called(subject: Subject, function: Callable[..., Any], backward: bool) -> measure.Call:
@@ -205,7 +205,7 @@ def _joined(kernels: Mapping[str, Kernel], what: str) -> measure.Call | None:
     return joined
 
 
-def _timing(times: measure.Times) -> dict[str, Any]:
+def timing(times: measure.Times) -> dict[str, Any]:
     return {"seconds": times.seconds, "faults": times.faults, "disturbed": times.disturbed}
 
 

@@ -14,6 +14,7 @@ from m4ov_kernels.rope import mrope_positions, qk_norm_mrope
 from m4ov_kernels.vision import (
     deepstack_add,
     interpolate_position_embeddings,
+    pack_patches,
     patch_embed,
     scatter_vision,
     vision_positions,
@@ -32,6 +33,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "mrope_positions",
+    "pack_patches",
     "pack_sequences",
     "patch",
     "patch_embed",

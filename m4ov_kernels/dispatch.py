@@ -80,6 +80,11 @@ def backend(name: str | None) -> Iterator[None]:
         _thread.override = previous
 
 
+def requested() -> str | None:
+    """The implementation that :func:`backend` or ``M4OV_BACKEND`` asks for on this thread, for host functions."""
+    return _thread.override
+
+
 @cache
 def native_extension() -> tuple[Any, str]:
     """The compiled module ``m4ov_kernels._C``, or ``None`` and the reason why it is not there."""

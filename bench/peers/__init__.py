@@ -8,6 +8,7 @@ from m4ov_bench.peers.norm import layer_norm, rms_norm
 from m4ov_bench.peers.rope import qk_norm_mrope, vision_rope
 from m4ov_bench.peers.rope_positions import get_rope_index
 from m4ov_bench.peers.vision import deepstack_add, interpolate_position_embeddings, scatter_vision
+from m4ov_bench.peers.vision_pixels import pack_patches
 
 __all__ = [
     "Absent",
@@ -20,6 +21,7 @@ __all__ = [
     "interpolate_position_embeddings",
     "layer_norm",
     "linear_cross_entropy",
+    "pack_patches",
     "qk_norm_mrope",
     "rms_norm",
     "scatter_vision",

@@ -36,3 +36,24 @@ def varlen_attention(sizes: Sequence[int], causal: bool, compiled: Compiled = Tr
     peers: dict[str, Peer] = {"eager": per_sequence, "SDPA with a mask": masked}
     peers["torch.compile"] = compiled_peer(masked, compiled)
     return peers
+
+
+def decoding(sequences: int, keys: int) -> dict[str, Peer]:
+    """Functions of ``(q, k, v)``, ``[sequences, H, D]`` and ``[sequences · keys, KV, D]``, as one batch: of one
+    length. ``eager``: as Hugging Face's eager attention does it."""
+
+    def batch(x: Tensor) -> Tensor:
+        return x.unflatten(0, (sequences, -1)).transpose(1, 2)  # [N, H | KV, 1 | S, D]
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        output = F.scaled_dot_product_attention(*map(batch, (q, k, v)), enable_gqa=q.shape[1] != k.shape[1])
+        return output.transpose(1, 2).flatten(0, 1)
+
+    def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        query, key, value = map(batch, (q, k, v))
+        key, value = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (key, value))
+        scores = query @ key.mT * q.shape[2] ** -0.5
+        p = torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        return (p @ value).transpose(1, 2).flatten(0, 1)
+
+    return {"eager": eager, "SDPA": sdpa}

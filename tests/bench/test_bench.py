@@ -32,6 +32,7 @@ def tiny():
     patch.setattr(cases, "NORM", (cases.NormCase(8, 64, quick=True), cases.NormCase(4, 32, residual=True, quick=True)))
     patch.setattr(cases, "ACTIVATION", (cases.GatedCase(8, 64, quick=True),))
     patch.setattr(cases, "HEAD", (cases.HeadCase(8, 32, 96, labelled=0.5, quick=True),))
+    patch.setattr(cases, "PIXELS", (cases.PixelCase(2, 50, 70, 4096, 64, 4, quick=True),))
     patch.setattr(cases, "FEATURE_ROWS", (cases.FeatureRowsCase(12, 48, 0.5, quick=True),))
     patch.setattr(
         cases, "POSITION_EMBEDDINGS", (cases.PositionEmbeddingsCase("tiny", ((1, 4, 2),), 40, 3, quick=True),)
