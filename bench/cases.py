@@ -43,6 +43,26 @@ class GatedCase:
 
 
 @dataclass(frozen=True)
+class PixelCase:
+    """``pil``: the images are Pillow's, not NumPy arrays."""
+
+    images: int
+    height: int
+    width: int
+    max_pixels: int
+    min_pixels: int = 1 << 16
+    patch_size: int = 16
+    dtype: torch.dtype = torch.float32
+    pil: bool = False
+    quick: bool = False
+
+    def __str__(self) -> str:
+        kind = " (PIL)" * self.pil
+        size = f"{self.images} of {self.width} x {self.height}{kind}"
+        return f"{size}, at most {self.max_pixels >> 10} Ki pixels, {_dtype_name(self.dtype)}"
+
+
+@dataclass(frozen=True)
 class GeluCase:
     """``bias``: of the linear layer before it, added on the way."""
 
@@ -142,6 +162,34 @@ class RopeCase:
             f"{self.name}: T {self.tokens}, {self.heads}/{self.kv_heads} heads of {self.dim}, "
             f"{_dtype_name(self.dtype)}{norm}"
         )
+
+
+@dataclass(frozen=True)
+class PositionsCase:
+    """``samples`` of ``length`` tokens, with ``images`` of ``rows`` by ``columns`` merged patches each."""
+
+    samples: int
+    length: int
+    images: int
+    rows: int = 20
+    columns: int = 20
+    quick: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.samples} x {self.length} tokens, {self.images} images of {self.rows} x {self.columns} each"
+
+
+@dataclass(frozen=True)
+class PackingCase:
+    """``mix``: of lengths, see ``packing.lengths``."""
+
+    sequences: int
+    capacity: int
+    mix: str
+    quick: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.sequences} {self.mix} into {self.capacity}"
 
 
 @dataclass(frozen=True)
@@ -247,6 +295,15 @@ HEAD = (
     HeadCase(1024, 1024, 32000, labelled=0.25),
     HeadCase(256, 1024, 32000, quick=True),
 )
+PIXELS = (
+    PixelCase(32, 1080, 1920, 1 << 20),
+    PixelCase(32, 1080, 1920, 1 << 20, pil=True),
+    PixelCase(8, 1080, 1920, 1 << 20, dtype=torch.bfloat16, pil=True),
+    PixelCase(8, 1080, 1920, 1 << 24),  # Qwen3-VL's own limit: rows are enlarged to 1088
+    PixelCase(8, 1088, 1920, 1 << 24),  # not resized
+    PixelCase(8, 1088, 1920, 1 << 24, dtype=torch.bfloat16),
+    PixelCase(3, 1080, 1920, 1 << 20, quick=True),
+)
 FEATURE_ROWS = (
     FeatureRowsCase(8192, 2048, 0.75, quick=True, compiled=True),
     FeatureRowsCase(8192, 4096, 0.5),
@@ -261,6 +318,17 @@ POSITION_EMBEDDINGS = (
     PositionEmbeddingsCase("4 images", ((1, 64, 64),) * 4, 1152, dtype=torch.float32),
 )
 HEAD_MEMORY = tuple(HeadCase(rows, 1024, 32000) for rows in (256, 512, 1024, 2048, 4096))  # memory alone, by tokens
+
+POSITIONS = (
+    PositionsCase(64, 8192, 8, quick=True),
+    PositionsCase(1, 131072, 16),
+    PositionsCase(256, 512, 1, rows=12, columns=16),
+)
+PACKING = (
+    PackingCase(1_000_000, 8192, "chats", quick=True),
+    PackingCase(1_000_000, 8192, "documents"),
+    PackingCase(1_000_000, 16384, "images"),
+)
 
 # On a GPU (``m4ov_bench.gpu``): sizes of Qwen3-VL 2B to 8B with 8,192 tokens, several times any L2 cache. A head's rows
 # keep all logits of eager PyTorch within reach, so that it can be measured.
@@ -295,6 +363,7 @@ GPU_ATTENTION = (
     AttentionCase("text", (512, 640, 768, 896, 1152, 1280, 1408, 1536), 16, 8, 128, causal=True, compiled=True),
     AttentionCase("images", (1024,) * 8, 16, 16, 64, causal=False),
 )
+GPU_POSITIONS = (PositionsCase(64, 8192, 8), PositionsCase(1, 131072, 16))
 GPU_FEATURE_ROWS = (FeatureRowsCase(16384, 4096, 0.75, compiled=True), FeatureRowsCase(16384, 2048, 0.5))
 GPU_POSITION_EMBEDDINGS = (
     PositionEmbeddingsCase("16 images", ((1, 64, 64),) * 16, 1152, compiled=True),
@@ -314,6 +383,7 @@ TINY_ACTIVATION = (
 TINY_ROPE = (RopeCase("tiny", 5, 4, 2, 16, dtype=torch.float32),)
 TINY_VISION_ROPE = (RopeCase("tiny", 8, 2, 2, 8, grid=(2, 2, 2), dtype=torch.float32),)
 TINY_ATTENTION = (AttentionCase("tiny", (5, 9), 2, 1, 16, causal=True, dtype=torch.float32),)
+TINY_POSITIONS = (PositionsCase(3, 60, 2, rows=2, columns=3),)
 TINY_DECODING = (DecodingCase(2, 9, 4, 2, 16, dtype=torch.float32),)
 TINY_HEAD = (HeadCase(8, 16, 96, dtype=torch.float32, labelled=0.5, memory=True),)
 

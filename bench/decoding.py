@@ -60,7 +60,6 @@ def subject(case: cases.DecodingCase) -> Subject:
         inputs=inputs,
         definition=definition,
         kernels=kernels,
-        forward_only=True,
     )
 
 

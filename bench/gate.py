@@ -39,6 +39,10 @@ def compare(name: str, ours: Tensor, plain: Tensor, exact: Tensor, terms: Tensor
     """
     if not ours.shape == plain.shape == exact.shape or ours.dtype != plain.dtype:
         return Gate({name: float("inf")}, f"{name}: {describe(ours)} instead of {describe(plain)}")
+    if not ours.is_floating_point():
+        different = int((ours != exact).sum())
+        problem = f"{name}: {different} integers differ" if different else ""
+        return Gate({name: float("inf") if different else 0.0}, problem)
     finite = plain.isfinite() & exact.isfinite()
     lost = (finite & ~ours.isfinite()) | (plain.isnan() & exact.isnan() & ~ours.isnan())
     if bool(lost.any()):
@@ -68,8 +72,12 @@ def compare_all(names: Sequence[str], ours: Sequence[Tensor], plain: Sequence[Te
 
 
 def poisoned(*likes: Tensor) -> tuple[Tensor, ...]:
-    """Contiguous outputs of these shapes and dtypes, full of NaN."""
-    return tuple(torch.full_like(like, float("nan"), memory_format=torch.contiguous_format) for like in likes)
+    """Contiguous outputs of these shapes and dtypes, full of NaN, or of a number that nothing makes."""
+    return tuple(torch.full_like(like, poison_of(like), memory_format=torch.contiguous_format) for like in likes)
+
+
+def poison_of(tensor: Tensor) -> float | int:
+    return float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min
 
 
 def describe(tensor: Tensor) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m4ov_bench import cases, gate, peers
+from m4ov_bench import cases, gate, peers, rope_positions
 from m4ov_bench.row import Row
 from m4ov_bench.session import Kernel, Session, Subject, implementation_name, memory_bound, rows
 from m4ov_kernels import qk_norm_mrope, vision_rope
@@ -28,6 +28,7 @@ def benchmark(session: Session) -> Iterator[Row]:
         if case.quick or not session.quick:
             made = vision_subject if case.grid else subject
             yield from rows(session, made(case, session.compiled if case.compiled else False))
+    yield from rope_positions.benchmark(session)
 
 
 def _inputs(case: cases.RopeCase) -> tuple[Tensor, ...]:

@@ -88,7 +88,7 @@ class Subject:
     ``kernels``: by what they do ("forward", "backward", …). ``ours`` and the peers take one of ``inputs`` (sets that
     rotate) and return a tensor or several; ``grads``: for every set, what is handed to their backward (``None``: the
     outputs are scalar losses). ``definition``: the same in plain PyTorch, for judging peers. ``memory``: a peer's name
-    → MiB beyond inputs and outputs. ``forward_only``: nobody differentiates it.
+    → MiB beyond inputs and outputs.
     """
 
     family: str
@@ -103,7 +103,6 @@ class Subject:
     definition: Callable[..., Any] | None = None
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
     memory: Mapping[str, float | None] = field(default_factory=dict)
-    forward_only: bool = False
 
 
 def rows(session: Session, subject: Subject) -> Iterator[Row]:
@@ -119,7 +118,7 @@ def rows(session: Session, subject: Subject) -> Iterator[Row]:
             session,
             subject,
             f"{what}, kernel",
-            **_timing(ours),
+            **timing(ours),
             rate=(kernel.bytes if kernel.unit == "B" else kernel.flops) / ours.seconds,
             unit=kernel.unit,
             bytes=kernel.bytes,
@@ -132,7 +131,8 @@ def rows(session: Session, subject: Subject) -> Iterator[Row]:
     if subject.definition is not None and not all(isinstance(peer, Absent) for peer in subject.peers.values()):
         session.say(f"{subject.operator} {subject.case}: float64, for the peers")
         truth = Truth(subject.definition, subject.inputs[0], subject.grads and subject.grads[0])
-    for what, backward in (("forward", False), ("forward + backward", True))[: 1 if subject.forward_only else 2]:
+    differentiable = any(tensor.requires_grad for tensor in subject.inputs[0])
+    for what, backward in (("forward", False), ("forward + backward", True))[: 1 + differentiable]:
         session.say(f"{subject.operator} {subject.case}: {what}, as called")
         yield _called(session, subject, what, backward, truth)
 
@@ -168,7 +168,7 @@ def _called(session: Session, subject: Subject, what: str, backward: bool, truth
         ratio = taken.ratio_to(ours) if believed else None
         peers[name] = PeerRow(taken.seconds, ratio, memory.get(name), error=error)
     peers |= {name: PeerRow(absent=reason, memory_mib=memory.get(name)) for name, reason in absent.items()}
-    return row(session, subject, f"{what}, as called", **_timing(ours), memory_mib=memory.get(OURS), peers=peers)
+    return row(session, subject, f"{what}, as called", **timing(ours), memory_mib=memory.get(OURS), peers=peers)
 
 
 def as_called(subject: Subject, function: Callable[..., Any], backward: bool) -> measure.Call:
@@ -205,7 +205,7 @@ def _joined(kernels: Mapping[str, Kernel], what: str) -> measure.Call | None:
     return joined
 
 
-def _timing(times: measure.Times) -> dict[str, Any]:
+def timing(times: measure.Times) -> dict[str, Any]:
     return {"seconds": times.seconds, "faults": times.faults, "disturbed": times.disturbed}
 
 

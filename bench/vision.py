@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m4ov_bench import cases, gate, peers
+from m4ov_bench import cases, gate, peers, vision_pixels
 from m4ov_bench.row import Row
 from m4ov_bench.session import Kernel, Session, Subject, implementation_name, memory_bound, rows
 from m4ov_kernels import deepstack_add, interpolate_position_embeddings, scatter_vision
@@ -29,6 +29,7 @@ def benchmark(session: Session) -> Iterator[Row]:
     for grids in cases.POSITION_EMBEDDINGS:
         if grids.quick or not session.quick:
             yield from rows(session, interpolation(grids, session.compiled if grids.compiled else False))
+    yield from vision_pixels.benchmark(session)
 
 
 def _random(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,7 @@
 #include "attention/bind.h"
 #include "head/bind.h"
 #include "norm/bind.h"
+#include "packing/bind.h"
 #include "rope/bind.h"
 #include "vision/bind.h"
 
@@ -46,6 +47,7 @@ PYBIND11_MODULE(_C, m) {
   m4ov::bind_attention(m);
   m4ov::bind_head(m);
   m4ov::bind_norm(m);
+  m4ov::bind_packing(m);
   m4ov::bind_rope(m);
   m4ov::bind_vision(m);
 }

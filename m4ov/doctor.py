@@ -20,7 +20,6 @@ import m4ov_kernels  # noqa: F401  (registers every operator)
 from m4ov import allocator
 from m4ov_kernels.dispatch import BACKENDS, OPERATORS, Operator, native_extension, triton_interpreted
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PACKAGES = ("m4ov", "torch", "triton", "transformers", "tokenizers", "omegaconf", "flash-attn", "transformer-engine")
 _OPENMP = re.compile(r"lib(gomp|iomp5|omp)\b.*\.so")  # wheels add a hash to the name
 
@@ -83,7 +82,10 @@ def serving() -> list[Served]:
     """Operator by operator: what runs on the CPU and on the GPU (or would, where there is none)."""
     devices = [torch.device("cpu"), torch.device("cuda")]
     return [
-        _serve(operator, device, dtype) for operator in OPERATORS.values() for device in devices for dtype in DTYPES
+        _serve(operator, device, dtype)
+        for operator in OPERATORS.values()
+        for device in devices
+        for dtype in operator.dtypes
     ]
 
 

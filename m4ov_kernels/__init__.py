@@ -8,11 +8,13 @@ from m4ov_kernels.device_errors import check
 from m4ov_kernels.dispatch import backend
 from m4ov_kernels.head import linear_cross_entropy
 from m4ov_kernels.norm import layer_norm, rms_norm
+from m4ov_kernels.packing import PackedBatch, pack_sequences
 from m4ov_kernels.patches import patch, unpatch
-from m4ov_kernels.rope import qk_norm_mrope
+from m4ov_kernels.rope import mrope_positions, qk_norm_mrope
 from m4ov_kernels.vision import (
     deepstack_add,
     interpolate_position_embeddings,
+    pack_patches,
     patch_embed,
     scatter_vision,
     vision_positions,
@@ -20,6 +22,7 @@ from m4ov_kernels.vision import (
 )
 
 __all__ = [
+    "PackedBatch",
     "backend",
     "check",
     "deepstack_add",
@@ -29,6 +32,9 @@ __all__ = [
     "interpolate_position_embeddings",
     "layer_norm",
     "linear_cross_entropy",
+    "mrope_positions",
+    "pack_patches",
+    "pack_sequences",
     "patch",
     "patch_embed",
     "qk_norm_mrope",

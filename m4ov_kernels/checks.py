@@ -35,6 +35,16 @@ def float_tensor(operator: str, argument: str, value: Any) -> None:
     refuse(TypeError, operator, argument, "a dense (strided) tensor", f"layout {value.layout}")
 
 
+def index_tensor(operator: str, argument: str, value: Any, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Refuse anything but a dense tensor of one of these integer dtypes."""
+    if isinstance(value, Tensor) and value.dtype in dtypes and value.layout is _STRIDED:
+        return
+    expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    if not isinstance(value, Tensor) or value.dtype not in dtypes:
+        refuse(TypeError, operator, argument, f"an {expected} tensor", describe(value))
+    refuse(TypeError, operator, argument, "a dense (strided) tensor", f"layout {value.layout}")
+
+
 def number(operator: str, argument: str, value: Any) -> None:
     """Refuse what cannot be compared with a number, such as a string or ``None``; a tensor is not a number."""
     if not isinstance(value, (float, int, numbers.Real)):

@@ -10,8 +10,16 @@ import torch
 from torch import Tensor
 
 # What a slot of the flag tensor reports: the operator, the argument, and what is wrong with element `position` of it.
+# Those of one operator stand together.
 SLOTS = (
     ("linear_cross_entropy", "target", "is neither ignore_index nor in [0, vocabulary size)"),
+    ("mrope_positions", "cu_seqlens", "is not 0 at the start, below the bound before it, or not T at the end"),
+    ("mrope_positions", "mm_token_type_ids", "is not 0 (text), 1 (image) or 2 (video)"),
+    ("mrope_positions", "image_grid_thw", "is not from 1 to 2^20, height and width multiples of merge_size"),
+    ("mrope_positions", "video_grid_thw", "is not from 1 to 2^20, height and width multiples of merge_size"),
+    ("mrope_positions", "image_grid_thw: sample", "has other image tokens than the grids say"),
+    ("mrope_positions", "video_grid_thw: sample", "has other video tokens than the grids say"),
+    ("mrope_positions", "second_per_grid_ts", "is not a finite number from 0, or too large"),
     ("scatter_vision", "positions", "is not in [0, rows), or is there twice"),
     ("deepstack_add", "positions", "is not in [0, rows), or is there twice"),
     (
@@ -26,12 +34,13 @@ _flags: dict[torch.device, Tensor] = {}
 
 
 def flag(device: torch.device, operator: str) -> Tensor:
-    """The slot, int64 ``[1]``, that a kernel of ``operator`` lowers with an atomic minimum to a bad position."""
+    """The slots of ``operator``, int64, in the order of ``SLOTS`` and two elements apart (mostly there is one), which
+    its kernels lower with an atomic minimum to a bad position."""
     if device not in _flags:
         # A slot every 16 bytes: Triton compiles a kernel for each alignment of its pointers.
         _flags[device] = torch.full((len(SLOTS), 2), _NO_ERROR, dtype=torch.int64, device=device)
-    index = next(i for i, slot in enumerate(SLOTS) if slot[0] == operator)
-    return _flags[device][index, :1]
+    places = [i for i, slot in enumerate(SLOTS) if slot[0] == operator]
+    return _flags[device][places[0] : places[-1] + 1].view(-1)[:-1]
 
 
 def check() -> None:

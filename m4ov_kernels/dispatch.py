@@ -37,11 +37,12 @@ _library = torch.library.Library("m4ov", "DEF")
 
 
 class Implementation(NamedTuple):
-    """A raw pair: ``fwd(*inputs) -> outputs`` and ``bwd``; neither records a graph."""
+    """A raw pair: ``fwd(*inputs) -> outputs`` and ``bwd``; neither records a graph. What is not differentiable has no
+    ``bwd``."""
 
     backend: str
     fwd: Callable[..., Any]
-    bwd: Callable[..., Any]
+    bwd: Callable[..., Any] | None
 
 
 def _checked_backend(name: str | None, source: str) -> str | None:
@@ -79,6 +80,11 @@ def backend(name: str | None) -> Iterator[None]:
         _thread.override = previous
 
 
+def requested() -> str | None:
+    """The implementation that :func:`backend` or ``M4OV_BACKEND`` asks for on this thread, for host functions."""
+    return _thread.override
+
+
 @cache
 def native_extension() -> tuple[Any, str]:
     """The compiled module ``m4ov_kernels._C``, or ``None`` and the reason why it is not there."""
@@ -98,6 +104,9 @@ def triton_interpreted() -> bool:
 
 class Operator:
     """One operator: registration with ``torch.library``, choice of implementation, differentiation.
+
+    An operator that makes integers of integers is not differentiable: it has no backward, none of the arguments that
+    describe one, and says which ``dtypes`` it serves.
 
     Args:
         family: the package that holds it, e.g. ``"norm"``.
@@ -121,33 +130,40 @@ class Operator:
         name: str,
         *,
         fwd_schema: str,
-        bwd_schema: str,
         fwd_fake: Callable[..., Any],
-        bwd_fake: Callable[..., Any],
-        results: Callable[..., int],
-        setup_context: Callable[..., None],
-        backward: Callable[..., tuple[Tensor | None, ...]],
+        bwd_schema: str | None = None,
+        bwd_fake: Callable[..., Any] | None = None,
+        results: Callable[..., int] | None = None,
+        setup_context: Callable[..., None] | None = None,
+        backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
         native: tuple[str, ...] = ("cpu",),
         backends: tuple[str, ...] = ("native", "triton"),
+        dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES,
     ) -> None:
-        self.family, self.name, self.backends = family, name, backends
-        self.results, self.setup_context, self.backward = results, setup_context, backward
+        self.family, self.name, self.backends, self.dtypes = family, name, backends, dtypes
         self.native_devices = native
         self._table: dict[Any, Implementation | None] = {}
-        for kind, schema, fake in (("fwd", fwd_schema, fwd_fake), ("bwd", bwd_schema, bwd_fake)):
-            raw = f"{name}_{kind}"
-            _library.define(raw + schema, tags=(torch.Tag.pt2_compliant_tag,))
-            _library.impl(raw, self._registered_kernel(kind), "CompositeExplicitAutograd")
-            torch.library.register_fake(f"m4ov::{raw}", fake, lib=_library)
-        self.registered_fwd = getattr(torch.ops.m4ov, f"{name}_fwd").default
-        self.registered_bwd = getattr(torch.ops.m4ov, f"{name}_bwd").default
-        torch.library.register_autograd(
-            f"m4ov::{name}_fwd",
-            lambda ctx, *grads: backward(ctx, ctx.needs_input_grad, self.registered_bwd, *grads),
-            setup_context=setup_context,
-            lib=_library,
-        )
+        self.registered_fwd, self.registered_bwd = self._register("fwd", fwd_schema, fwd_fake), None
+        self.differentiable = bwd_schema is not None
+        if bwd_schema is not None:
+            if bwd_fake is None or results is None or setup_context is None or backward is None:
+                raise TypeError(f"{name}: a backward needs bwd_fake, results, setup_context and backward")
+            self.registered_bwd = self._register("bwd", bwd_schema, bwd_fake)
+            self.results, self.setup_context, self.backward = results, setup_context, backward
+            torch.library.register_autograd(
+                f"m4ov::{name}_fwd",
+                lambda ctx, *grads: backward(ctx, ctx.needs_input_grad, self.registered_bwd, *grads),
+                setup_context=setup_context,
+                lib=_library,
+            )
         OPERATORS[name] = self
+
+    def _register(self, kind: str, schema: str, fake: Callable[..., Any]) -> Any:
+        raw = f"{self.name}_{kind}"
+        _library.define(raw + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(raw, self._registered_kernel(kind), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"m4ov::{raw}", fake, lib=_library)
+        return getattr(torch.ops.m4ov, raw).default
 
     def _registered_kernel(self, kind: str) -> Callable[..., Any]:
         def kernel(*inputs: Any) -> Any:
@@ -189,7 +205,8 @@ class Operator:
     def load(self, name: str) -> Implementation:
         """The raw pair of one backend, whether or not it can run here."""
         module = importlib.import_module(f"m4ov_kernels.{self.family}.{name}")
-        return Implementation(name, getattr(module, f"{self.name}_fwd"), getattr(module, f"{self.name}_bwd"))
+        bwd = getattr(module, f"{self.name}_bwd") if self.differentiable else None
+        return Implementation(name, getattr(module, f"{self.name}_fwd"), bwd)
 
     def library(self) -> Any:
         """The module that calls other packages' kernels."""
@@ -203,7 +220,7 @@ class Operator:
             return f"it has no {name} kernels"
         if dtype is None:
             return "its tensors have different dtypes"
-        if dtype not in KERNEL_DTYPES:
+        if dtype not in self.dtypes:
             return f"it has no {str(dtype).removeprefix('torch.')} kernels"
         if name == "library":
             reason: str | None = self.library().unavailable(device_type, dtype)
@@ -232,7 +249,7 @@ class Operator:
             return self.registered_fwd(*inputs)
         if _functorch_is_active():
             raise RuntimeError(f"{self.name}: torch.func transforms work under m4ov_kernels.backend('reference') only")
-        if _is_grad_enabled():
+        if self.differentiable and _is_grad_enabled():
             for value in inputs:
                 if isinstance(value, Tensor) and value.requires_grad:
                     return _apply(self, implementation, *inputs)

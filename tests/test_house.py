@@ -22,6 +22,7 @@ LAYERS = (
     ("__main__",),
 )
 MAX_LINES = 500
+HOST_FAMILIES = ("packing",)  # functions that make batches, which no GPU runs
 
 
 def modules() -> dict[str, Path]:
@@ -124,7 +125,8 @@ def test_a_family_has_one_name_everywhere():
 
     for family in families:
         assert stands(kernels / family / "native"), f"family {family!r} has no native"
-        for place in (f"csrc/{family}", f"bench/{family}.py", f"tests/kernels/test_{family}.py"):
+        for place in (f"csrc/{family}", f"bench/{family}.py"):
             assert (ROOT / place).exists(), f"family {family!r} has no {place}"
+        assert any((ROOT / "tests/kernels").glob(f"test_{family}*.py")), f"family {family!r} has no tests"
         on_gpu = [kernels / family / module for module in ("triton", "library")]
-        assert any(map(stands, on_gpu)), f"family {family!r} has nothing for a GPU"
+        assert family in HOST_FAMILIES or any(map(stands, on_gpu)), f"family {family!r} has nothing for a GPU"

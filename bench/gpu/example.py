@@ -105,6 +105,12 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
+def dtypes_of(operator: Operator) -> dict[str, torch.dtype]:
+    """What an operator is checked in, by short names."""
+    floating = {name: dtype for name, dtype in DTYPES.items() if dtype in operator.dtypes}
+    return floating or {str(dtype).removeprefix("torch."): dtype for dtype in operator.dtypes}
+
+
 def backends(operator: Operator, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """The kernels that serve tensors here, and why those that do not run here do not (empty: they run)."""
     found = {}
@@ -130,9 +136,8 @@ def recorded(operator: Operator, implementation: Implementation) -> Iterator[dic
 
         return run
 
-    pair = Implementation(
-        implementation.backend, keeping("fwd", implementation.fwd), keeping("bwd", implementation.bwd)
-    )
+    bwd = None if implementation.bwd is None else keeping("bwd", implementation.bwd)
+    pair = Implementation(implementation.backend, keeping("fwd", implementation.fwd), bwd)
     operator.select = lambda *_: pair  # type: ignore[method-assign]  # hides the class's method
     try:
         yield calls

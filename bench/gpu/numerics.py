@@ -6,7 +6,7 @@ import torch
 
 from m4ov_bench.gpu import device as chip
 from m4ov_bench.gpu.context import Context
-from m4ov_bench.gpu.example import DTYPES, Maker, backends, operator_named, poisoned_memory
+from m4ov_bench.gpu.example import Maker, backends, dtypes_of, operator_named, poisoned_memory
 from m4ov_bench.gpu.operators import cases_of
 from m4ov_bench.gpu.part import NotRun
 from m4ov_kernels import backend, check
@@ -20,7 +20,7 @@ def run(context: Context) -> None:
         for make in (torch.empty, lambda *size, **where: torch.zeros(*size, **where).new_empty(size)):
             if not bool(make(1000, device=device).isnan().all()):
                 raise AssertionError("PyTorch handed out memory that was not poisoned: the checks below prove less")
-    for short, dtype in DTYPES.items():
+    for short, dtype in dtypes_of(operator).items():
         for name, reason in backends(operator, device, dtype).items():
             about = {"operator": context.operator, "backend": name, "dtype": short}
             if reason:

@@ -9,9 +9,10 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from m4ov_bench.gate import poison_of
 from m4ov_bench.gpu import device as chip
 from m4ov_bench.gpu.context import Context
-from m4ov_bench.gpu.example import Example, Maker, backends, operator_named, recorded
+from m4ov_bench.gpu.example import Example, Maker, backends, dtypes_of, operator_named, recorded
 from m4ov_bench.gpu.operators import cases_of
 from m4ov_bench.gpu.part import Part
 from m4ov_kernels import backend
@@ -23,7 +24,8 @@ _SMALL = 2**22  # elements of an example that opcheck may copy many times
 def run(context: Context) -> None:
     device, operator = context.device, operator_named(context.operator)
     make, _ = cases_of(context.operator)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    known = dtypes_of(operator)
+    dtype = known.get("bf16" if device.type == "cuda" else "fp32", next(iter(known.values())))
     for name, reason in backends(operator, device, dtype).items():
         if reason:
             continue  # numerics says why
@@ -78,7 +80,8 @@ def _opcheck(
         return
     with recorded(operator, operator.select(device, dtype)) as calls:
         example.run()
-    for kind, registered in (("fwd", operator.registered_fwd), ("bwd", operator.registered_bwd)):
+    kinds = {"fwd": operator.registered_fwd} | ({"bwd": operator.registered_bwd} if operator.differentiable else {})
+    for kind, registered in kinds.items():
         with part.check(f"opcheck {kind}", **about):
             if not calls[kind]:
                 raise AssertionError(f"{operator.name} made no raw {kind} call")
@@ -100,7 +103,7 @@ def _captured(part: Part, device: torch.device, example: Example, about: dict[st
                 if tensor.is_floating_point():
                     tensor.copy_(torch.randn_like(tensor) * tensor.abs().mean() if tensor.numel() else tensor)
             for output in outputs:
-                output.fill_(float("nan"))
+                output.fill_(poison_of(output))
         expected = example.run()
         replay()
         chip.synchronize(device)

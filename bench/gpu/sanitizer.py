@@ -11,7 +11,7 @@ import torch
 
 from m4ov_bench.gpu import device as chip
 from m4ov_bench.gpu.context import Context
-from m4ov_bench.gpu.example import DTYPES, Maker, backends, operator_named
+from m4ov_bench.gpu.example import Maker, backends, dtypes_of, operator_named
 from m4ov_bench.gpu.operators import CASES
 from m4ov_bench.gpu.part import NotRun
 from m4ov_kernels import backend
@@ -46,9 +46,9 @@ def run(context: Context) -> None:
 def small_set(device: torch.device) -> int:
     """Forward and backward of the tiny examples of every operator; how many ran. Results are other stages' business."""
     count = 0
-    dtypes = ("bf16", "fp32") if device.type == "cuda" else ("fp32",)
+    left_out = ("fp16",) if device.type == "cuda" else ("fp16", "bf16")
     for name, cases in CASES.items():
-        for dtype in (DTYPES[short] for short in dtypes):
+        for dtype in (dtype for short, dtype in dtypes_of(operator_named(name)).items() if short not in left_out):
             for served, reason in backends(operator_named(name), device, dtype).items():
                 if reason:
                     continue

@@ -10,7 +10,7 @@ import torch
 from m4ov_bench import machine, measure
 from m4ov_bench.gpu import timing
 from m4ov_bench.gpu.context import Context
-from m4ov_bench.gpu.example import Example, Maker, backends, operator_named
+from m4ov_bench.gpu.example import Example, Maker, backends, dtypes_of, operator_named
 from m4ov_bench.gpu.operators import cases_of
 from m4ov_bench.gpu.part import Part
 from m4ov_bench.row import Row
@@ -23,7 +23,8 @@ def run(context: Context) -> None:
     effort = timing.TINY_EFFORT if context.tiny else timing.EFFORT
     session = Session(machine.describe(""), interleaved=timing.timer(device), given_effort=effort)
     _, subjects = cases_of(context.operator)
-    dtype = torch.float32 if context.tiny else torch.bfloat16
+    known = dtypes_of(operator)
+    dtype = known.get("fp32" if context.tiny else "bf16", next(iter(known.values())))
     found = [name for name, reason in backends(operator, device, dtype).items() if not reason]
     for index, name in enumerate(found):
         with backend(name):

@@ -10,7 +10,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from m4ov_bench import step
 from m4ov_bench.gpu import device as chip
@@ -20,7 +20,6 @@ from m4ov_bench.gpu.part import Part
 from m4ov_bench.measure import Sample, Times
 from m4ov_bench.session import OURS
 from m4ov_kernels import check, patch, unpatch
-from m4ov_kernels.nn.loss import causal_lm_loss
 
 HUGGING_FACE, LIGER = step.HUGGING_FACE, "Liger"
 _SYNCHRONISED = "called a synchronizing CUDA operation"
@@ -43,7 +42,7 @@ def run(context: Context) -> None:
         found |= _losses(model, data)
     with part.check("training step measured", model=size.title):
         _measure(part, context, size, model, data, optimizer)
-    with part.check("decoder and loss without host synchronisation", model=size.title):
+    with part.check("a step without host synchronisation", model=size.title):
         _no_host_synchronisation(model, data, device)
     with part.check("host synchronisations of a step counted", model=size.title) as found:
         found |= _synchronisations(model, data, device)
@@ -151,34 +150,25 @@ def _row(size: qwen3_vl.Size, who: str, **figures: Any) -> dict[str, Any]:
 
 
 def _no_host_synchronisation(model: Any, data: dict[str, Any], device: torch.device) -> None:
-    """What the patch replaces: decoder layers, last norm, head and loss, forward and backward, packed.
-
-    The vision tower and the placing of image features synchronise in transformers' own code.
-    """
+    """A whole patched step, forward and backward, packed; the host knows what it packed: bounds, grids, labels."""
     patch(model)
     try:
-        text = model.model.language_model
-        hidden = text.embed_tokens(data["input_ids"]).detach().requires_grad_()
         starts = (data["position_ids"][0, 0] == 0).nonzero().flatten().cpu()
-        cu_seqlens = torch.cat([starts, torch.tensor([hidden.shape[1]])]).to(torch.int32)  # the host knows them
-        labels, num_valid = data["labels"], int((data["labels"][:, 1:] != -100).sum())
-        positions = data["position_ids"]
+        length = data["input_ids"].shape[1]
+        known = {
+            "cu_seq_lens_q": torch.cat([starts, torch.tensor([length])]).to(torch.int32),
+            "max_length_q": int(torch.cat([starts, torch.tensor([length])]).diff().max()),
+            "position_ids": data["position_ids"][1:],
+            "image_grid_thw": data["image_grid_thw"].cpu(),
+            "num_valid": int((data["labels"][:, 1:] != -100).sum()),
+        }
 
-        def decode() -> Tensor:
-            outputs = text(
-                inputs_embeds=hidden,
-                position_ids=positions,
-                attention_mask=None,
-                cu_seq_lens_q=cu_seqlens,
-                use_cache=False,
-            )
-            loss = causal_lm_loss(outputs.last_hidden_state, model.lm_head.weight, labels, num_valid=num_valid)
-            loss.backward()
-            return loss
+        def once() -> None:
+            model(**{**data, **known}).loss.backward()
 
-        decode()
+        once()
         with chip.host_synchronisation_raises(device):
-            decode()
+            once()
         model.zero_grad()
         check()
         chip.require(device)

@@ -6,7 +6,9 @@ from m4ov_bench.peers.base import Absent, Compiled, Peer
 from m4ov_bench.peers.head import linear_cross_entropy
 from m4ov_bench.peers.norm import layer_norm, rms_norm
 from m4ov_bench.peers.rope import qk_norm_mrope, vision_rope
+from m4ov_bench.peers.rope_positions import get_rope_index
 from m4ov_bench.peers.vision import deepstack_add, interpolate_position_embeddings, scatter_vision
+from m4ov_bench.peers.vision_pixels import pack_patches
 
 __all__ = [
     "Absent",
@@ -15,9 +17,11 @@ __all__ = [
     "deepstack_add",
     "geglu",
     "gelu",
+    "get_rope_index",
     "interpolate_position_embeddings",
     "layer_norm",
     "linear_cross_entropy",
+    "pack_patches",
     "qk_norm_mrope",
     "rms_norm",
     "scatter_vision",

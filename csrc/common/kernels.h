@@ -5,6 +5,7 @@
 #include "../attention/kernels.h"
 #include "../head/kernels.h"
 #include "../norm/kernels.h"
+#include "../packing/kernels.h"
 #include "../rope/kernels.h"
 #include "../vision/kernels.h"
 
@@ -13,6 +14,7 @@
   M4OV_ATTENTION_KERNELS(X)  \
   M4OV_HEAD_KERNELS(X)       \
   M4OV_NORM_KERNELS(X)       \
+  M4OV_PACKING_KERNELS(X)    \
   M4OV_ROPE_KERNELS(X)       \
   M4OV_VISION_KERNELS(X)
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/types.h"
+#include "pack_patches.h"
 
 namespace m4ov {
 
@@ -53,6 +54,7 @@ struct InterpolateBwd {
 }  // namespace m4ov
 
 #define M4OV_VISION_KERNELS(X)                     \
+  X(int64_t, pack_patches, PackPatches)            \
   X(int64_t, scatter_vision_fwd, FeatureRows)      \
   X(int64_t, scatter_vision_bwd, FeatureRowsBwd)   \
   X(int64_t, deepstack_add_fwd, FeatureRows)       \

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from m4ov.data.images import ImageError, ImageGeometry, image_processor, patchify
 from m4ov.data.mixture import Mixture
-from m4ov.data.packing import Encoded, Encoder, PackedBatch, mrope_positions, pack
+from m4ov.data.packing import Encoded, Encoder
 from m4ov.data.sources import DataError, Sample, Split, digits, easy_vqa
 from m4ov.data.tokenizer import to_hugging_face, train_tokenizer
 
@@ -15,14 +15,11 @@ __all__ = [
     "ImageError",
     "ImageGeometry",
     "Mixture",
-    "PackedBatch",
     "Sample",
     "Split",
     "digits",
     "easy_vqa",
     "image_processor",
-    "mrope_positions",
-    "pack",
     "patchify",
     "to_hugging_face",
     "train_tokenizer",

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from m4ov_kernels import pack_patches
+
 # Qwen3-VL's processor configuration.
 MEAN = (0.5, 0.5, 0.5)
 STD = (0.5, 0.5, 0.5)
@@ -91,21 +93,23 @@ def patchify(images: np.ndarray, geometry: ImageGeometry) -> np.ndarray:
 
     Returns:
         float32 ``[N * patches, 3 * temporal_patch_size * patch_size²]``: the ``pixel_values`` of the Hugging Face
-        processor.
+        processor, to the bit.
     """
     size = geometry.size
     if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3):
         raise ValueError(f"images must be uint8 [N, {size}, {size}, 3]; got {images.dtype} {list(images.shape)}")
-    scale = (1 / (255 * np.asarray(STD))).astype(np.float32)
-    offset = (np.asarray(MEAN) / np.asarray(STD)).astype(np.float32)
-    values = images.astype(np.float32) * scale - offset
-    patch, merge, count = geometry.patch_size, geometry.merge_size, len(images)
-    blocks = size // patch // merge
-    values = values.reshape(count, blocks, merge, patch, blocks, merge, patch, 3)
-    values = values.transpose(0, 1, 4, 2, 5, 7, 3, 6)  # [N, block y, block x, y, x, channel, pixel y, pixel x]
-    frames = (*values.shape[:6], geometry.temporal_patch_size, patch, patch)
-    values = np.broadcast_to(values[:, :, :, :, :, :, None], frames)
-    return values.reshape(count * geometry.patches, -1)
+    packed = pack_patches(
+        list(images),
+        patch_size=geometry.patch_size,
+        temporal_patch_size=geometry.temporal_patch_size,
+        merge_size=geometry.merge_size,
+        image_mean=MEAN,
+        image_std=STD,
+        min_pixels=size**2,  # nothing is resized
+        max_pixels=size**2,
+        input_data_format="channels_last",
+    )
+    return packed.pixel_values.numpy()
 
 
 def mirror(images: np.ndarray, which: np.ndarray) -> np.ndarray:

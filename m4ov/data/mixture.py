@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from m4ov.data.images import mirror, patchify, shift
-from m4ov.data.packing import Encoded, Encoder, PackedBatch, pack
+from m4ov.data.packing import Encoded, Encoder
 from m4ov.data.sources import Sample, Split
+from m4ov_kernels.packing import PackedBatch
 
 # How readily a group of questions is asked, by (about the shape, yes/no). easy-vqa asks for shapes half as often as for
 # colours; but colours are learnt in a few hundred steps, and shapes, above all yes/no questions about them, take time:
@@ -77,9 +78,8 @@ class Mixture:
             shape_pixels = mirror(shape_pixels, random.random(len(shapes)) < 0.5)
         if self.shift:
             digit_pixels = shift(digit_pixels, random.integers(-self.shift, self.shift + 1, (len(scans), 2)))
-        geometry = self.encoder.geometry
-        pixel_values = patchify(np.concatenate([shape_pixels, digit_pixels]), geometry)
-        return pack(samples, owners, pixel_values, geometry, self.dtype)
+        pixel_values = patchify(np.concatenate([shape_pixels, digit_pixels]), self.encoder.geometry)
+        return self.encoder.pack(samples, owners, pixel_values, self.dtype)
 
     def _asked(self, known: list[Sample], random: np.random.Generator) -> list[Sample]:
         """Some of an image's questions: one of each group in turn, groups with more weight likely to come first."""

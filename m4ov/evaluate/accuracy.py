@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from m4ov.data import Encoder, PackedBatch, Sample, Split, pack, patchify
+from m4ov.data import Encoder, Sample, Split, patchify
 from m4ov.data.packing import IGNORE
 from m4ov.models.qwen3_vl import forward
+from m4ov_kernels.packing import PackedBatch
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def exact_match(
     right: list[bool] = []
     said: list[str] = []
     for batch in _batches(split, samples, encoder, questions_per_batch, dtype):
-        labels = batch.labels[0, 1:]
+        labels = batch.labels[1:]
         where = (labels != IGNORE).nonzero()[:, 0]
         logits = forward(model, batch, with_labels=False).logits[0]
         best = logits.index_select(0, where).argmax(dim=-1)
@@ -85,7 +86,7 @@ def _batches(
         asked = samples[start : start + size]
         images, owner = np.unique([sample.image for sample in asked], return_inverse=True)
         pixels = patchify(split.images[images], encoder.geometry)
-        yield pack([encoder(s.question, s.answer) for s in asked], owner, pixels, encoder.geometry, dtype)
+        yield encoder.pack([encoder(s.question, s.answer) for s in asked], owner, pixels, dtype)
 
 
 def _text(encoder: Encoder, tokens: list[int]) -> str:

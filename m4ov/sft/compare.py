@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from m4ov.data import PackedBatch
 from m4ov.recipe import QuickstartConfig
 from m4ov.sft.task import DTYPES, Task
+from m4ov_kernels.packing import PackedBatch
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from rich.console import Console
 from safetensors import SafetensorError
 from torch import Tensor
 
-from m4ov.data import PackedBatch, image_processor, to_hugging_face
+from m4ov.data import image_processor, to_hugging_face
 from m4ov.models.qwen3_vl import build, cast_parameters, forward
 from m4ov.recipe import QuickstartConfig
 from m4ov.sft.task import Task
 from m4ov.train import CheckpointError, TrainResult, train
+from m4ov_kernels.packing import PackedBatch
 from m4ov_kernels.patches import patch
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from m4ov_kernels import _C
-from m4ov_kernels.attention.bounds import check_bounds
+from m4ov_kernels.bounds import check_bounds
 from m4ov_kernels.layout import DTYPES, output
 
 _ALIGNED = 64
@@ -71,8 +71,10 @@ def _arguments(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, causal: bool, scale: float
 ) -> tuple[list[Any], tuple[Tensor, ...]]:
     """What both kernels take, and the tensors that must outlive the call."""
-    bounds_q = check_bounds("cu_seqlens", cu_seqlens, q.shape[0])
-    bounds_k = bounds_q if cu_seqlens_k is None else check_bounds("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    bounds_q = check_bounds("varlen_attention", "cu_seqlens", cu_seqlens, q.shape[0])
+    bounds_k = (
+        bounds_q if cu_seqlens_k is None else check_bounds("varlen_attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    )
     if len(bounds_k) != len(bounds_q):
         raise ValueError(
             f"varlen_attention: cu_seqlens_k must be of {len(bounds_q) - 1} sequences, as cu_seqlens; "

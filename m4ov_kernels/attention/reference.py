@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from m4ov_kernels.attention.bounds import check_bounds
+from m4ov_kernels.bounds import check_bounds
 
 
 def varlen_attention(
@@ -17,8 +17,10 @@ def varlen_attention(
     with a mask over all pairs of tokens; rows outside all sequences are NaN then."""
     if torch.compiler.is_compiling():
         return _masked(q, k, v, cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, causal, scale)
-    bounds_q = check_bounds("cu_seqlens", cu_seqlens, q.shape[0])
-    bounds_k = bounds_q if cu_seqlens_k is None else check_bounds("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    bounds_q = check_bounds("varlen_attention", "cu_seqlens", cu_seqlens, q.shape[0])
+    bounds_k = (
+        bounds_q if cu_seqlens_k is None else check_bounds("varlen_attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    )
     outputs = [q[:0]]
     for (begin, end), (first, last) in zip(pairwise(bounds_q), pairwise(bounds_k), strict=True):
         rows, keys = end - begin, last - first

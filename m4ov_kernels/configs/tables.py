@@ -52,14 +52,15 @@ _overrides: list[tuple[Row, ...]] = []
 
 
 def find(kernel: str, tensor: Tensor, width: int) -> Config | None:
-    """The configuration of ``kernel`` on the device and for the dtype of ``tensor``; ``None``: wider than every row.
+    """The configuration of ``kernel`` on the device and for the dtype of ``tensor`` (of integers, that for any dtype);
+    ``None``: wider than every row.
     Raises ``ValueError`` for a kernel that no table knows."""
-    return _lookup(kernel, gpu.architecture(tensor.device), gpu.DTYPES[tensor.dtype], width)
+    return _lookup(kernel, gpu.architecture(tensor.device), gpu.DTYPES.get(tensor.dtype, _ANY), width)
 
 
 def get(kernel: str, tensor: Tensor, width: int | None = None) -> Config:
     """As :func:`find`, for a kernel that has a row without a bound, which ``width=None`` asks for."""
-    config = _lookup(kernel, gpu.architecture(tensor.device), gpu.DTYPES[tensor.dtype], width)
+    config = _lookup(kernel, gpu.architecture(tensor.device), gpu.DTYPES.get(tensor.dtype, _ANY), width)
     if config is None:
         raise ValueError(f"kernel: {kernel!r} has no row without a bound")
     return config

@@ -96,7 +96,7 @@ def compile_cuda(file: Path, target: str) -> list[Report]:
         chip(target).shared_reserved if chip(target).triton[1] != 80 else 0
     )  # from sm_90 on it is counted in
     return [
-        Report.of(names[name], target, code, code.threads or _MOST_THREADS, code.shared - chip_reserves)
+        Report.of(names[name], target, code, code.threads or _MOST_THREADS, max(0, code.shared - chip_reserves))
         for name, code in found.items()
     ]
 

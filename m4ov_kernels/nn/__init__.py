@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from m4ov_kernels.nn.attention import PatchOrder, Rotation, TextAttention, VisionAttention
 from m4ov_kernels.nn.loss import CausalLMHead, causal_lm_loss
 from m4ov_kernels.nn.mlp import GELU, SwiGLUMLP, VisionMLP, linear_gelu
 from m4ov_kernels.nn.norm import LayerNorm, RMSNorm
 from m4ov_kernels.nn.patch_embed import PatchEmbed
+from m4ov_kernels.nn.position_embedding import PositionEmbedding
 
 __all__ = [
     "GELU",
     "CausalLMHead",
     "LayerNorm",
     "PatchEmbed",
+    "PatchOrder",
+    "PositionEmbedding",
     "RMSNorm",
+    "Rotation",
     "SwiGLUMLP",
+    "TextAttention",
+    "VisionAttention",
     "VisionMLP",
     "causal_lm_loss",
     "linear_gelu",

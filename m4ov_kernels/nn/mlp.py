@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m4ov_kernels.activation import gelu, swiglu
+from m4ov_kernels.nn.plain import is_plain
 
 
 class SwiGLUMLP(nn.Module):
@@ -62,17 +63,7 @@ def linear_gelu(linear: nn.Module, input: Tensor, approximate: str) -> Tensor:
     """``gelu(linear(input))``. Where ``linear`` is a plain ``nn.Linear`` without hooks its bias is added by the
     activation, which sums the bias's gradient while it computes its own; anything else (a LoRA layer, a linear that
     FSDP or a quantiser has changed) is called as it is."""
-    if type(linear) is not nn.Linear or linear.bias is None or _has_hooks(linear):
+    if not is_plain(linear, nn.Linear) or linear.bias is None:
         return gelu(linear(input), approximate=approximate)
     product = F.linear(input, linear.weight)
     return gelu(product, bias=linear.bias.to(product.dtype), approximate=approximate)  # autocast changes the dtype
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return any(hooks) or "forward" in vars(module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from m4ov_kernels.nn.plain import is_plain
 from m4ov_kernels.vision import patch_embed
 
 
@@ -24,6 +25,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[N, C·T·P·P]`` (or ``[N, C, T, P, P]``) → ``[N, hidden_size]``, in the dtype of the weight."""
-        return patch_embed(
-            hidden_states.reshape(-1, self.proj.weight.shape[1:].numel()), self.proj.weight, self.proj.bias
-        )
+        weight = self.proj.weight
+        if not is_plain(self.proj, nn.Conv3d):
+            return self.proj(hidden_states.reshape(-1, *weight.shape[1:]).to(weight.dtype)).flatten(1)
+        return patch_embed(hidden_states.reshape(-1, weight.shape[1:].numel()), weight, self.proj.bias)

@@ -71,9 +71,9 @@ def compose(original: type[nn.Module], fronts: tuple[type, ...]) -> type[nn.Modu
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
-    for front in fronts:
-        if getattr(front, "keeps_signature", False):
-            body["forward"] = _like(original.forward, front.forward)  # type: ignore[attr-defined]
+    first: Any = next((front for front in fronts if hasattr(front, "forward")), None)
+    if getattr(first, "keeps_signature", False):
+        body["forward"] = _like(original.forward, first.forward)  # type: ignore[attr-defined]
     return type(original.__name__, (*fronts, Composed, original), body)
 
 
@@ -85,15 +85,15 @@ def _like(shown: Callable[..., Any], called: Callable[..., Any]) -> Callable[...
     return forward
 
 
-def parameters(kind: type[nn.Module]) -> tuple[str, ...]:
-    """The names of what the forward of ``kind`` takes, in order."""
-    made = _PARAMETERS.get(kind)
+def parameters(method: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of what a method of a class takes, in order."""
+    made = _PARAMETERS.get(method)
     if made is None:
-        made = _PARAMETERS[kind] = tuple(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
+        made = _PARAMETERS[method] = tuple(inspect.signature(method).parameters)[1:]
     return made
 
 
-_PARAMETERS: dict[type, tuple[str, ...]] = {}  # not functools.cache: torch.compile warns of that
+_PARAMETERS: dict[Callable[..., Any], tuple[str, ...]] = {}  # not functools.cache: torch.compile warns of that
 
 
 def name_of(kind: type) -> str:

@@ -32,3 +32,17 @@ class VisionBlock:
         attention = block.attn(block.norm1(hidden_states), *args, **kwargs)
         normed, residual = block.norm2(attention, residual=hidden_states)
         return residual + block.mlp(normed)
+
+
+class SiglipLayer:
+    """Front of SigLIP's encoder layer, likewise."""
+
+    keeps_signature = True
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        layer: Any = self
+        attention = layer.self_attn(
+            hidden_states=layer.layer_norm1(hidden_states), attention_mask=attention_mask, **kwargs
+        )[0]
+        normed, residual = layer.layer_norm2(attention, residual=hidden_states)
+        return residual + layer.mlp(normed)

@@ -53,7 +53,7 @@ class LossWithoutLogits:
     original: type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs.update(zip(parameters(self.original), args, strict=False))
+        kwargs.update(zip(parameters(self.original.forward), args, strict=False))
         num_valid = kwargs.pop("num_valid", None)
         model: Any = self
         forward = super().forward  # type: ignore[misc]

@@ -84,11 +84,12 @@ def sequences_of(cu_seqlens: Tensor, device: torch.device, longest: int | None) 
     """Of given bounds, on the device; the host's know the longest."""
     if longest is None and cu_seqlens.device.type == "cpu" and device.type != "cpu":
         longest = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
-    return Sequences(cu_seqlens.to(device), longest)
+    return Sequences(cu_seqlens.to(device, non_blocking=True), longest)
 
 
 @torch.compiler.disable
-def _of_images(grid_thw: Tensor, cu_seqlens: Tensor | None, device: torch.device) -> Sequences:
+def of_images(grid_thw: Tensor, cu_seqlens: Tensor | None, device: torch.device) -> Sequences:
+    """From grids: each frame is a sequence."""
     if cu_seqlens is None:  # a caller may give them, precomputed
         frames = torch.repeat_interleave(grid_thw[:, 1] * grid_thw[:, 2], grid_thw[:, 0])
         cu_seqlens = F.pad(frames.cumsum(0), (1, 0))
@@ -101,7 +102,7 @@ def pack_images(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     if module.config._attn_implementation == VISION_ATTENTION:
         pixels = args[0] if args else kwargs["hidden_states"]
         grid_thw = args[1] if len(args) > 1 else kwargs["grid_thw"]
-        kwargs["sequences"] = _of_images(grid_thw, kwargs.get("cu_seqlens"), pixels.device)
+        kwargs["sequences"] = of_images(grid_thw, kwargs.get("cu_seqlens"), pixels.device)
     return args, kwargs
 
 

@@ -32,6 +32,7 @@ def tiny():
     patch.setattr(cases, "NORM", (cases.NormCase(8, 64, quick=True), cases.NormCase(4, 32, residual=True, quick=True)))
     patch.setattr(cases, "ACTIVATION", (cases.GatedCase(8, 64, quick=True),))
     patch.setattr(cases, "HEAD", (cases.HeadCase(8, 32, 96, labelled=0.5, quick=True),))
+    patch.setattr(cases, "PIXELS", (cases.PixelCase(2, 50, 70, 4096, 64, 4, quick=True),))
     patch.setattr(cases, "FEATURE_ROWS", (cases.FeatureRowsCase(12, 48, 0.5, quick=True),))
     patch.setattr(
         cases, "POSITION_EMBEDDINGS", (cases.PositionEmbeddingsCase("tiny", ((1, 4, 2),), 40, 3, quick=True),)
@@ -49,7 +50,7 @@ def tiny():
 def test_every_family_of_the_short_run_gives_rows(tiny):
     rows, heard = tiny
     families = list(dict.fromkeys(row.family for row in rows))
-    assert families[:6] == ["norm", "activation", "rope", "attention", "head", "vision"]
+    assert families[:7] == ["norm", "activation", "attention", "rope", "packing", "head", "vision"]
     assert all(row.green for row in rows), [row.problem for row in rows if not row.green]
     assert any("kernel" in text for text in heard) == (native_extension()[0] is not None)
 

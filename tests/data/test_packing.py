@@ -1,52 +1,16 @@
-"""Packed batches against Hugging Face's own positions, and against the same samples one by one."""
+"""Packed batches against the same samples one by one, with Hugging Face's own positions."""
 
 from __future__ import annotations
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from m4ov.data import mrope_positions, pack, patchify
+from m4ov.data import patchify
 from m4ov.models.qwen3_vl import build, cast_parameters, forward
 from m4ov_kernels.patches import patch
 from tests.tiny_task import mixture_batch, tiny_task
-
-
-def rope_index(types: np.ndarray, grids: list[tuple[int, int, int]]) -> np.ndarray:
-    """Positions of one sample by transformers."""
-    model = build(tiny_task().model_config, 0)
-    ids = torch.zeros(1, len(types), dtype=torch.int64)
-    positions, _ = model.model.get_rope_index(
-        ids, torch.from_numpy(types)[None].int(), image_grid_thw=torch.tensor(grids) if grids else None
-    )
-    return positions[:, 0].numpy()
-
-
-@settings(max_examples=30, deadline=None)
-@given(data=st.data())
-def test_mrope_positions_equal_get_rope_index(data):
-    merge = tiny_task().geometry.merge_size
-    types: list[int] = []
-    grids = []
-    for _ in range(data.draw(st.integers(0, 3))):
-        types += [0] * data.draw(st.integers(1, 5))
-        height, width = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
-        grids.append((1, height * merge, width * merge))
-        types += [1] * (height * width)
-    types += [0] * data.draw(st.integers(1, 5))
-    array = np.array(types, dtype=np.int64)
-    assert np.array_equal(mrope_positions(array, grids, merge), rope_index(array, grids))
-
-
-def test_wrong_numbers_of_image_tokens_are_refused():
-    with pytest.raises(ValueError, match="3 image tokens for an image of 1 x 2 x 2"):
-        mrope_positions(np.array([0, 1, 1, 1, 0]), [(1, 4, 4)], 2)
-    with pytest.raises(ValueError, match="more images than runs"):
-        mrope_positions(np.array([0, 1, 1, 1, 1, 0]), [(1, 4, 4), (1, 4, 4)], 2)
 
 
 def test_encoded_samples_have_labels_on_the_answer_only():
@@ -54,8 +18,8 @@ def test_encoded_samples_have_labels_on_the_answer_only():
     sample = encoder("what color is the circle?", "blue")
     answered = sample.input_ids[sample.labels != -100]
     assert encoder.tokenizer.decode(answered.tolist(), skip_special_tokens=False) == "blue<|im_end|>"
-    assert sample.types.sum() == encoder.geometry.tokens
-    assert np.array_equal(sample.labels[sample.labels != -100], answered)
+    assert (sample.input_ids == encoder.image_token).sum() == encoder.geometry.tokens
+    assert torch.equal(sample.labels[sample.labels != -100], answered)
     assert encoder.tokenizer.decode(sample.input_ids.tolist()) == "what color is the circle?blue"
 
 
@@ -81,13 +45,12 @@ def each_alone(model, batch):
     """Logits of each sample by an unpacked call of the unpatched Hugging Face model, with its own positions."""
     patches = tiny_task().geometry.patches
     bounds = [0, *itertools.accumulate(batch.lengths)]
-    for place, (start, end) in enumerate(itertools.pairwise(bounds)):
-        image = int(batch.image_of_sample[place])
+    for (start, end), (image,) in zip(itertools.pairwise(bounds), batch.images.shown, strict=True):
         outputs = model(
-            input_ids=batch.input_ids[:, start:end],
-            mm_token_type_ids=batch.mm_token_type_ids[:, start:end],
-            pixel_values=batch.pixel_values[image * patches : (image + 1) * patches],
-            image_grid_thw=batch.image_grid_thw[image : image + 1],
+            input_ids=batch.input_ids[None, start:end],
+            mm_token_type_ids=batch.mm_token_type_ids[None, start:end],
+            pixel_values=batch.images.pixel_values[image * patches : (image + 1) * patches],
+            image_grid_thw=batch.images.grid_thw[image : image + 1],
         )
         yield slice(start, end), outputs.logits[0]
 
@@ -105,7 +68,7 @@ def test_packed_logits_and_loss_equal_unpacked_hugging_face(patched):
             expected[place] = logits
     scale = expected.abs().max()
     assert (got.logits[0] - expected).abs().max() <= 1e-5 * scale
-    loss = torch.nn.functional.cross_entropy(expected[:-1], batch.labels[0, 1:])
+    loss = torch.nn.functional.cross_entropy(expected[:-1], batch.labels[1:])
     assert abs(got.loss - loss) <= 1e-5 * loss.abs()
 
 
@@ -126,7 +89,7 @@ def test_a_sample_does_not_feel_its_neighbours(patched, precision):
         neighbours = [task.encoder(other, answer)] * 2
         for image in (1, 2):
             pixels = patchify(split.images[[image, 0, image + 4]], geometry)
-            batch = pack([neighbours[0], mine, neighbours[1]], [0, 1, 2], pixels, geometry, task.dtype)
+            batch = task.encoder.pack([neighbours[0], mine, neighbours[1]], [0, 1, 2], pixels, task.dtype)
             with torch.no_grad():
                 logits = forward(model, batch, with_labels=False).logits[0]
             start = batch.lengths[0]
@@ -143,7 +106,7 @@ def test_gradients_reach_an_image_from_all_its_questions():
     shared, alone = build(tiny_task().model_config, 3), build(tiny_task().model_config, 3)
     (forward(shared, batch).loss * batch.num_labels).backward()
     for place, logits in each_alone(alone, batch):
-        labels = batch.labels[0, place]
+        labels = batch.labels[place]
         torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum").backward()
     ours = dict(shared.model.visual.named_parameters())
     for name, parameter in alone.model.visual.named_parameters():
@@ -156,6 +119,6 @@ def test_pack_refuses_an_image_that_is_not_there():
     sample = task.encoder("is there a circle?", "no")
     pixels = patchify(task.training[0].images[:2], task.geometry)
     with pytest.raises(ValueError, match="0 to 1; got 2 to 2"):
-        pack([sample], [2], pixels, task.geometry)
+        task.encoder.pack([sample], [2], pixels)
     with pytest.raises(ValueError, match="needs samples"):
-        pack([], [], pixels, task.geometry)
+        task.encoder.pack([], [], pixels)

@@ -50,12 +50,12 @@ def test_the_split_depends_on_its_own_seed_only():
 
 def test_batches_are_a_function_of_seed_and_step():
     first, again = mixture_batch(5), mixture_batch(5)
-    assert torch.equal(first.pixel_values, again.pixel_values)
+    assert torch.equal(first.images.pixel_values, again.images.pixel_values)
     assert torch.equal(first.input_ids, again.input_ids)
     other = mixture_batch(6)
-    assert not torch.equal(first.pixel_values, other.pixel_values)
+    assert not torch.equal(first.images.pixel_values, other.images.pixel_values)
     other_seed = tiny_task().mixture(tiny_config().data, 1).batch(5)
-    assert not torch.equal(first.pixel_values, other_seed.pixel_values)
+    assert not torch.equal(first.images.pixel_values, other_seed.images.pixel_values)
 
 
 def test_every_image_is_visited_once_an_epoch():

@@ -97,6 +97,9 @@ def layer_norm_terms(
         "grad_bias": grad.abs().reshape(flat).sum(0),
     }
     if dtype is torch.float32:
+        # A product below the normal range is rounded to the last place there, and then multiplied by rstd.
+        least = torch.finfo(torch.float32).smallest_normal * rstd
+        terms["grad_hidden_states"] = torch.maximum(to_x, least.expand_as(to_x))
         terms["normed"] = (reach * scale + (0.0 if bias is None else bias.double().abs())) / 4
     return terms
 

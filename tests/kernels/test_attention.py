@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import m4ov_kernels
 from m4ov_kernels import varlen_attention
 from m4ov_kernels.attention import native, reference
-from m4ov_kernels.attention.bounds import check_bounds
+from m4ov_kernels.bounds import check_bounds
 
 from . import strategies
 from .numerics import assert_accurate, gradients, leaves, poisoned
@@ -259,7 +259,12 @@ def test_native_refuses_wrong_values_itself():
 
 
 def test_bounds_are_read_as_they_are():
-    assert check_bounds("cu_seqlens", torch.tensor([0, 2, 2, 5], dtype=torch.int32), 5) == [0, 2, 2, 5]
+    assert check_bounds("varlen_attention", "cu_seqlens", torch.tensor([0, 2, 2, 5], dtype=torch.int32), 5) == [
+        0,
+        2,
+        2,
+        5,
+    ]
 
 
 GOOD = {"q": torch.ones(6, 4, 8), "k": torch.ones(6, 2, 8), "v": torch.ones(6, 2, 8), "cu_seqlens": bounds([2, 4])}

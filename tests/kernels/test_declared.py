@@ -109,6 +109,10 @@ def launch_head(dtype: torch.dtype) -> None:
 
 
 def launch_rope(dtype: torch.dtype) -> None:
+    ids, bounds = torch.zeros(2 * ROWS, dtype=torch.int64), torch.tensor([0, 2 * ROWS])
+    grid = torch.ones(ROWS, 3, dtype=torch.int64)
+    for types, intervals in itertools.product((None, ids, ids.int()), (None, torch.ones(ROWS))):
+        rope.mrope_positions_fwd(ids, bounds, types, grid, grid, intervals, 1, 2, 1)
     widths = {row.width for row in configs.rows_of("qk_norm_mrope_fwd", "cpu", gpu.DTYPES[dtype])}
     for width, norms, rest in itertools.product(sorted(w for w in widths if w), (False, True), (False, True)):
         q, k = (torch.empty(ROWS, heads, width, dtype=dtype) for heads in (4, 2))

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from m4ov_kernels import nn as ours
+from m4ov_kernels.nn.plain import is_plain
 
 
 def test_the_head_gives_logits_or_their_loss():
@@ -92,3 +93,56 @@ def test_patch_embedding_is_the_convolution():
     expected = embed.proj(patches.view(5, 3, 2, 4, 4)).view(5, 24)
     torch.testing.assert_close(embed(patches), expected)
     assert embed(patches.double()).dtype is torch.float32
+
+
+def test_position_embeddings_are_added_where_patches_stand():
+    table = ours.PositionEmbedding(16, 8)
+    grid = torch.tensor([[2, 4, 4]])  # as large as the table: nothing is resampled
+    hidden = torch.randn(32, 8)
+    rows = torch.arange(4).view(2, 1, 2, 1).expand(2, 2, 2, 2).flatten()
+    columns = torch.arange(4).view(1, 2, 1, 2).expand(2, 2, 2, 2).flatten()
+    expected = hidden + table.weight[rows * 4 + columns].repeat(2, 1)
+    torch.testing.assert_close(table(hidden, grid, 2), expected)
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_text_attention_of_samples_in_a_row(qk_norm):
+    rotation = ours.Rotation(10000.0, (2, 1, 1), True)
+    attention = ours.TextAttention(12, 4, 2, 8, rotation=rotation, qk_norm=qk_norm, bias=True)
+    hidden, bounds = torch.randn(9, 12), torch.tensor([0, 4, 9])
+    positions = torch.cat([torch.arange(4), torch.arange(5)]).expand(3, -1)
+    together = attention(hidden, positions, bounds)
+    for start, end in ((0, 4), (4, 9)):
+        q, k, v = attention.project(hidden[start:end], positions[:, start:end])
+        alone = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), is_causal=True, enable_gqa=True)
+        torch.testing.assert_close(together[start:end], attention.o_proj(alone.transpose(0, 1).flatten(1)))
+    # Text has one position; the rotation is plain RoPE then, and norms come before it.
+    one = attention.project(hidden[:4], torch.arange(4))
+    for a, b in zip(one, attention.project(hidden[:4], torch.arange(4).expand(3, -1)), strict=True):
+        torch.testing.assert_close(a, b)
+    first = attention.q_proj(hidden[:1]).view(1, 4, 8)  # position 0 is not rotated
+    torch.testing.assert_close(one[0][:1], attention.q_norm(first) if qk_norm else first)
+
+
+def test_vision_attention_of_images_in_a_row():
+    attention = ours.VisionAttention(16, 2)
+    hidden, grid = torch.randn(12, 16), torch.tensor([[1, 2, 2], [1, 2, 4]])
+    order = ours.PatchOrder(grid, 2)
+    together = attention(hidden, order, torch.tensor([0, 4, 12]))
+    for start, end, image in ((0, 4, grid[:1]), (4, 12, grid[1:])):
+        q, k, v = (x.transpose(0, 1) for x in attention.project(hidden[start:end], ours.PatchOrder(image, 2)))
+        alone = F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1)
+        torch.testing.assert_close(together[start:end], attention.proj(alone))
+
+
+def test_what_has_something_around_its_call_is_not_plain():
+    linear = torch.nn.Linear(3, 3)
+    assert is_plain(linear)
+    assert is_plain(linear, torch.nn.Linear)
+    assert not is_plain(linear, torch.nn.Embedding)
+    handle = linear.register_forward_hook(lambda *_: None)
+    assert not is_plain(linear)
+    handle.remove()
+    assert is_plain(linear)
+    torch.nn.utils.parametrizations.weight_norm(linear)
+    assert not is_plain(linear)

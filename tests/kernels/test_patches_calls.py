@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from importlib import import_module
 
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+import m4ov_kernels
 from m4ov_kernels.patches import patch
 from tests.kernels import tiny_models as tiny
 from tests.kernels.numerics import assert_accurate
@@ -57,6 +60,59 @@ def test_bad_packing_is_refused(family):
         patched(**batch, cu_seq_lens_q=bounds[:-1])
     with pytest.raises(ValueError, match="attention_mask must be None"):
         patched(**batch, cu_seq_lens_q=bounds, attention_mask=torch.ones_like(batch["input_ids"]))
+
+
+@FAMILIES
+def test_features_that_do_not_match_the_tokens_are_refused(family):
+    _, patched = pair(family)
+    batch = tiny.packed(patched, [tiny.sample(patched, 9)])
+    count = int((batch["input_ids"] == tiny.IMAGE).sum())
+    for tokens in (count - 1, count + 1):
+        ids = batch["input_ids"].clone()
+        if tokens < count:
+            ids[ids == tiny.IMAGE] = torch.tensor([1, *[tiny.IMAGE] * tokens])
+        else:
+            ids[0, -1] = tiny.IMAGE
+        with pytest.raises(ValueError, match=f"image tokens do not match: {count} features, {tokens} tokens"):
+            patched(**{**batch, "input_ids": ids})
+
+
+def test_positions_of_features_may_come_from_the_packing():
+    _, patched = pair()
+    parts = tiny.mixed_samples(patched)
+    batch = tiny.packed(patched, parts)
+    grids = {name: batch[name] for name in ("image_grid_thw", "video_grid_thw")}
+    found = m4ov_kernels.vision_positions(batch["mm_token_type_ids"], tiny.cu_seqlens(parts), merge_size=2, **grids)
+    positions = torch.cat([found.image, found.video])
+    assert torch.equal(logits_of(patched, batch, vision_positions=positions), logits_of(patched, batch))
+
+
+@FAMILIES
+def test_features_may_come_from_before(family):
+    plain, patched = pair(family)
+    if "mm_encoder_outputs" not in inspect.signature(plain.forward).parameters:
+        pytest.skip("this transformers takes no features")
+    batch = tiny.packed(plain, tiny.samples(plain))
+    results = []
+    for model in (plain, patched):
+        names = [name for name in ("image_grid_thw", "image_sizes", "batch_num_images") if name in batch]
+        features = model.get_image_features(batch["pixel_values"], **{name: batch[name] for name in names})
+        rest = {name: value for name, value in batch.items() if name not in ("pixel_values", "image_sizes")}
+        rest.pop("batch_num_images", None)
+        results.append(step(model, rest, mm_encoder_outputs={"image": features}, use_cache=False))
+    assert_same_step(results[1], results[0])
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_another_attention_under_the_other_operators(family, implementation):
+    """Their fronts call whichever implementation the configuration names."""
+    plain = tiny.model(family, layers=2, attention=implementation)
+    patched = copy.deepcopy(plain)
+    names = import_module(f"m4ov_kernels.patches.{family}").FAMILY.operators
+    patch(patched, operators=set(names) - {"varlen_attention"})
+    batch = tiny.padded(plain, tiny.mixed_samples(plain))
+    assert_same_step(step(patched, batch), step(plain, batch))
 
 
 def test_a_loss_function_or_attention_chosen_after_the_patch_wins():

@@ -25,13 +25,13 @@ SECONDS = 300.0  # for all calls together; they take a few
 
 
 def calls(case: OperatorCase, small: int, large: int) -> list[Call]:
-    """Drawn calls with a backward, that kernels serve, some large enough for OpenMP threads."""
+    """Drawn calls, with a backward where there is one, that kernels serve, some large enough for OpenMP threads."""
     found: list[Call] = []
     index = 0
     while small or large:
         index += 1
         call = case.call(Seeded(SEED, index))
-        if not call.wanted or case.kernel_dtype(call.arguments) is None:
+        if bool(call.wanted) != bool(case.differentiable) or case.kernel_dtype(call.arguments) is None:
             continue
         size = max(value.nbytes for value in call.arguments.values() if isinstance(value, Tensor))
         if size > 4 << 20 or not (large if size >= LARGE else small):

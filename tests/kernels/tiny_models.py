@@ -69,7 +69,7 @@ def model(
         section = [half - 2 * (half // 4), half // 4, half // 4]
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section}
         if family == "qwen2_5_vl":
-            text["hidden_size"] = heads[0] * head_dim
+            text |= {"hidden_size": heads[0] * head_dim, "bos_token_id": None, "eos_token_id": None}
         else:
             text["head_dim"] = head_dim
         if family == "qwen3_vl_moe":

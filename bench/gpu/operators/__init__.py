@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from m4ov_bench.gpu.example import Example, Maker
-from m4ov_bench.gpu.operators import activation, attention, head, norm, rope, vision
+from m4ov_bench.gpu.operators import activation, attention, head, norm, rope, rope_positions, vision
 from m4ov_bench.session import Subject
 from m4ov_kernels.dispatch import OPERATORS
 
@@ -33,6 +33,7 @@ CASES = {
     "linear_cross_entropy": Cases(head.examples, head.subjects),
     "qk_norm_mrope": Cases(rope.examples, rope.subjects),
     "vision_rope": Cases(rope.vision_examples, rope.vision_subjects),
+    "mrope_positions": Cases(rope_positions.examples, rope_positions.subjects),
     "scatter_vision": Cases(vision.scatter_examples, vision.scatter_subjects),
     "deepstack_add": Cases(vision.deepstack_examples, vision.deepstack_subjects),
     "interpolate_position_embeddings": Cases(vision.interpolate_examples, vision.interpolate_subjects),

@@ -1,43 +1,23 @@
-"""Running Qwen3-VL on packed batches in which several samples share an image."""
+"""Running Qwen3-VL on packed batches, in which several samples may share an image."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any, Protocol
+import math
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Qwen3VLForConditionalGeneration
 
-
-class PackedInputs(Protocol):
-    """The tensors of a packed batch: several samples in one row of T tokens, N images, S samples with one image each.
-
-    ``input_ids``, ``labels``, ``mm_token_type_ids``: ``[1, T]``; ``position_ids`` ``[4, 1, T]``; ``pixel_values``
-    ``[patches, …]`` and ``image_grid_thw`` ``[N, 3]``, each image once; ``image_of_sample`` ``[S]``.
-    """
-
-    @property
-    def input_ids(self) -> Tensor: ...
-    @property
-    def labels(self) -> Tensor: ...
-    @property
-    def mm_token_type_ids(self) -> Tensor: ...
-    @property
-    def position_ids(self) -> Tensor: ...
-    @property
-    def pixel_values(self) -> Tensor: ...
-    @property
-    def image_grid_thw(self) -> Tensor: ...
-    @property
-    def image_of_sample(self) -> Tensor: ...
-
+from m4ov_kernels.packing import PackedBatch, VisionInputs
 
 # transformers 5.14 takes no image features that were computed before; there, images are repeated instead.
 _TAKES_FEATURES = "mm_encoder_outputs" in inspect.signature(Qwen3VLForConditionalGeneration.forward).parameters
 
 
-def forward(model: nn.Module, batch: PackedInputs, *, with_labels: bool = True) -> Any:
+def forward(model: nn.Module, batch: PackedBatch, *, with_labels: bool = True) -> Any:
     """The model's output on a packed batch: the vision tower sees each image once, however many samples ask about it.
 
     Args:
@@ -45,33 +25,36 @@ def forward(model: nn.Module, batch: PackedInputs, *, with_labels: bool = True) 
         with_labels: compute the loss, the mean over all labels of the batch.
     """
     hf: Any = model
-    merge_size = hf.config.vision_config.spatial_merge_size
     inputs: dict[str, Any] = {
-        "input_ids": batch.input_ids,
-        "position_ids": batch.position_ids,
-        "mm_token_type_ids": batch.mm_token_type_ids,
+        "input_ids": batch.input_ids[None],
+        "position_ids": torch.cat([batch.text_position_ids[None], batch.position_ids])[:, None],  # [4, 1, T]
+        "mm_token_type_ids": batch.mm_token_type_ids[None],
         "use_cache": False,
     }
     if with_labels:
-        inputs["labels"] = batch.labels
-    if not _TAKES_FEATURES:
-        inputs["pixel_values"] = batch.pixel_values.index_select(0, _rows(batch, 1))
-        inputs["image_grid_thw"] = batch.image_grid_thw.index_select(0, batch.image_of_sample)
+        inputs["labels"] = batch.labels[None]
+    images, videos = batch.images, batch.videos
+    if videos is not None:
+        inputs["pixel_values_videos"], inputs["video_grid_thw"] = _of_every_place(videos)
+    if images is None:
         return hf(**inputs)
-    features = hf.model.get_image_features(batch.pixel_values, batch.image_grid_thw, return_dict=True)
-    rows = _rows(batch, merge_size)
-    features.pooler_output = [torch.cat(tuple(features.pooler_output)).index_select(0, rows)]
+    if not _TAKES_FEATURES:
+        inputs["pixel_values"], inputs["image_grid_thw"] = _of_every_place(images)
+        return hf(**inputs)
+    features = hf.model.get_image_features(images.pixel_values, images.grid_thw, return_dict=True)
+    features.pooler_output = [torch.cat(tuple(features.pooler_output)).index_select(0, images.features)]
     features.deepstack_features = [
-        [(layer if isinstance(layer, Tensor) else torch.cat(tuple(layer))).index_select(0, rows)]
+        [(layer if isinstance(layer, Tensor) else torch.cat(tuple(layer))).index_select(0, images.features)]
         for layer in features.deepstack_features
     ]
-    return hf(**inputs, image_grid_thw=batch.image_grid_thw, mm_encoder_outputs={"image": features})
+    return hf(**inputs, image_grid_thw=images.grid_thw, mm_encoder_outputs={"image": features})
 
 
-def _rows(batch: PackedInputs, merge_size: int) -> Tensor:
-    """The rows of each sample's image, sample after sample, in what has a row for ``merge_size²`` patches: int64."""
-    sizes = batch.image_grid_thw.prod(dim=1) // merge_size**2  # [N]
-    starts = sizes.cumsum(0) - sizes
-    counts = sizes[batch.image_of_sample]  # [S]
-    within = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    return starts[batch.image_of_sample].repeat_interleave(counts) + within
+def _of_every_place(vision: VisionInputs) -> tuple[Tensor, Tensor]:
+    """``(pixel_values, grid_thw)`` with an image for every place where one stands, shared or not."""
+    if not vision.shared:
+        return vision.pixel_values, vision.grid_thw
+    bounds = [0, *accumulate(math.prod(grid) for grid in vision.grids)]
+    places = [image for images in vision.shown for image in images]
+    pixels = torch.cat([vision.pixel_values[bounds[image] : bounds[image + 1]] for image in places])
+    return pixels, torch.cat([vision.grid_thw[image : image + 1] for image in places])

@@ -3,6 +3,7 @@ operators; this one hands their raw functions on, and the table of all their ker
 
 from __future__ import annotations
 
+from m4ov_kernels.vision.pixels_cuda import CUDA_KERNELS
 from m4ov_kernels.vision.triton import interpolate, rope, scatter
 from m4ov_kernels.vision.triton.interpolate import (
     interpolate_position_embeddings_bwd,
@@ -28,4 +29,4 @@ __all__ = [
     "vision_rope_fwd",
 ]
 
-KERNELS = [*interpolate.KERNELS, *rope.KERNELS, *scatter.KERNELS]
+KERNELS = [*interpolate.KERNELS, *rope.KERNELS, *scatter.KERNELS, *CUDA_KERNELS]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from . import activation, attention, head, norm, rotation, vision
+from . import activation, attention, head, norm, rope, rotation, vision
 from .case import Call, OperatorCase
 from .corruptions import Corruption
 
@@ -21,6 +21,7 @@ CASES = {
         attention.VARLEN_ATTENTION,
         rotation.QK_NORM_MROPE,
         rotation.VISION_ROPE,
+        rope.MROPE_POSITIONS,
         vision.SCATTER_VISION,
         vision.DEEPSTACK_ADD,
         vision.INTERPOLATE,

@@ -95,33 +95,6 @@ def _terms(call: Call) -> dict[str, Tensor]:
     return {name: term + least for name, term in zip(("output", "grad_q", "grad_k", "grad_v"), made, strict=True)}
 
 
-def _wrong_bounds(argument: str) -> tuple[corruptions.Corruption, ...]:
-    def not_from_zero(bounds: Tensor, draw: Draw) -> tuple[Tensor, str]:
-        wrong = bounds.clone()
-        wrong[0] = draw.choice((1, -1))
-        return wrong, str(int(wrong[0]))
-
-    def wrong_end(bounds: Tensor, draw: Draw) -> tuple[Tensor, str]:
-        wrong = bounds.clone()
-        wrong[-1] += draw.choice((1, -1, 7))
-        return wrong, str(int(wrong[-1]))
-
-    def falling(arguments: dict[str, Any], draw: Draw) -> tuple[dict[str, Any], str] | None:
-        bounds = arguments[argument]
-        if bounds is None or len(bounds) < 3 or bounds[1] == 0:
-            return None
-        wrong = bounds.clone()
-        wrong[2 if len(wrong) > 3 else 1] = -1
-        return {argument: wrong}, "-1"
-
-    return (
-        corruptions.changed(argument, ValueError, "not from 0", not_from_zero),
-        corruptions.changed(argument, ValueError, "another end", wrong_end),
-        corruptions.Corruption(argument, "falling", ValueError, falling),
-        corruptions.dtype(argument, torch.float32, torch.int16, torch.bool),
-    )
-
-
 def _other_heads(arguments: dict[str, Any], draw: Draw) -> tuple[dict[str, Any], str]:
     heads, k = arguments["q"].shape[1], arguments["k"]
     wrong = k.new_zeros(k.shape[0], heads + 1, k.shape[2])
@@ -146,11 +119,11 @@ VARLEN_ATTENTION = OperatorCase(
         corruptions.float_dtype("v"),
         corruptions.shape("v", corruptions.wider, corruptions.deeper, corruptions.longer),
         corruptions.device("v"),
-        *_wrong_bounds("cu_seqlens"),
+        *corruptions.bounds("cu_seqlens"),
         corruptions.device("cu_seqlens"),
         corruptions.shape("cu_seqlens", corruptions.deeper, lambda shape: (0,)),
         corruptions.value("cu_seqlens", TypeError, "not a tensor", [0, 1], None, 3),
-        *_wrong_bounds("cu_seqlens_k"),
+        *corruptions.bounds("cu_seqlens_k"),
         corruptions.value("max_seqlen", ValueError, "negative", -1),
         corruptions.value("max_seqlen", TypeError, "not an int", 1.5, "3", True),
         corruptions.value("scale", ValueError, "not above 0", 0.0, -1.0, math.nan, math.inf),

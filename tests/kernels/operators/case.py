@@ -155,3 +155,20 @@ class OperatorCase:
         assert said, f"the message does not say operator, argument, what was expected and what came: {refused}"
         assert came in (said["came"] or said["value"]), f"the message does not say that {came} came: {refused}"
         return True
+
+
+@dataclass(frozen=True)
+class IndexCase(OperatorCase):
+    """An operator that makes integers of integers: nothing is differentiable, and the definition is met to the bit."""
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def kernel_dtype(self, arguments: Mapping[str, Any]) -> torch.dtype | None:
+        return torch.int64
+
+    def judge(self, call: Call, got: Mapping[str, Tensor]) -> None:
+        with m4ov_kernels.backend("reference"):
+            expected = self.evaluate(call)
+        for name, tensor in got.items():
+            assert torch.equal(tensor, expected[name]), name

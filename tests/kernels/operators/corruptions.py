@@ -123,3 +123,32 @@ def longer(shape: Sequence[int]) -> Sequence[int]:
 
 def scalar(shape: Sequence[int]) -> Sequence[int]:
     return ()
+
+
+def bounds(argument: str) -> tuple[Corruption, ...]:
+    """What no cumulative lengths may be."""
+
+    def not_from_zero(bounds: Tensor, draw: Draw) -> tuple[Tensor, str]:
+        wrong = bounds.clone()
+        wrong[0] = draw.choice((1, -1))
+        return wrong, str(int(wrong[0]))
+
+    def wrong_end(bounds: Tensor, draw: Draw) -> tuple[Tensor, str]:
+        wrong = bounds.clone()
+        wrong[-1] += draw.choice((1, -1, 7))
+        return wrong, str(int(wrong[-1]))
+
+    def falling(arguments: dict[str, Any], draw: Draw) -> tuple[dict[str, Any], str] | None:
+        bounds = arguments[argument]
+        if bounds is None or len(bounds) < 3 or bounds[1] == 0:
+            return None
+        wrong = bounds.clone()
+        wrong[2 if len(wrong) > 3 else 1] = -1
+        return {argument: wrong}, "-1"
+
+    return (
+        changed(argument, ValueError, "not from 0", not_from_zero),
+        changed(argument, ValueError, "another end", wrong_end),
+        Corruption(argument, "falling", ValueError, falling),
+        dtype(argument, torch.float32, torch.int16, torch.bool),
+    )

@@ -12,7 +12,7 @@ from m4ov_kernels import qk_norm_mrope, vision_rope
 
 from .. import draws
 from ..draws import Draw
-from ..numerics import EPS
+from ..numerics import BEYOND, EPS
 from . import corruptions
 from .case import Call, OperatorCase
 from .options import NUMERICS, nonnegative, number, tensor_dtype
@@ -101,7 +101,11 @@ def _terms(call: Call) -> dict[str, Tensor]:
             continue
         weighted = turned * weight.double().abs()
         second = normed.abs() * (weighted * normed.abs()).mean(-1, keepdim=True)
-        terms[f"grad_{name}"] = (weighted + 3 * second) * scale + least
+        # With an infinite sum of squares the factor is 0, and 0 times another infinite sum NaN.
+        dots = (weighted * x.abs()).sum(-1, keepdim=True)
+        sums = torch.maximum(x.square().sum(-1, keepdim=True), torch.maximum(dots, dots * scale))
+        to_x = (weighted + 3 * second) * scale + least
+        terms[f"grad_{name}"] = torch.where(sums > 0.9 * torch.finfo(torch.float32).max, BEYOND, to_x)
         terms[f"grad_{name}_weight"] = (turned * normed.abs()).flatten(0, -2).sum(0) + least
     return terms
 

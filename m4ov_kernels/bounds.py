@@ -7,22 +7,20 @@ from typing import NoReturn
 
 from torch import Tensor
 
-OPERATOR = "varlen_attention"
 
-
-def check_bounds(argument: str, cu_seqlens: Tensor, tokens: int) -> list[int]:
+def check_bounds(operator: str, argument: str, cu_seqlens: Tensor, tokens: int) -> list[int]:
     """The values of ``cu_seqlens``; ``ValueError``, with the position, unless they start at 0, never fall and end at
     ``tokens``. Waits for the device if they are on one."""
     bounds: list[int] = cu_seqlens.tolist()
     if bounds[0] != 0:
-        _refuse(argument, 0, bounds, "0")
+        _refuse(operator, argument, 0, bounds, "0")
     if sorted(bounds) != bounds:
         position = next(i for i, (start, end) in enumerate(pairwise(bounds), 1) if end < start)
-        _refuse(argument, position, bounds, f"{bounds[position - 1]} or greater, as the bounds before it")
+        _refuse(operator, argument, position, bounds, f"{bounds[position - 1]} or greater, as the bounds before it")
     if bounds[-1] != tokens:
-        _refuse(argument, len(bounds) - 1, bounds, f"{tokens}, the number of tokens")
+        _refuse(operator, argument, len(bounds) - 1, bounds, f"{tokens}, the number of tokens")
     return bounds
 
 
-def _refuse(argument: str, position: int, bounds: list[int], expected: str) -> NoReturn:
-    raise ValueError(f"{OPERATOR}: {argument}[{position}] is {bounds[position]}: expected {expected}")
+def _refuse(operator: str, argument: str, position: int, bounds: list[int], expected: str) -> NoReturn:
+    raise ValueError(f"{operator}: {argument}[{position}] is {bounds[position]}: expected {expected}")
