@@ -53,10 +53,22 @@ struct StepOf<DotTile> {
 };
 #endif
 
+// multiply_rows, row by row the same, while other rows come.
+template <typename Tile, typename T>
+static void multiply_few(float* c, const Block<typename Tile::Element>& a, const typename Tile::Element* b,
+                         int64_t rows, int64_t vectors, int64_t dim, const Ahead& ahead) {
+  for (int64_t i = 0; i < rows; i += kTileRows) {
+    ahead.fetch(i, i + kTileRows);
+    multiply_rows<Tile, T>(c + i * kBlockLanes, a.rows + i * a.stride, a.stride, b, smaller(kTileRows, rows - i), vectors,
+                           dim);
+  }
+}
+
 // `values`: rows of whole vectors. rescale: null for the first block of keys.
 template <typename Tile, int kCount, int kVectors>
 static void add_some_values(float* output, int64_t width, const typename Tile::Element* probabilities,
-                            const typename Tile::Element* values, int64_t stride, int64_t keys, const float* rescale) {
+                            const typename Tile::Element* values, int64_t stride, int64_t keys, const float* rescale,
+                            const Ahead& ahead) {
   using Step = typename StepOf<Tile>::type;
   constexpr int64_t kPair = Tile::kPair;
   V sum[kCount][kVectors];
@@ -66,6 +78,7 @@ static void add_some_values(float* output, int64_t width, const typename Tile::E
     for (int j = 0; j < kVectors; ++j) sum[i][j] = set1(0.0f);
   }
   for (int64_t key = 0; key < keys; key += kPair) {
+    ahead.fetch(key, key + kPair);
     const auto* row = values + key * stride;
     const auto* p = probabilities + key * kBlockLanes;
     typename Step::Operand value[kVectors];
@@ -92,7 +105,8 @@ static void add_some_values(float* output, int64_t width, const typename Tile::E
 // vectors.
 template <typename Tile>
 static void add_values(float* output, int64_t width, const typename Tile::Element* probabilities,
-                       const Block<typename Tile::Element>& values, int64_t lanes, int64_t keys, const float* rescale) {
+                       const Block<typename Tile::Element>& values, int64_t lanes, int64_t keys, const float* rescale,
+                       const Ahead& ahead) {
   constexpr int kWide = Tile::kVectors;
   for (int64_t i = 0; i < lanes;) {
     const int64_t count = lanes - i >= 4 ? 4 : lanes - i >= 2 ? 2 : 1;
@@ -102,8 +116,9 @@ static void add_values(float* output, int64_t width, const typename Tile::Elemen
       const auto* p = probabilities + i * Tile::kPair;
       const auto* from = values.rows + j;
       const float* factor = rescale ? rescale + i : nullptr;
+      const Ahead once = i == 0 && j == 0 ? ahead : Ahead{};
 #define M4OV_VALUES(m, n) \
-  if (count == m && vectors == n) add_some_values<Tile, m, n>(to, width, p, from, values.stride, keys, factor)
+  if (count == m && vectors == n) add_some_values<Tile, m, n>(to, width, p, from, values.stride, keys, factor, once)
       M4OV_VALUES(1, kWide);
       M4OV_VALUES(2, kWide);
       M4OV_VALUES(4, kWide);

@@ -112,13 +112,18 @@ static void forward_block(const VarlenAttentionFwd& a, const ForwardScratch<Tile
   for (int64_t key = 0; key < lanes.most; key += kBlockKeys) {
     const int64_t count = smaller(kBlockKeys, lanes.most - key), first = s.first_key + key;
     const Block<E> left = few ? keys.block(w.key_rows, dim, h, first, count) : Block<E>{keys.at(h, first), keys.stride()};
-    multiply_rows<Tile, T>(w.scores, left.rows, left.stride, w.queries, count, lanes.vectors(), dim);
+    if (few) {
+      multiply_few<Tile, T>(w.scores, left, w.queries, count, lanes.vectors(), dim, values.ahead(h, first, count));
+    } else {
+      multiply_rows<Tile, T>(w.scores, left.rows, left.stride, w.queries, count, lanes.vectors(), dim);
+    }
     if (key + count > lanes.fewest) hide(w.scores, key, count, lanes);
     add_block<Tile, T>(w.scores, count, lanes.vectors(), shared.scale * kExponentUnit<T>, w.maximum, w.sum, w.rescale,
                        w.probabilities);
     if (few) {
       const Block<E> right = values.block(w.value_rows, padded, h, first, count);
-      add_values<Tile>(w.output, padded, w.probabilities, right, lanes.count, count, key ? w.rescale : nullptr);
+      add_values<Tile>(w.output, padded, w.probabilities, right, lanes.count, count, key ? w.rescale : nullptr,
+                       keys.ahead(h, first + count, smaller(kBlockKeys, lanes.most - key - count)));
       continue;
     }
     const E* panel = transposed.at(h, n, s, key);

@@ -63,6 +63,18 @@ struct Block {
   int64_t stride;
 };
 
+// Rows that are needed soon. They lie apart, a head of every token, where the processor does not foresee them.
+struct Ahead {
+  const char* rows;
+  int64_t stride, bytes, count;
+
+  void fetch(int64_t first, int64_t last) const {
+    for (int64_t i = first; i < smaller(last, count); ++i) {
+      for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(rows + i * stride + at, _MM_HINT_T0);
+    }
+  }
+};
+
 // Keys or values as left operands: [key][dim], where they lie or, for a tile of another element, converted.
 template <typename Tile, typename T>
 struct Rows {
@@ -77,6 +89,10 @@ struct Rows {
         original(static_cast<const T*>(x)), row(row), head(head), tokens(a.tokens_k), dim(a.dim) {}
 
   int64_t stride() const { return kConverted ? dim : row; }
+  Ahead ahead(int64_t h, int64_t key, int64_t count) const {
+    constexpr int64_t kSize = sizeof(T);
+    return {reinterpret_cast<const char*>(original + h * head + key * row), row * kSize, dim * kSize, count};
+  }
   const E* at(int64_t h, int64_t key) const {
     if constexpr (kConverted) {
       return converted + (h * tokens + key) * dim;
