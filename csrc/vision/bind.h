@@ -56,13 +56,6 @@ int64_t feature_rows(Address output, Address source, Address base, Address featu
                                   threads});
 }
 
-// Asks for huge pages where there is no memory yet: of a large new tensor the page faults take longer than the kernel.
-void advise_huge_pages(Address address, int64_t bytes) {
-  constexpr Address kPage = Address{2} << 20;
-  const Address begin = (address + kPage - 1) / kPage * kPage, end = (address + bytes) / kPage * kPage;
-  if (begin < end) madvise(at<void>(begin), end - begin, MADV_HUGEPAGE);  // where it fails, nothing is lost
-}
-
 void bind_vision(py::module_& m) {
   bind_pack_patches(m);
   m.def("scatter_vision_fwd", feature_rows<&Kernels::scatter_vision_fwd>);

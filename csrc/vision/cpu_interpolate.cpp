@@ -140,7 +140,7 @@ static void add_lines(float* sums, const Line (&lines)[kLines], const T* image, 
       int64_t i = 0;
       for (; i + kGroup <= columns; i += kGroup) {
         for (int n = 0; n < kCount; ++n) {
-          prefetch(rows[n] + next + i);
+          prefetch<true>(rows[n] + next + i);  // not to L1, which the sums fill
           x[n] = load(rows[n] + i);
         }
         add(i, x);

@@ -63,7 +63,7 @@ def linear_gelu(linear: nn.Module, input: Tensor, approximate: str) -> Tensor:
     """``gelu(linear(input))``. Where ``linear`` is a plain ``nn.Linear`` without hooks its bias is added by the
     activation, which sums the bias's gradient while it computes its own; anything else (a LoRA layer, a linear that
     FSDP or a quantiser has changed) is called as it is."""
-    if not is_plain(linear, nn.Linear) or linear.bias is None:
+    if not (isinstance(linear, nn.Linear) and is_plain(linear, nn.Linear)) or linear.bias is None:
         return gelu(linear(input), approximate=approximate)
     product = F.linear(input, linear.weight)
     return gelu(product, bias=linear.bias.to(product.dtype), approximate=approximate)  # autocast changes the dtype

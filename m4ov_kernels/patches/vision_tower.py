@@ -130,7 +130,8 @@ class RotatedVisionAttention(VisionAttention):
         implementation, call = attention.config._attn_implementation, attention_function(attention)
         if implementation == VISION_ATTENTION:
             kwargs.setdefault("sequences", Sequences(cu_seqlens, longest))
-            output, _ = vision_attention(self, *heads, None, **options, **kwargs)
+            q, k, v = heads
+            output, _ = vision_attention(self, q, k, v, None, **options, **kwargs)
         elif "flash" in implementation:
             longest = cu_seqlens.diff().max() if longest is None else longest
             ends = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}

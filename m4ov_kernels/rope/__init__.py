@@ -1,4 +1,4 @@
-"""Rotary positions of vision-language models: ``mrope_positions``."""
+"""Rotary positions of vision-language models: ``mrope_positions`` and ``qk_norm_mrope``."""
 
 from __future__ import annotations
 

@@ -36,6 +36,27 @@ CALLS = {
     "varlen_attention": lambda dtype, device: m4ov_kernels.varlen_attention(
         *torch.randn(3, 5, 2, 8, dtype=dtype, device=device), torch.tensor([0, 2, 5], device=device), causal=True
     ),
+    "qk_norm_mrope": lambda dtype, device: m4ov_kernels.qk_norm_mrope(
+        *torch.randn(2, 3, 2, 8, dtype=dtype, device=device),
+        *torch.rand(2, 8, dtype=dtype, device=device),
+        torch.arange(3, device=device).expand(3, -1),
+        mrope_section=[2, 1, 1],
+        theta=1e4,
+        eps=1e-6,
+        interleaved=True,
+    ),
+    "vision_rope": lambda dtype, device: m4ov_kernels.vision_rope(
+        *torch.randn(2, 4, 2, 8, dtype=dtype, device=device), torch.tensor([[1, 2, 2]], device=device), merge_size=2
+    ),
+    "interpolate_position_embeddings": lambda dtype, device: m4ov_kernels.interpolate_position_embeddings(
+        torch.randn(9, 8, dtype=dtype, device=device), torch.tensor([[1, 2, 2]], device=device), merge_size=2
+    ),
+    "scatter_vision": lambda dtype, device: m4ov_kernels.scatter_vision(
+        *torch.randn(2, 3, 8, dtype=dtype, device=device), torch.arange(3, device=device)
+    ),
+    "deepstack_add": lambda dtype, device: m4ov_kernels.deepstack_add(
+        *torch.randn(2, 3, 8, dtype=dtype, device=device), torch.arange(3, device=device)
+    ),
     "mrope_positions": lambda dtype, device: m4ov_kernels.mrope_positions(
         torch.ones(5, dtype=dtype, device=device),
         cu_seqlens=torch.tensor([0, 2, 5], device=device),
