@@ -129,6 +129,21 @@ def test_keys_of_other_lengths_than_queries(isa, sizes, heads, dim, dtype, causa
         )
 
 
+def test_large_scores_of_wide_heads_are_summed_as_well_as_pytorchs(isa):
+    """fp32 and scores of about 12: an error in a score is one in the exponent. (Found by the fuzzer.)"""
+    q, grad = (torch.randn(200, 3, 128) for _ in range(2))
+    k, v = (torch.randn(200, 3, 128) for _ in range(2))
+    with m4ov_kernels.backend("native"):
+        assert_close_to_exact(
+            lambda *t: varlen_attention(*t, bounds([200]), causal=True),
+            [q * 128**0.5, k, v],
+            grad,
+            [200],
+            [200],
+            True,
+        )
+
+
 @pytest.mark.parametrize("dtype", strategies.HALF_AND_SINGLE)
 @pytest.mark.parametrize("sizes", [[0], [1], [5, 0, 70], [130, 3], [700]])
 def test_every_element_of_preallocated_outputs_is_written(isa, sizes, dtype):
