@@ -142,7 +142,8 @@ def _operators(say: Any) -> tuple[list[dict[str, Any]], str]:
     """A short run of the operators' benchmark: rows as dictionaries, and the machine in words."""
     import m4ov_bench
 
-    rows = m4ov_bench.run(("norm", "activation", "head"), quick=True, say=say, allocator=allocator_status().how)
+    families = ("norm", "activation", "attention", "rope", "vision", "head")
+    rows = m4ov_bench.run(families, quick=True, say=say, allocator=allocator_status().how)
     if not rows:
         return [], ""
     machine = rows[0].machine
