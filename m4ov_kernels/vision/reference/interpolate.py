@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -17,9 +18,11 @@ def interpolate_position_embeddings(
     rows, row_weights = _taps(row, height, side, compute)
     columns, column_weights = _taps(column, width, side, compute)
     corners = [(i, j) for i in (0, 1) for j in (0, 1)]
+    # An embedding, not an index: the gradient of that is summed in any order. Times float32: not rounded.
     terms = [
-        table[rows[i] * side + columns[j]] * (row_weights[i] * column_weights[j])[:, None] for i, j in corners
-    ]  # of the embeddings' dtype times float32: not rounded
+        F.embedding(rows[i] * side + columns[j], table) * (row_weights[i] * column_weights[j])[:, None]
+        for i, j in corners
+    ]
     embeddings = terms[0] + terms[1] + terms[2] + terms[3]
     if hidden_states is None:
         return embeddings.to(table.dtype)
