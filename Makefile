@@ -60,7 +60,7 @@ gpu: ## on a CUDA machine, without a network: build, check, measure; writes RESU
 	$(call gpu_suite,$(PYTHON),gpu,--results $(RESULTS) --minutes $(MINUTES) $(if $(COMMIT),--commit $(COMMIT)))
 
 gpu-dry: $(VENV)/.dev ## the same script on the CPU, interpreted, tiny shapes: proves the script, measures nothing
-	$(call gpu_suite,$(BIN)/python,gpu-dry,--results runs/gpu-dry --minutes 5 --dry-run)
+	$(call gpu_suite,$(BIN)/python,gpu-dry,--results runs/gpu-dry --minutes 15 --dry-run)
 
 test-transformers: ## the patches on every supported transformers, each in its own environment
 	for version in $(TRANSFORMERS); do \
