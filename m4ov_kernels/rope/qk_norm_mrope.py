@@ -56,8 +56,7 @@ def qk_norm_mrope(
             angles are products in float64.
 
     Returns:
-        ``(q, k)`` rotated: contiguous, shaped and typed as given. On processors with AVX512-BF16, bfloat16 values
-        below the normal range (1.2e-38) are taken as 0 where a result is rounded, the normalised value too.
+        ``(q, k)`` rotated: contiguous, shaped and typed as given.
 
     Saves for backward: what has a weight of ``q`` and ``k``, the weights and ``position_ids``. Gradients are computed
     in float32 and rounded once. Those of the weights are summed in float32 over a fixed split of the tokens: their bits

@@ -91,14 +91,7 @@ def _terms(call: Call) -> dict[str, Tensor]:
         if weight is not None:
             scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + arguments["eps"])
             normed = x * scale
-        # Lost of each normalised value, and so times the weight; of each product; and of the sum.
-        factor = (
-            torch.ones(x.shape[-1], dtype=x.dtype)
-            if weight is None
-            else 1 + weight.double().nan_to_num(0.0, 0.0, 0.0).abs()
-        )
-        lost = least * (_turned(factor, width) + 1)
-        terms[f"{name}_turned"] = _turned(normed if weight is None else normed * weight.double(), width) + lost
+        terms[f"{name}_turned"] = _turned(normed if weight is None else normed * weight.double(), width) + least
         if not call.wanted:
             continue
         grad = call.grads.get(f"{name}_turned", torch.zeros_like(arguments[name])).double().nan_to_num(0.0, 0.0, 0.0)
