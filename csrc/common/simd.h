@@ -70,30 +70,6 @@ M4OV_INLINE Pair round_to(Pair x) {
   return {round_to<T>(x.a), round_to<T>(x.b)};
 }
 
-// The same for a processor that rounds to bf16 itself, and takes and gives 0 for what is below the normal range.
-#ifdef __AVX512BF16__
-constexpr bool kRoundsBf16 = true;
-#else
-constexpr bool kRoundsBf16 = false;
-M4OV_INLINE Pair round_to_bf16_normal(Pair x) { return x; }  // never called
-#endif
-template <typename T>
-M4OV_INLINE Pair round_normal(Pair x) {
-  if constexpr (kSame<T, Bf16> && kRoundsBf16) {
-    return round_to_bf16_normal(x);
-  } else {
-    return round_to<T>(x);
-  }
-}
-template <typename T>
-M4OV_INLINE void store_normal(T* target, Pair x) {
-  store(target, x);
-}
-template <typename T>
-M4OV_INLINE void stream_normal(T* target, Pair x) {
-  stream(target, x);
-}
-
 // As many float32 in memory as a pair has, in the order of T's pairs.
 template <typename T>
 M4OV_INLINE Pair paired(const float* p) {

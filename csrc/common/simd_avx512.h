@@ -106,21 +106,6 @@ M4OV_INLINE void stream(Fp16* p, Pair x) { _mm512_stream_si512(reinterpret_cast<
 M4OV_INLINE V round_to_bf16(V x) {
   return {_mm512_castsi512_ps(_mm512_and_si512(bf16_bits(x), _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
 }
-#ifdef __AVX512BF16__
-// In hardware, which takes and gives 0 for what is below the normal range.
-M4OV_INLINE __m512i pack_bf16_normal(Pair x) {
-  const __m512i order = _mm512_set_epi32(  // word 2i comes from word i, word 2i + 1 from word 16 + i
-      0x1f000f, 0x1e000e, 0x1d000d, 0x1c000c, 0x1b000b, 0x1a000a, 0x190009, 0x180008, 0x170007, 0x160006, 0x150005,
-      0x140004, 0x130003, 0x120002, 0x110001, 0x100000);
-  return _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(x.b.v, x.a.v)));
-}
-M4OV_INLINE Pair round_to_bf16_normal(Pair x) { return unpack_bf16(pack_bf16_normal(x)); }
-M4OV_INLINE void store_normal(Bf16* p, Pair x) { _mm512_storeu_si512(p, pack_bf16_normal(x)); }
-M4OV_INLINE void stream_normal(Bf16* p, Pair x) {
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), pack_bf16_normal(x));
-}
-#endif
-
 M4OV_INLINE V round_to_fp16(V x) { return {_mm512_cvtph_ps(_mm512_cvtps_ph(x.v, kHalfRounding))}; }
 
 }  // namespace M4OV_VARIANT

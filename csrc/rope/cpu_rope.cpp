@@ -44,11 +44,7 @@ M4OV_INLINE Pair get(const T* p, int64_t count) {
 template <bool kStream, typename T>
 M4OV_INLINE void set(T* p, Pair x, int64_t count) {
   if (count < kGroup) return store_tail(p, x, count);
-  if constexpr (kStream) {
-    stream_normal(p, x);
-  } else {
-    store_normal(p, x);
-  }
+  put<kStream>(p, x);
 }
 
 // Sines and cosines of one token in the order of T's pairs.
@@ -61,7 +57,7 @@ struct Rotation {
     angles.next(token, sines, cosines);
     for (int g = 0; g < layout.half_groups; ++g) {
       sine[g] = paired<T>(sines + layout.offset(g)), cosine[g] = paired<T>(cosines + layout.offset(g));
-      if (rounded) sine[g] = round_normal<T>(sine[g]), cosine[g] = round_normal<T>(cosine[g]);
+      if (rounded) sine[g] = round_to<T>(sine[g]), cosine[g] = round_to<T>(cosine[g]);
     }
   }
 };
@@ -129,9 +125,9 @@ static int block_of(int64_t heads) { return static_cast<int>(heads < kHeads ? he
 template <typename T, int kNumerics>
 M4OV_INLINE Pair normalised(Pair x, Pair root, Pair weight) {
   Pair y = x * root;
-  if constexpr (kNumerics == kHf) y = round_normal<T>(y);
+  if constexpr (kNumerics == kHf) y = round_to<T>(y);
   y = y * weight;
-  return kNumerics == kFp32 ? y : round_normal<T>(y);
+  return kNumerics == kFp32 ? y : round_to<T>(y);
 }
 
 template <typename T, int kNumerics, bool kNorm, bool kStream>
@@ -153,7 +149,7 @@ static void write_head(T* out, const T* x, int64_t next, const Layout& layout, c
     Pair ac = a * rotation.cosine[g], bs = b * rotation.sine[g];
     Pair bc = b * rotation.cosine[g], as = a * rotation.sine[g];
     if constexpr (kNumerics != kFp32) {
-      ac = round_normal<T>(ac), bs = round_normal<T>(bs), bc = round_normal<T>(bc), as = round_normal<T>(as);
+      ac = round_to<T>(ac), bs = round_to<T>(bs), bc = round_to<T>(bc), as = round_to<T>(as);
     }
     set<kStream>(out + i, ac - bs, left);
     set<kStream>(out2 + i, bc + as, left);

@@ -12,7 +12,7 @@ from m4ov_kernels import qk_norm_mrope, vision_rope
 
 from .. import draws
 from ..draws import Draw
-from ..numerics import BEYOND, EPS
+from ..numerics import BEYOND
 from . import corruptions
 from .case import Call, OperatorCase
 from .options import NUMERICS, nonnegative, number, tensor_dtype
@@ -68,12 +68,6 @@ def _results(q: Tensor, k: Tensor, **_: Any) -> Any:
     return {"q_turned": (q.shape, q.dtype), "k_turned": (k.shape, k.dtype)}
 
 
-def _least(dtype: torch.dtype) -> float:
-    """What a value below the normal range may lose; the processor takes such bf16 for 0, and gives 0 for it."""
-    least = torch.finfo(dtype).smallest_normal
-    return least / EPS[dtype] if dtype is torch.bfloat16 else least
-
-
 def _turned(x: Tensor, width: int) -> Tensor:
     """The two terms of each element of a rotation, absolute and at most."""
     half, whole = width // 2, x.abs()
@@ -86,7 +80,7 @@ def _terms(call: Call) -> dict[str, Tensor]:
     width = arguments["rotary_dim"] or arguments["q"].shape[-1]
     for name in ("q", "k"):
         x, weight = arguments[name].double(), arguments[f"{name}_weight"]
-        least = _least(arguments[name].dtype)
+        least = torch.finfo(arguments[name].dtype).smallest_normal
         normed, scale = x, 1.0
         if weight is not None:
             scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + arguments["eps"])
@@ -214,9 +208,9 @@ def _vision_terms(call: Call) -> dict[str, Tensor]:
     terms = {}
     for name in ("q", "k"):
         x = call.arguments[name]
-        terms[f"{name}_turned"] = _turned(x.double(), x.shape[-1]) + _least(x.dtype)
+        terms[f"{name}_turned"] = _turned(x.double(), x.shape[-1]) + torch.finfo(x.dtype).smallest_normal
         grad = call.grads.get(f"{name}_turned", torch.zeros_like(x)).double().nan_to_num(0.0, 0.0, 0.0)
-        terms[f"grad_{name}"] = _turned(grad, x.shape[-1]) + _least(x.dtype)
+        terms[f"grad_{name}"] = _turned(grad, x.shape[-1]) + torch.finfo(x.dtype).smallest_normal
     return terms
 
 
