@@ -6,9 +6,10 @@
 // lane adds up, and in which order, depends on nothing but its own query and the keys it sees.
 #pragma once
 
+#include "../common/pack.h"
 #include "../common/parallel.h"
+#include "../common/scratch.h"
 #include "kernels.h"
-#include "pack.h"
 
 namespace m4ov {
 namespace M4OV_VARIANT {
@@ -16,10 +17,6 @@ namespace {  // nothing that the linker could share between variants
 
 constexpr int64_t kBlockLanes = 64;
 constexpr int64_t kBlockKeys = 128;
-
-M4OV_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-M4OV_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-M4OV_INLINE int64_t rounded_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
 
 struct Sequence {
   int64_t first_row, rows, first_key, keys;
@@ -33,19 +30,6 @@ struct Sequence {
 M4OV_INLINE Sequence sequence_at(const VarlenAttention& a, int64_t n) {
   return {a.bounds_q[n], a.bounds_q[n + 1] - a.bounds_q[n], a.bounds_k[n], a.bounds_k[n + 1] - a.bounds_k[n]};
 }
-
-// Hands out 64-byte aligned pieces of one allocation. With a null base it only counts.
-struct Scratch {
-  char* base;
-  int64_t used = 0;
-
-  template <typename E>
-  E* take(int64_t count) {
-    char* piece = base + used;
-    used += rounded_up(count * static_cast<int64_t>(sizeof(E)), 64);
-    return reinterpret_cast<E*>(piece);
-  }
-};
 
 // The last n with starts[n] <= unit.
 M4OV_INLINE int64_t owner(const int64_t* starts, int64_t sequences, int64_t unit) {

@@ -11,9 +11,10 @@ from m4ov_kernels import checks
 from m4ov_kernels.dispatch import Operator
 from m4ov_kernels.head import reference
 from m4ov_kernels.head.chunked import CPU_KEPT_BYTES, GPU_KEPT_BYTES, room_for_logits
+from m4ov_kernels.head.logprob import LogprobOutput, linear_logprob
 from m4ov_kernels.head.targets import check_target_values
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["LogprobOutput", "linear_cross_entropy", "linear_logprob"]
 
 _OP = "linear_cross_entropy"
 
@@ -80,7 +81,7 @@ def linear_cross_entropy(
     implementation = LINEAR_CROSS_ENTROPY.select(input.device, dtype if same else None)
     if implementation is None:
         if target.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_target_values(flat_target, linear_weight.shape[0], ignore_index)
+            check_target_values(_OP, flat_target, linear_weight.shape[0], ignore_index)
         loss = reference.linear_cross_entropy(
             flat_input, linear_weight, flat_target, linear_bias, ignore_index, label_smoothing
         )

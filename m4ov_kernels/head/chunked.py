@@ -83,7 +83,7 @@ def _rows(
     input: Tensor, target: Tensor, vocab_size: int, ignore_index: int, num_valid: int | None, on_host: bool
 ) -> _Rows:
     if on_host:
-        check_target_values(target, vocab_size, ignore_index)
+        check_target_values("linear_cross_entropy", target, vocab_size, ignore_index)
         kept = target != ignore_index
         if bool(kept.all()):
             return _Rows(input, target.contiguous(), None, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,3 +23,58 @@ def linear_cross_entropy(
     logits = F.linear(input, linear_weight, linear_bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, target, reduction="none", ignore_index=ignore_index, label_smoothing=label_smoothing)
+
+
+class Logprob(NamedTuple):
+    """Float32 (float64 for float64) ``[T]``, 0 in ignored rows; ``top_logprobs`` and ``top_indices`` are ``[T, k]``."""
+
+    logprob: Tensor
+    logsumexp: Tensor
+    entropy: Tensor
+    total: Tensor
+    top_logprobs: Tensor
+    top_indices: Tensor
+
+
+def linear_logprob(
+    hidden_states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    rounded: bool,
+    top_k: int,
+) -> Logprob:
+    """``rounded``: logits, and their quotient by the temperature, are rounded to the dtype of ``hidden_states``, as a
+    model rounds them that has them in memory; else they are float32 (float64 for float64) from the start."""
+    kept = targets != ignore_index
+    hidden_states = torch.where(kept[:, None], hidden_states, 0.0)  # a NaN in such a row reaches no gradient
+    wide = torch.promote_types(hidden_states.dtype, torch.float32)
+    if not rounded:
+        hidden_states, weight = hidden_states.to(wide), weight.to(wide)
+        bias = None if bias is None else bias.to(wide)
+    logits = F.linear(hidden_states, weight, bias)
+    if temperature != 1.0:
+        logits = logits / temperature
+    logits = logits.to(wide)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    logsumexp = logits.logsumexp(-1)
+    log_p = logits.log_softmax(-1)
+    index = targets.masked_fill(~kept, 0)[:, None]
+    top_indices = logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    finite = log_p.clamp_min(torch.finfo(wide).min)  # 0 · -inf
+    found = (
+        log_p.gather(1, index)[:, 0],
+        logsumexp,
+        -(log_p.exp() * finite).sum(-1),
+        (logits if class_weight is None else logits * class_weight.to(wide)).sum(-1),
+    )
+    return Logprob(
+        *(torch.where(kept, value, 0.0) for value in found),
+        torch.where(kept[:, None], log_p.detach().gather(1, top_indices), 0.0),
+        top_indices.masked_fill(~kept[:, None], 0),
+    )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m4ov_kernels import linear_cross_entropy
-from m4ov_kernels.head import chunked
+from m4ov_kernels.head import chunked, linear_logprob
 
 from .. import draws
 from ..draws import Draw
@@ -193,3 +193,32 @@ LINEAR_CROSS_ENTROPY = OperatorCase(
     1,
     lambda draw, call: _chunk_width(draw.choice((2048, max(7, call["linear_weight"].shape[0] // draw.integer(2, 5))))),
 )
+
+
+def _logprob_arguments(draw: Draw) -> dict[str, Any]:
+    arguments = _arguments(draw)
+    targets, vocab = arguments["target"], arguments["linear_weight"].shape[0]
+    return {
+        "hidden_states": arguments["input"],
+        "weight": arguments["linear_weight"],
+        "targets": targets,
+        "bias": arguments["linear_bias"],
+        "ignore_index": arguments["ignore_index"],
+        "num_valid": arguments["num_valid"],
+        "temperature": draw.choice((1.0, 1.0, 0.5, 3, 0.01, 100.0)),
+        "entropy": draw.boolean(),
+        "top_k_logprobs": draw.integer(1, min(vocab, 5)) if draw.one_in(4) else 0,
+        "numerics": draw.choice(("fp32", "fp32", "hf")),
+        "invariant": False,
+    }
+
+
+def _logprob(**arguments: Any) -> tuple[Tensor, ...]:
+    """Without the likeliest words: which of two nearly equal ones comes first is chance."""
+    found = linear_logprob(**arguments)
+    return (found.logprob, found.logsumexp, *((found.entropy,) if found.entropy is not None else ()))
+
+
+def _logprob_results(hidden_states: Tensor, targets: Tensor, entropy: bool, **_: Any) -> Any:
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    return {name: (targets.shape, dtype) for name in ("logprob", "logsumexp", *(("entropy",) if entropy else ()))}

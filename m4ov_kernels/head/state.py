@@ -1,0 +1,81 @@
+"""From the running state of a softmax to results, and from their gradients to the coefficients of the logits' gradient.
+
+Every implementation makes the same state, float32 ``[5, T]``: the largest logit; the sum of ``exp(x - largest)``; the
+target's logit (0 where it is not here); the sum of ``exp(x - largest) · (x - largest)``; the (weighted) sum of logits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+STATES = 5
+# Of a logit x with log p = (x - shift) - log_sum: p · (constant + linear · log p) + uniform · class weight, and `hit`
+# more at the target.
+COEFFICIENTS = 6
+TOKENS = 64  # that the compiled kernels take together
+
+
+class Results(NamedTuple):
+    """Float32 ``[T]``; ``entropy`` and ``total`` are empty where nobody asked. ``normalizer``, ``[2, T]``: the log-sum-exp
+    in two parts, the largest logit and the log of the sum of ``exp(x - largest)``: one float32 for both would cost
+    logits of 60 two decimal digits of their probabilities."""
+
+    logprob: Tensor
+    logsumexp: Tensor
+    entropy: Tensor
+    total: Tensor
+    normalizer: Tensor
+
+
+def room_for_logits(
+    hidden_states: Tensor, weight: Tensor, num_valid: int | None, rounded: bool, softcap: float, keep_logits_bytes: int
+) -> Tensor:
+    """Where the forward keeps logits for the backward: as they are, rounded or float32, at most those of all rows that
+    count."""
+    dtype = hidden_states.dtype if rounded and not softcap else torch.float32
+    tokens = hidden_states.shape[0] if num_valid is None else num_valid
+    whole = -(-tokens // TOKENS) * TOKENS * weight.shape[0]
+    return hidden_states.new_empty(min(keep_logits_bytes // dtype.itemsize, whole), dtype=dtype)
+
+
+def finish(state: Tensor, here: Tensor, want_entropy: bool, want_total: bool) -> Results:
+    """``here``: which targets are in this part of the vocabulary; others have a log-probability of 0."""
+    largest, exponentials, hit, centred, total = state
+    log_sum = exponentials.log()
+    logprob = torch.where(here, (hit - largest) - log_sum, 0.0)
+    entropy = log_sum - centred / exponentials if want_entropy else state.new_empty(0)
+    normalizer = torch.stack((largest, log_sum))
+    return Results(logprob, largest + log_sum, entropy, total.clone() if want_total else state.new_empty(0), normalizer)
+
+
+def coefficients(
+    grad_logprob: Tensor | None,
+    grad_logsumexp: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_total: Tensor | None,
+    normalizer: Tensor,
+    entropy: Tensor,
+    here: Tensor,
+    temperature: float,
+) -> Tensor:
+    """Float32 ``[6, T]``: shift, log_sum, constant, linear, hit, uniform. The gradient of an entropy H is
+    ``-p · (log p + H)``."""
+    found = normalizer.new_zeros(COEFFICIENTS, normalizer.shape[1])
+    shift_and_log_sum, (constant, linear, hit, uniform) = found[:2], found[2:]
+    shift_and_log_sum.copy_(normalizer)
+    if grad_logprob is not None:
+        torch.where(here, grad_logprob, 0.0, out=hit)
+        constant.sub_(hit)
+    if grad_logsumexp is not None:
+        constant.add_(grad_logsumexp)
+    if grad_entropy is not None:
+        linear.sub_(grad_entropy)
+        constant.addcmul_(grad_entropy, entropy, value=-1.0)
+    if grad_total is not None:
+        uniform.copy_(grad_total)
+    if temperature != 1.0:
+        found[2:].div_(temperature)
+    return found
