@@ -17,7 +17,7 @@ LAYERS = (
     ("parallel",),
     ("train", "generate"),
     ("sft", "rl", "quantize", "serve", "evaluate"),
-    ("quickstart", "doctor", "kernels"),
+    ("quickstart", "doctor", "kernels", "certify"),
     ("cli",),
     ("__main__",),
 )

@@ -83,7 +83,16 @@ def test_as_with_the_whole_head(tmp_path, size, dtype):
         torch.stack([part[5].float() for part in parts]).sum(0).to(dtype),
         *(torch.cat([part[i] for part in parts]) for i in (6, 7)),
     ]
-    names = ("logprob", "logsumexp", "entropy", "top_logprobs", "top_indices", "grad_hidden", "grad_weight", "grad_bias")
+    names = (
+        "logprob",
+        "logsumexp",
+        "entropy",
+        "top_logprobs",
+        "top_indices",
+        "grad_hidden",
+        "grad_weight",
+        "grad_bias",
+    )
     for name, ours, theirs, truth in zip(names, got, plain, exact, strict=True):
         if name == "top_indices":
             assert torch.equal(ours, theirs)
