@@ -10,7 +10,18 @@ from typing import Any
 from m4ov_bench.row import Machine, Row
 
 _OURS, _LINE = "#2a6f97", "#495057"
-_COLOURS = ("#2a6f97", "#e07a1f", "#7b2cbf", "#2d6a4f", "#c1121f", "#6c757d", "#bc6c25", "#577590", "#e5989b", "#90be6d")
+_COLOURS = (
+    "#2a6f97",
+    "#e07a1f",
+    "#7b2cbf",
+    "#2d6a4f",
+    "#c1121f",
+    "#6c757d",
+    "#bc6c25",
+    "#577590",
+    "#e5989b",
+    "#90be6d",
+)
 MEMORY = "memory"  # `what` of rows that hold nothing but the memory of a call
 
 

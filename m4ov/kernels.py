@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check = commands.add_parser(
         "check", help="every kernel for every target: compile what has changed and a sample; budgets; against the lock"
     )
-    lock = commands.add_parser("lock", help="compile every kernel that is not in the cache, and write what was found into the lock files")
+    lock = commands.add_parser(
+        "lock", help="compile every kernel that is not in the cache, and write what was found into the lock files"
+    )
     for command in (check, lock):
         command.add_argument("module", nargs="*", help="modules with a KERNELS table (default: every family, and csrc)")
         command.add_argument(

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 Step = tuple[Tensor, dict[str, Tensor]]  # the loss, and gradients by name
 
 
