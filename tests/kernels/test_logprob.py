@@ -30,7 +30,9 @@ def inputs(rows, width, vocab, dtype, bias=False, ignored=0.3, magnitude=1.0):
 def run(dtype, hidden, weight, targets, bias, grads, wanted=OUTPUTS, **options):
     """Outputs and the gradients of hidden states, weight and bias."""
     tensors = leaves(dtype, *(t for t in (hidden, weight, bias) if t is not None))
-    found = linear_logprob(*tensors[:2], targets, bias=tensors[2] if bias is not None else None, entropy=True, **options)
+    found = linear_logprob(
+        *tensors[:2], targets, bias=tensors[2] if bias is not None else None, entropy=True, **options
+    )
     values = [getattr(found, name) for name in wanted]
     return [*values, *gradients(values, tensors, [grad.to(v.dtype) for grad, v in zip(grads, values, strict=True)])]
 

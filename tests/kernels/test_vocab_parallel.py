@@ -84,14 +84,25 @@ def test_as_with_the_whole_head(tmp_path, size, dtype):
         torch.stack([part[5].float() for part in parts]).sum(0).to(dtype),
         *(torch.cat([part[i] for part in parts]) for i in (6, 7)),
     ]
-    names = ("logprob", "logsumexp", "entropy", "top_logprobs", "top_indices", "grad_hidden", "grad_weight", "grad_bias")
+    names = (
+        "logprob",
+        "logsumexp",
+        "entropy",
+        "top_logprobs",
+        "top_indices",
+        "grad_hidden",
+        "grad_weight",
+        "grad_bias",
+    )
     for name, ours, theirs, truth in zip(names, got, plain, exact, strict=True):
         if name == "top_indices":
             assert torch.equal(ours, theirs)
             continue
         # Each rank's share of the hidden states' gradient is rounded to their dtype; logits are below 10.
         shares = torch.stack([part[5].double() for part in parts]).norm() if name == "grad_hidden" else truth.norm()
-        allowed = 2 * (theirs.double() - truth).norm() + EPS[ours.dtype] * shares + 20 * EPS[torch.float32] * truth.norm()
+        allowed = (
+            2 * (theirs.double() - truth).norm() + EPS[ours.dtype] * shares + 20 * EPS[torch.float32] * truth.norm()
+        )
         assert (ours.double() - truth).norm() <= allowed, name
     for refused in refusals:
         assert refused.startswith("linear_logprob: weight must be of as many rows on every rank of the group")
