@@ -13,7 +13,9 @@ import transformers
 import m4ov_kernels.integrations
 
 README = Path(m4ov_kernels.integrations.__file__).with_name("README.md")
-SNIPPETS = re.findall(r"^## (\w+)[^\n]*\n(?:(?!^## ).)*?```python\n(.*?)```", README.read_text(), re.DOTALL | re.MULTILINE)
+SNIPPETS = re.findall(
+    r"^## (\w+)[^\n]*\n(?:(?!^## ).)*?```python\n(.*?)```", README.read_text(), re.DOTALL | re.MULTILINE
+)
 
 
 def given(title, folder):
