@@ -102,27 +102,23 @@ class Logprobs:
                 checks.refuse(ValueError, _OP, name, "above 0", repr(value))
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        head = (weight.to(dtype), targets)
+        wanted = {"entropy": "entropy" in outputs, "total": "mean_logits" in outputs}
         # logits = softcap · tanh(scale · x / softcap) / temperature, with scale and temperature taken into one
-        softcap = final_logit_softcapping or 0.0
-        given: dict[str, Any] = {"bias": None if bias is None else bias.to(dtype), "num_valid": targets.numel()}
-        given |= {"temperature": temperature / logit_scale, "softcap": softcap / temperature, **self.options}
-        found = raw(
-            hidden.to(dtype),
-            *head,
-            entropy="entropy" in outputs,
-            total="mean_logits" in outputs,
-            top_k=int("is_top1" in outputs or "log_sum_sq_probs" in outputs),
-            **given,
-        )
-        log_sum_sq_probs = None
-        if "log_sum_sq_probs" in outputs:
-            # Σp² is exp(logsumexp of twice the logits) over the square of their own; by the likeliest word's
-            # probabilities, because two logsumexps would cancel.
-            given |= {"temperature": given["temperature"] / 2, "softcap": given["softcap"] * 2}
-            with torch.no_grad():
-                twice = raw(hidden.to(dtype), *head, top_k=1, **given)
-            log_sum_sq_probs = (2 * found.top_logprobs - twice.top_logprobs)[:, 0]
+        softcap = (final_logit_softcapping or 0.0) / temperature
+        temperature = temperature / logit_scale
+        # The dtype is chosen; inside, nothing is to be rounded again.
+        with torch.autocast(kind, enabled=False):
+            head = hidden.to(dtype), weight.to(dtype), targets
+            given: dict[str, Any] = {"bias": None if bias is None else bias.to(dtype), "num_valid": targets.numel()}
+            given |= self.options | {"top_k": int("is_top1" in outputs or "log_sum_sq_probs" in outputs)}
+            found = raw(*head, temperature=temperature, softcap=softcap, **given, **wanted)
+            log_sum_sq_probs = None
+            if "log_sum_sq_probs" in outputs:
+                # Σp² is exp(logsumexp of twice the logits) over the square of their own; by the likeliest word's
+                # probabilities, because two logsumexps would cancel.
+                with torch.no_grad():
+                    twice = raw(*head, temperature=temperature / 2, softcap=softcap * 2, **given)
+                log_sum_sq_probs = (2 * found.top_logprobs - twice.top_logprobs)[:, 0]
         return (
             found.logprob,
             found.entropy if "entropy" in outputs else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from m4ov_kernels import checks
@@ -40,11 +41,13 @@ def linear_cross_entropy(
 
     Logits are never rounded. Source: verl 0.9, verl/utils/kernel/linear_cross_entropy.py.
     """
+    checks.float_tensor(_OP, "hidden", hidden)
     if not isinstance(reduction, str):
         checks.refuse(TypeError, _OP, "reduction", "a string", checks.describe(reduction))
     checks.one_of(_OP, "reduction", reduction.lower(), ("none", "sum", "mean"))
     group_name = None if dist_process_group is None else dist_process_group.group_name
-    found = linear_logprob(hidden, weight, labels, temperature=temperature, entropy=True, group_name=group_name)
+    with torch.autocast(hidden.device.type, enabled=False):  # as verl's, in the dtype that came
+        found = linear_logprob(hidden, weight, labels, temperature=temperature, entropy=True, group_name=group_name)
     assert found.entropy is not None
     logprobs, entropy = found.logprob.flatten(), found.entropy.flatten()
     if reduction.lower() == "none":

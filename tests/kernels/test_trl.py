@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import logging
@@ -89,6 +90,32 @@ def test_only_what_is_asked_for():
     for scale, temperature in ((0.0, 1.0), (-1.0, 1.0), (1.0, 0.0)):
         with pytest.raises(ValueError, match="must be above 0"):
             apply(hidden, weight, None, targets, temperature, 8, None, scale, ("log_probs",))
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_under_autocast(backend):
+    """In its dtype, as TRL's, but with fp32 logits; gradients come in the dtype of the weights."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    hidden, weight, targets = torch.randn(20, 48), torch.randn(70, 48), torch.randint(70, (20,))
+    rest = (0.7, 32, None, 1.0, ("log_probs", "entropy"))
+
+    def run(function, dtype=torch.float32):
+        tensors = leaves(dtype, hidden.bfloat16(), weight.bfloat16())
+        found = function(*tensors, None, targets, *rest)[:2]
+        return [*found, *torch.autograd.grad([value.sum() for value in found], tensors)]
+
+    def exactly(*arguments):
+        return materialised(*arguments[:4], 0.7, None, 1.0)
+
+    with contextlib.nullcontext() if backend == "auto" else m4ov_kernels.backend(backend):
+        with torch.autocast("cpu", torch.bfloat16):
+            got = run(ours.Logprobs(rounded=False, invariant=False).apply)
+            plain = run(ChunkedLogProbFunction.apply)
+        exact = run(exactly, torch.float64)
+    for name, mine, theirs, truth in zip(("log_probs", "entropy", "hidden", "weight"), got, plain, exact, strict=True):
+        assert_accurate(name, mine, theirs, truth)
+    assert (got[0] - exact[0]).abs().max() < 1e-4 < (plain[0] - exact[0]).abs().max()
 
 
 def test_a_row_keeps_its_bits():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import multiprocessing
 import socket
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import m4ov_kernels
 from m4ov_kernels.integrations.verl import linear_cross_entropy
 
 from .numerics import assert_accurate, leaves
@@ -45,6 +47,20 @@ def test_against_plain_pytorch(dtype, shape, reduction):
         ("logprobs", "entropy", "hidden", "weight"), got, ordinary, exact, strict=True
     ):
         assert_accurate(name, ours, theirs, truth)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_autocast_rounds_nothing_again(backend):
+    hidden, weight, labels = torch.randn(9, 40), torch.randn(150, 40), torch.randint(150, (9,))
+
+    def both():
+        return linear_cross_entropy(hidden, weight, labels)
+
+    with contextlib.nullcontext() if backend == "auto" else m4ov_kernels.backend(backend):
+        expected = both()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = both()
+    assert all(map(torch.equal, found, expected))
 
 
 def test_the_signature_is_verls():
@@ -93,6 +109,8 @@ def test_a_vocabulary_over_two_ranks(tmp_path):
 
 def test_refused():
     hidden, weight, labels = torch.randn(6, 8), torch.randn(20, 8), torch.randint(20, (6,))
+    with pytest.raises(TypeError, match="verl: hidden must be a tensor"):
+        linear_cross_entropy(None, weight, labels)
     with pytest.raises(ValueError, match="verl: reduction must be one of 'none', 'sum', 'mean'; got 'batchmean'"):
         linear_cross_entropy(hidden, weight, labels, 1.0, "batchmean")
     with pytest.raises(TypeError, match="verl: reduction must be a string"):
