@@ -102,7 +102,7 @@ class Logprobs:
                 checks.refuse(ValueError, _OP, name, "above 0", repr(value))
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        wanted = {"entropy": "entropy" in outputs, "total": "mean_logits" in outputs}
+        wanted: dict[str, Any] = {"entropy": "entropy" in outputs, "total": "mean_logits" in outputs}
         # logits = softcap · tanh(scale · x / softcap) / temperature, with scale and temperature taken into one
         softcap = (final_logit_softcapping or 0.0) / temperature
         temperature = temperature / logit_scale
