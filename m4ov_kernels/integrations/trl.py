@@ -108,16 +108,16 @@ class Logprobs:
         temperature = temperature / logit_scale
         # The dtype is chosen; inside, nothing is to be rounded again.
         with torch.autocast(kind, enabled=False):
-            head = hidden.to(dtype), weight.to(dtype), targets
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
             given: dict[str, Any] = {"bias": None if bias is None else bias.to(dtype), "num_valid": targets.numel()}
             given |= self.options | {"top_k": int("is_top1" in outputs or "log_sum_sq_probs" in outputs)}
-            found = raw(*head, temperature=temperature, softcap=softcap, **given, **wanted)
+            found = raw(hidden, weight, targets, temperature=temperature, softcap=softcap, **given, **wanted)
             log_sum_sq_probs = None
             if "log_sum_sq_probs" in outputs:
                 # Σp² is exp(logsumexp of twice the logits) over the square of their own; by the likeliest word's
                 # probabilities, because two logsumexps would cancel.
                 with torch.no_grad():
-                    twice = raw(*head, temperature=temperature / 2, softcap=softcap * 2, **given)
+                    twice = raw(hidden, weight, targets, temperature=temperature / 2, softcap=softcap * 2, **given)
                 log_sum_sq_probs = (2 * found.top_logprobs - twice.top_logprobs)[:, 0]
         return (
             found.logprob,

@@ -10,18 +10,17 @@ import logging
 import pytest
 import torch
 import transformers
-from torch.nn import functional as F
 
 import m4ov_kernels
 from m4ov_kernels.integrations import trl as ours
 
 from . import tiny_models
 from .numerics import assert_accurate, leaves
+from .scored import NAMES, scored, terms
 
 if importlib.util.find_spec("trl") is None:
     pytest.skip("TRL is not installed: pip install 'm4ov[trl]'", allow_module_level=True)
 
-ALL = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 WORDS = [f"w{number}" for number in range(60)]
 
 
@@ -29,22 +28,6 @@ WORDS = [f"w{number}" for number in range(60)]
 def _off_again():
     yield
     ours.remove()
-
-
-def materialised(hidden, weight, bias, targets, temperature, softcap, scale):
-    logits = F.linear(hidden, weight, bias) * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    log_p = (logits / temperature).log_softmax(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    mean = (logits / temperature).mean(-1)
-    return (
-        log_p.gather(1, targets[:, None])[:, 0],
-        entropy,
-        (2 * log_p).logsumexp(-1),
-        mean,
-        log_p.argmax(-1) == targets,
-    )
 
 
 @pytest.mark.parametrize(
@@ -57,7 +40,7 @@ def test_the_function_is_trls(dtype, temperature, softcap, scale):
     hidden, weight, bias = torch.randn(37, 24).to(dtype), torch.randn(90, 24).to(dtype), torch.randn(90).to(dtype)
     targets = torch.randint(90, (37,))
     grads = torch.randn(2, 37)
-    rest = (temperature, 32, softcap, scale, ALL)
+    rest = (temperature, 32, softcap, scale, NAMES)
 
     def run(function, dtype):
         tensors = leaves(dtype, hidden, weight, bias)
@@ -69,17 +52,13 @@ def test_the_function_is_trls(dtype, temperature, softcap, scale):
     got = run(ours.Logprobs(rounded=False, invariant=False).apply, dtype)
     plain = run(ChunkedLogProbFunction.apply, dtype)
 
-    def exactly(*arguments):
-        values = materialised(*arguments[:4], temperature, softcap, scale)
-        return (*values[:2], *(value.detach() for value in values[2:]))
-
-    exact = run(exactly, torch.float64)
+    options = (temperature, softcap, scale)
+    exact = run(lambda *given: scored(*given[:4], *options), torch.float64)
     assert torch.equal(got[4], exact[4])
-    logits = F.linear(hidden.double(), weight.double(), bias.double()) * scale / temperature
-    sizes = logits.abs().mean(-1)  # of the terms of a mean, which nearly cancel
-    for name, mine, theirs, truth in zip((*ALL, "hidden", "weight", "bias"), got, plain, exact, strict=True):
+    sizes = terms(hidden, weight, bias, targets, grads, *options)
+    for name, mine, theirs, truth in zip((*NAMES, "hidden", "weight", "bias"), got, plain, exact, strict=True):
         if name != "is_top1":
-            assert_accurate(name, mine, theirs, truth, sizes if name == "mean_logits" else None)
+            assert_accurate(name, mine, theirs, truth, sizes[name])
 
 
 def test_only_what_is_asked_for():
@@ -105,16 +84,14 @@ def test_under_autocast(backend):
         found = function(*tensors, None, targets, *rest)[:2]
         return [*found, *torch.autograd.grad([value.sum() for value in found], tensors)]
 
-    def exactly(*arguments):
-        return materialised(*arguments[:4], 0.7, None, 1.0)
-
     with contextlib.nullcontext() if backend == "auto" else m4ov_kernels.backend(backend):
         with torch.autocast("cpu", torch.bfloat16):
             got = run(ours.Logprobs(rounded=False, invariant=False).apply)
             plain = run(ChunkedLogProbFunction.apply)
-        exact = run(exactly, torch.float64)
+        exact = run(lambda *given: scored(*given[:4], 0.7), torch.float64)
+    sizes = terms(hidden, weight, None, targets, torch.ones(2, 20), 0.7)
     for name, mine, theirs, truth in zip(("log_probs", "entropy", "hidden", "weight"), got, plain, exact, strict=True):
-        assert_accurate(name, mine, theirs, truth)
+        assert_accurate(name, mine, theirs, truth, sizes[name])
     assert (got[0] - exact[0]).abs().max() < 1e-4 < (plain[0] - exact[0]).abs().max()
 
 
@@ -306,7 +283,7 @@ def test_log_probs_of_grpo_are_the_models(tmp_path):
     with torch.no_grad():
         hidden = trainer.model.model(input_ids, attention_mask=attention_mask).last_hidden_state[:, -9:-1]
         flat, weight = hidden.reshape(-1, hidden.shape[-1]).double(), trainer.model.lm_head.weight.double()
-        exact = materialised(flat, weight, None, input_ids[:, -8:].reshape(-1), 0.7, None, 1.0)[:2]
+        exact = scored(flat, weight, None, input_ids[:, -8:].reshape(-1), 0.7)[:2]
     for name, mine, other, truth in zip(("log_probs", "entropy"), got, theirs, exact, strict=True):
         truth = truth.view(3, 8)
         assert_accurate(name, mine, other, truth)

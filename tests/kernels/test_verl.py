@@ -16,14 +16,11 @@ import m4ov_kernels
 from m4ov_kernels.integrations.verl import linear_cross_entropy
 
 from .numerics import assert_accurate, leaves
+from .scored import scored, terms
 
 
 def plain(hidden, weight, labels, temperature, reduction):
-    """As verl's own definition, with logits in memory."""
-    logits = (hidden.flatten(0, -2) @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32)) / temperature
-    log_p = logits.log_softmax(-1)
-    logprobs = log_p.gather(1, labels.flatten()[:, None])[:, 0]
-    entropy = -(log_p.exp() * log_p).sum(-1)
+    logprobs, entropy, *_ = scored(hidden.flatten(0, -2), weight, None, labels.flatten(), temperature)
     return {"none": lambda x: x, "sum": torch.sum, "mean": torch.mean}[reduction](logprobs), entropy
 
 
@@ -43,10 +40,14 @@ def test_against_plain_pytorch(dtype, shape, reduction):
 
     got, ordinary, exact = run(linear_cross_entropy, dtype), run(plain, dtype), run(plain, torch.float64)
     assert got[0].dtype == got[1].dtype == torch.float32
-    for name, ours, theirs, truth in zip(
-        ("logprobs", "entropy", "hidden", "weight"), got, ordinary, exact, strict=True
-    ):
-        assert_accurate(name, ours, theirs, truth)
+    each = (grads[0] / (tokens if reduction == "mean" else 1)).expand(tokens)
+    sizes = terms(hidden.bfloat16().flatten(0, -2), weight.bfloat16(), None, labels.flatten(), (each, grads[1]), 0.7)
+    sizes["hidden"] = sizes["hidden"].view_as(hidden)
+    if reduction != "none":
+        sizes["log_probs"] = getattr(sizes["log_probs"], reduction)()
+    names = ("log_probs", "entropy", "hidden", "weight")
+    for name, ours, theirs, truth in zip(names, got, ordinary, exact, strict=True):
+        assert_accurate(name, ours, theirs, truth, sizes[name])
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
