@@ -11,10 +11,10 @@ from m4ov_kernels import checks
 from m4ov_kernels.dispatch import Operator
 from m4ov_kernels.head import reference
 from m4ov_kernels.head.chunked import CPU_KEPT_BYTES, GPU_KEPT_BYTES, room_for_logits
-from m4ov_kernels.head.logprob import LogprobOutput, linear_logprob
+from m4ov_kernels.head.logprob import LINEAR_LOGPROB, LogprobOutput, linear_logprob
 from m4ov_kernels.head.targets import check_target_values
 
-__all__ = ["LogprobOutput", "linear_cross_entropy", "linear_logprob"]
+__all__ = ["LINEAR_LOGPROB", "LogprobOutput", "linear_cross_entropy", "linear_logprob"]
 
 _OP = "linear_cross_entropy"
 
