@@ -20,7 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every figure there")
     parser.add_argument(
-        "--plot", type=Path, metavar="PATH", help="draw rooflines, ratios and memory there (PATH, PATH-…)"
+        "--plot",
+        type=Path,
+        metavar="PATH",
+        help="draw ratios and rooflines by family, and memory, there (PATH-norm, …)",
     )
     parser.add_argument("--against", metavar="REV", help="compare this tree with a commit, by turns, and nothing else")
     parser.add_argument("--rounds", type=int, default=3, help="of --against (default: 3)")

@@ -17,11 +17,17 @@ CODE = ("registers", "local", "spills", "shared", "fp64", "matrix", "threads", "
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    check = commands.add_parser("check", help="compile every kernel for every target; hold it to budgets and the lock")
-    lock = commands.add_parser("lock", help="the same, and write what was found into the lock files")
+    check = commands.add_parser(
+        "check", help="every kernel for every target: compile what has changed and a sample; budgets; against the lock"
+    )
+    lock = commands.add_parser(
+        "lock", help="compile every kernel that is not in the cache, and write what was found into the lock files"
+    )
     for command in (check, lock):
         command.add_argument("module", nargs="*", help="modules with a KERNELS table (default: every family, and csrc)")
-        command.add_argument("--no-cache", action="store_true", help="compile again what was compiled before")
+        command.add_argument(
+            "--no-cache", action="store_true", help="compile again what was compiled before, what is locked too"
+        )
         command.add_argument("--locks", type=Path, metavar="DIR", help="lock files there (default: the package's)")
     check.add_argument("--target", action="append", help="only this target (sm_80, sm_90, ...); may be repeated")
     check.add_argument("--exact", action="store_true", help="fail where this compiler's version has no lock (CI)")
@@ -67,17 +73,24 @@ def _compile(options: argparse.Namespace) -> int:
     declared = families.declared(options.module or None)
     compilers, absent = [], []
     targets = only or list(TARGETS)
+    folder = options.locks or (None if options.module else locked.FOLDER)
+
+    def held(compiler: str, version: str) -> check.Held:
+        if options.action == "lock" or options.no_cache or folder is None:
+            return {}
+        return check.all_but_a_sample(locked.reports(locked.path_of(compiler, version, folder)))
+
     version = compile.nvcc_version()
     if declared.cuda and version is not None:
         cuda_targets = check.cuda_targets(only)
-        found = check.cuda_kernels(declared, cuda_targets, cache, version)
+        found = check.cuda_kernels(declared, cuda_targets, cache, held("nvcc", version), version)
         compilers.append(_Compiler("nvcc", version, found, cuda_targets))
     elif declared.cuda:
         absent.append("nvcc is not on the PATH: the CUDA C++ kernels were not compiled")
-    found = check.triton_kernels(declared, targets, cache)
+    triton = compile.triton_version()
+    found = check.triton_kernels(declared, targets, cache, held("triton", triton))
     found.errors.extend(declared.errors)
-    compilers.insert(0, _Compiler("triton", compile.triton_version(), found, targets))
-    folder = options.locks or (None if options.module else locked.FOLDER)
+    compilers.insert(0, _Compiler("triton", triton, found, targets))
     act = _lock if options.action == "lock" else _compare
     status = max([act(compiler, folder, options) for compiler in compilers])
     for line in absent:
@@ -91,7 +104,8 @@ def _judge(compiler: _Compiler) -> int:
     failures, count = compiler.found.failures, len(compiler.found.kernels)
     for failure in failures:
         print(f"  ✗ {failure}", file=sys.stderr)
-    print(f"{compiler.name} {compiler.version}: {count} compilations, {len(failures)} violations")
+    known = f" ({compiler.found.held} compilations unchanged since they were locked)" if compiler.found.held else ""
+    print(f"{compiler.name} {compiler.version}: {count} kernels{known}, {len(failures)} violations")
     return int(bool(failures) or not count)
 
 
@@ -132,7 +146,7 @@ def _lock(compiler: _Compiler, folder: Path | None, options: argparse.Namespace)
     before = locked.read(path) if path.exists() else {}
     now = locked.entries(compiler.found.kernels)
     found = locked.differences(before, now)
-    locked.write(path, now)
+    locked.write(path, compiler.found.kernels)
     if before and found:
         print(locked.table(("kernel", "target", "field", "locked", "now"), found))
     print(f"{path}: {len(found)} differences from what was locked" if before else f"{path}: new")

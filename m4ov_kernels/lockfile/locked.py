@@ -1,7 +1,8 @@
 """What was committed of each compiler's kernels, and how the present ones differ from it.
 
 A file per compiler version, ``<compiler>-<version>.json``, a line per kernel and target and one per kernel for its cost
-model. Machine code is a compiler's as much as a kernel's, so it is compared with what the same version made.
+model. Machine code is a compiler's as much as a kernel's, so it is compared with what the same version made. ``key``: a
+hash of all that a compilation depends on; while it is the same, the line stands for the compilation.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m4ov_kernels.lockfile.check import Kernel
+from m4ov_kernels.lockfile.report import Report
 from m4ov_kernels.lockfile.targets import h200_floor
 
 FOLDER = Path(__file__).resolve().parent
@@ -56,15 +58,31 @@ def versions(compiler: str, folder: Path = FOLDER) -> list[str]:
 
 
 def read(path: Path) -> dict[Key, Entry]:
+    """Without the keys: a kernel that was written in other words and compiles to the same is the same."""
     found = {}
     for entry in json.loads(path.read_text())["kernels"]:
+        entry.pop("key", None)
         found[entry.pop("kernel"), entry.pop("target")] = entry
     return found
 
 
-def write(path: Path, held: dict[Key, Entry]) -> None:
+def reports(path: Path) -> dict[str, list[Report]]:
+    """What was locked, by the key of its compilation."""
+    found: dict[str, list[Report]] = {}
+    for entry in json.loads(path.read_text())["kernels"] if path.exists() else ():
+        if "key" in entry:
+            found.setdefault(entry.pop("key"), []).append(Report(**entry))
+    return found
+
+
+def write(path: Path, kernels: Iterable[Kernel]) -> None:
     """Whole or not at all, a line per entry."""
-    lines = [json.dumps({"kernel": kernel, "target": target, **entry}) for (kernel, target), entry in held.items()]
+    kernels = list(kernels)
+    keys = {(kernel.report.kernel, kernel.report.target): {"key": kernel.key} for kernel in kernels}
+    lines = [
+        json.dumps({"kernel": kernel, "target": target, **entry, **keys.get((kernel, target), {})})
+        for (kernel, target), entry in entries(kernels).items()
+    ]
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         file.write('{"kernels": [\n' + ",\n".join(lines) + "\n]}\n")
     os.chmod(file.name, 0o644)

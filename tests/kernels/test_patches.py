@@ -18,7 +18,7 @@ from torch import nn
 from m4ov_kernels import patches
 from m4ov_kernels.patches import SUPPORTED, patch, unpatch
 from tests.kernels import tiny_models as tiny
-from tests.kernels.steps import assert_same_step, logits_of, step
+from tests.kernels.steps import assert_same_step, in_float64, logits_of, step
 
 FAMILIES = pytest.mark.parametrize("family", tiny.FAMILIES)
 OPERATORS = {module.rsplit(".")[-1]: import_module(module).FAMILY.operators for module in SUPPORTED.values()}
@@ -109,7 +109,8 @@ def test_each_operator_alone(family, operator):
     assert {name for name, _ in report.skipped} == set(OPERATORS[family]) - {operator}
     batch = tiny.packed(plain, tiny.samples(plain))
     expected = step(plain, batch, use_cache=False)
-    assert_same_step(step(patched, batch, use_cache=False), expected)
+    exact = in_float64(plain, batch, use_cache=False)
+    assert_same_step(step(patched, batch, use_cache=False), expected, exact)
     assert {entry.operator for entry in patch(patched)} == set(OPERATORS[family]) - {operator}
     unpatch(patched)
     assert_same_bits(step(patched, batch, use_cache=False), expected)
@@ -175,7 +176,7 @@ def test_what_a_user_chose_is_left_and_reported(family):
         "varlen_attention of vision_config",
     }
     batch = tiny.padded(model, tiny.samples(model))
-    assert_same_step(step(model, batch), step(plain, batch))
+    assert_same_step(step(model, batch), step(plain, batch), in_float64(plain, batch))
     unpatch(model)
     assert model.loss_function is plain.loss_function
     assert model.config.text_config._attn_implementation == "eager"
@@ -187,11 +188,12 @@ def test_what_the_operators_do_not_compute_is_left_and_reported():
     skipped = dict(patch(model).skipped)
     assert skipped == {"varlen_attention of text_config": "some layers attend within a sliding window"}
     batch = tiny.padded(model, tiny.samples(model))
-    assert_same_step(step(model, batch), step(plain, batch))
+    assert_same_step(step(model, batch), step(plain, batch), in_float64(plain, batch))
     model = tiny.model(layers=2, hidden_act="gelu")
     plain = copy.deepcopy(model)
     assert dict(patch(model).skipped) == {"swiglu": "its activation is GELUActivation, not silu"}
-    assert_same_step(step(model, batch := tiny.padded(model, tiny.samples(model))), step(plain, batch))
+    batch = tiny.padded(model, tiny.samples(model))
+    assert_same_step(step(model, batch), step(plain, batch), in_float64(plain, batch))
 
 
 @FAMILIES

@@ -15,7 +15,7 @@ import m4ov_kernels
 from m4ov_kernels.patches import patch
 from tests.kernels import tiny_models as tiny
 from tests.kernels.numerics import assert_accurate
-from tests.kernels.steps import assert_same, assert_same_step, logits_of, step
+from tests.kernels.steps import assert_same, assert_same_step, in_float64, logits_of, step
 
 FAMILIES = pytest.mark.parametrize("family", tiny.FAMILIES)
 
@@ -112,7 +112,7 @@ def test_another_attention_under_the_other_operators(family, implementation):
     names = import_module(f"m4ov_kernels.patches.{family}").FAMILY.operators
     patch(patched, operators=set(names) - {"varlen_attention"})
     batch = tiny.padded(plain, tiny.mixed_samples(plain))
-    assert_same_step(step(patched, batch), step(plain, batch))
+    assert_same_step(step(patched, batch), step(plain, batch), in_float64(plain, batch))
 
 
 def test_a_loss_function_or_attention_chosen_after_the_patch_wins():
@@ -177,7 +177,8 @@ def test_the_experts_auxiliary_loss_is_kept():
     plain, patched = pair("qwen3_vl_moe", router_aux_loss_coef=0.5)
     batch = tiny.packed(plain, tiny.samples(plain))
     options = {"use_cache": False, "output_router_logits": True}
-    assert_same_step(step(patched, batch, **options), step(plain, batch, **options))
+    expected = step(plain, batch, **options)
+    assert_same_step(step(patched, batch, **options), expected, in_float64(plain, batch, **options))
     assert float(patched(**batch, **options).loss) > float(patched(**batch, use_cache=False).loss)
 
 
@@ -192,7 +193,8 @@ def test_generate_gives_the_same_tokens(family):
     tokens = [model.eval().generate(**prompt, **options) for model in (plain, patched)]
     assert torch.equal(*tokens)
     batch = tiny.packed(plain, tiny.samples(plain))  # nothing of the generation is left
-    assert_same_step(step(patched, batch), step(plain, batch, use_cache=False))
+    expected = step(plain, batch, use_cache=False)
+    assert_same_step(step(patched, batch), expected, in_float64(plain, batch, use_cache=False))
 
 
 @FAMILIES
