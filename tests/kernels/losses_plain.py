@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Aggregation and bounds of the ratio, as the papers have them.
@@ -72,10 +73,11 @@ def batch(lengths: list[int], dtype: torch.dtype = torch.float64, keep: float = 
 
 def padded(values: Tensor, lengths: list[int]) -> Tensor:
     """``[T]`` to ``[B, L]``, with 0 in padding and where there was NaN."""
-    found = values.new_zeros(len(lengths), max(lengths, default=0))
-    for row, part in zip(found, values.split(lengths), strict=True):
-        row[: len(part)] = part.nan_to_num() if part.is_floating_point() else part
-    return found
+    longest = max(lengths, default=0)
+    if values.is_floating_point():
+        values = values.nan_to_num()
+    parts = [F.pad(part, (0, longest - len(part))) for part in values.split(lengths)]
+    return torch.stack(parts) if parts else values.new_zeros(0, 0)
 
 
 def unpadded(values: Tensor, lengths: list[int]) -> Tensor:
