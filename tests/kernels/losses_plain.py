@@ -144,8 +144,8 @@ def policy(
                 watch("mismatch_k3", math.exp(mismatch[i]) - 1 - mismatch[i])
             if kl_coef:
                 d = rows["ref_logprob"][b, t] - new[b, t]
-                of_kind = {"k1": -d, "k2": d * d / 2, "k3": d.exp() - d - 1, "exact": rows["exact_kl"][b, t]}
-                term = term + kl_coef * of_kind[kl_kind]
+                of_kind = {"k1": -d, "k2": d * d / 2, "k3": d.exp() - d - 1}
+                term = term + kl_coef * (rows["exact_kl"][b, t] if kl_kind == "exact" else of_kind[kl_kind])
                 watch("ref_kl_k3", of_kind["k3"])
             if entropy_coef:
                 term = term - entropy_coef * rows["entropy"][b, t]

@@ -243,8 +243,9 @@ def test_compiled_in_one_graph(kind):
         arguments = (logprob, batch["old_logprob"], batch.advantages, bounds)
         return policy_loss(*arguments, normalizer=3, kind=kind, mask=batch.mask, **terms)
 
+    backend = "aot_eager" if kind in ("gspo", "mpo") else "eager"  # seconds against tenths of one
     eager, metrics = loss(leaf, batch.cu_seqlens)
-    compiled, compiled_metrics = torch.compile(loss, fullgraph=True, backend="eager")(leaf, batch.cu_seqlens)
+    compiled, compiled_metrics = torch.compile(loss, fullgraph=True, backend=backend)(leaf, batch.cu_seqlens)
     assert torch.equal(eager, compiled)
     assert all(torch.equal(metrics[name], compiled_metrics[name]) for name in metrics)
     assert torch.equal(*(torch.autograd.grad(found, leaf)[0] for found in (eager, compiled)))
