@@ -100,7 +100,7 @@ def policy(
     correction: str | None = None,
     level: str = "token",
     bounds: tuple[float, float] = (0.0, 2.0),
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, float], Tensor]:
     paper = PAPER[kind]
     low, high = clip or paper[1:]
     new, old = rows["logprob"], rows["old_logprob"]
@@ -151,17 +151,19 @@ def policy(
                 term = term - entropy_coef * rows["entropy"][b, t]
                 watch("entropy", rows["entropy"][b, t])
             of_sequence = of_sequence + term
+            watch("term", abs(term) / (len(tokens) if (aggregation or paper[0]) == "sequence" else 1))
             watch("ratio_mean", ratio)
             watch("clip_fraction_low", ratio < low and (advantage < 0 or kind == "cispo"))
             watch("clip_fraction_high", ratio > high and (advantage > 0 or kind == "cispo"))
             watch("policy_kl_k1", old[b, t] - new[b, t])
         loss = loss + (of_sequence / len(tokens) if (aggregation or paper[0]) == "sequence" else of_sequence)
+    size = torch.tensor(sum(seen.pop("term", [0.0])) / normalizer, dtype=torch.float64)  # what the sum is a sum of
     metrics = {name: sum(values) / len(values) for name, values in seen.items()}
     ratios = seen.get("ratio_mean", [0.0])
     metrics |= {"ratio_min": min(ratios), "ratio_max": max(ratios)}
     metrics["effective_sample_size"] = sum(ratios) ** 2 / (len(ratios) * sum(r * r for r in ratios) or 1.0)
     metrics["tokens"] = float(keep.sum())
-    return loss / normalizer, metrics
+    return loss / normalizer, metrics, size
 
 
 def preference(

@@ -43,7 +43,8 @@ def test_group_advantages(sizes, seed, kind, unbiased, binary):
 
 
 def test_groups_of_one_size_and_equal_rewards_exactly():
-    rewards = torch.tensor([0.1, 0.1, 0.1, 1.0, 0.0, 0.5])  # the mean of three 0.1 is not 0.1
+    rewards = torch.tensor([0.1, 0.1, 0.1, 1.0, 0.0, 0.5]).double()
+    rewards[:3] = 0.1  # whose mean in float64 is not 0.1
     by_size, by_bounds = group_advantages(rewards, 3), group_advantages(rewards, torch.tensor([0, 3, 6]))
     for one, other in zip(by_size, by_bounds, strict=True):
         assert torch.equal(one, other)

@@ -20,6 +20,7 @@ from .numerics import assert_accurate
 LENGTHS = [6, 11, 0, 17, 3, 8, 14, 5]
 WIDTH, VOCAB = 24, 157
 LOSSES = (*KINDS, "mpo")
+RESULTS = ("loss", "grad_hidden", "grad_weight")
 # Far from every bound of a ratio, so that a rounding decides nothing.
 STEPS = torch.tensor([-0.7, -0.4, -0.1, -0.05, 0.0, 0.05, 0.1, 0.4, 0.8, 2.0])
 
@@ -78,11 +79,13 @@ def fused(kind: str, values: dict[str, Any], lengths: list[int], normalizer: Any
 
 
 def unfused(kind: str, values: dict[str, Any], normalizer: float, wide: torch.dtype):
-    """Logits and softmax in memory in ``wide``, and padded loops."""
+    """Logits and softmax in memory in ``wide``, and padded loops; also how large the terms of each sum are."""
     hidden, weight = (values[name].detach().requires_grad_() for name in ("hidden", "weight"))
     if wide is torch.float64:
         hidden, weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
-    log_p = (hidden.to(wide) @ weight.to(wide).T).log_softmax(-1)
+    logits = hidden.to(wide) @ weight.to(wide).T
+    logits.retain_grad()
+    log_p = logits.log_softmax(-1)
     mask = values["targets"] != -100
     rows = {name: values[name].to(wide) for name in ("old_logprob", "ref_logprob", "rollout_logprob")}
     rows["logprob"] = log_p.gather(1, values["targets"].clamp(min=0)[:, None])[:, 0]
@@ -91,12 +94,15 @@ def unfused(kind: str, values: dict[str, Any], normalizer: float, wide: torch.dt
     keep = plain.padded(mask, LENGTHS)
     if kind == "mpo":
         loss = plain.preference(rows, keep, normalizer, 0.1, (0.8, 0.2, 1.0), 0.2)
+        size = loss.detach().double()  # a sum of positive terms
     else:
         advantages = values["advantages"].to(wide)
         options = {"kl_coef": 0.05, "entropy_coef": 0.02, "correction": "tis"}
-        loss, _ = plain.policy(rows, keep, advantages, normalizer, kind, **options)
+        loss, _, size = plain.policy(rows, keep, advantages, normalizer, kind, **options)
     loss.backward()
-    return loss.detach(), hidden.grad, weight.grad
+    of_logits = logits.grad.abs()
+    terms = (size, of_logits @ weight.detach().to(wide).abs(), of_logits.T @ hidden.detach().to(wide).abs())
+    return (loss.detach(), hidden.grad, weight.grad), terms
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -104,20 +110,20 @@ def unfused(kind: str, values: dict[str, Any], normalizer: float, wide: torch.dt
 def test_fused_is_unfused(kind, dtype):
     values = problem(dtype)
     ours = fused(kind, values, LENGTHS, 7.0)
-    theirs, exact = unfused(kind, values, 7.0, torch.float32), unfused(kind, values, 7.0, torch.float64)
-    for name, a, b, truth in zip(("loss", "grad_hidden", "grad_weight"), ours, theirs, exact, strict=False):
-        assert_accurate(name, a, b, truth)
+    (theirs, _), (exact, terms) = (unfused(kind, values, 7.0, wide) for wide in (torch.float32, torch.float64))
+    for name, *each in zip(RESULTS, ours[:3], theirs, exact, terms, strict=True):
+        assert_accurate(name, *each)
 
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_micro_batches_add_up(kind):
     values = problem(torch.float32)
-    exact = unfused(kind, values, 7.0, torch.float64)
-    theirs = unfused(kind, values, 7.0, torch.float32)
+    (theirs, _), (exact, terms) = (unfused(kind, values, 7.0, wide) for wide in (torch.float32, torch.float64))
     parts = [fused(kind, *part_of(values, *cut), 7.0) for cut in ((0, 2), (2, 4), (4, 8))]
-    assert_accurate("grad_hidden", torch.cat([part[1] for part in parts]), theirs[1], exact[1])
-    assert_accurate("grad_weight", torch.stack([part[2] for part in parts]).sum(0), theirs[2], exact[2])
-    assert_accurate("loss", torch.stack([part[0] for part in parts]).sum(), theirs[0], exact[0])
+    losses, grads_hidden, grads_weight, _ = zip(*parts, strict=True)
+    ours = torch.stack(losses).sum(), torch.cat(grads_hidden), torch.stack(grads_weight).sum(0)
+    for name, *each in zip(RESULTS, ours, theirs, exact, terms, strict=True):
+        assert_accurate(name, *each)
 
 
 def _rank(rank: int, size: int, port: int, folder: Path) -> None:
@@ -163,10 +169,12 @@ def test_two_ranks_are_one(tmp_path):
         first, second = (part[kind] for part in parts)
         normalizer = first[4].item()
         assert normalizer == (4 if kind == "mpo" else tokens if plain.PAPER[kind][0] == "token" else len(LENGTHS))
-        theirs, exact = (unfused(kind, values, normalizer, wide) for wide in (torch.float32, torch.float64))
-        assert_accurate(f"{kind} loss", first[0], theirs[0], exact[0])
-        assert_accurate(f"{kind} grad_hidden", torch.cat([first[1], second[1]]), theirs[1], exact[1])
-        assert_accurate(f"{kind} grad_weight", first[2], theirs[2], exact[2])
+        (theirs, _), (exact, terms) = (
+            unfused(kind, values, normalizer, wide) for wide in (torch.float32, torch.float64)
+        )
+        ours = first[0], torch.cat([first[1], second[1]]), first[2]
+        for name, *each in zip(RESULTS, ours, theirs, exact, terms, strict=True):
+            assert_accurate(f"{kind} {name}", *each)
         assert torch.equal(first[2], second[2])
         if kind == "mpo":
             _, _, _, metrics = fused(kind, values, LENGTHS, normalizer)
@@ -191,43 +199,6 @@ def test_twenty_steps_without_learning_keep_every_ratio_at_one(isa, dtype):
                 assert (metrics["ratio_min"], metrics["ratio_max"]) == (1.0, 1.0)
             for name in ("policy_kl_k3", "mismatch_max", "clip_fraction_low", "clip_fraction_high"):
                 assert metrics[name] == 0.0
-
-
-@pytest.mark.parametrize("kind", ["gspo", "cispo", "dapo"])
-def test_an_exact_divergence_from_another_head(kind):
-    """``linear_kl`` as the KL term: its gradient reaches the hidden states through the loss."""
-    values = problem(torch.float32)
-    reference = torch.randn_like(values["hidden"]), torch.randn(VOCAB, WIDTH) * WIDTH**-0.5
-
-    def run(dtype: torch.dtype, materialised: bool) -> tuple[torch.Tensor, ...]:
-        hidden, weight = (values[name].to(dtype).requires_grad_() for name in ("hidden", "weight"))
-        other_hidden, other_weight = (t.to(dtype) for t in reference)
-        mask = values["targets"] != -100
-        if materialised:
-            log_p, log_q = (hidden @ weight.T).log_softmax(-1), (other_hidden @ other_weight.T).log_softmax(-1)
-            logprob = log_p.gather(1, values["targets"].clamp(min=0)[:, None])[:, 0]
-            exact_kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-        else:
-            logprob = linear_logprob(hidden, weight, values["targets"]).logprob
-            exact_kl = linear_kl(hidden, weight, other_hidden, other_weight, kind="reverse")
-        loss, _ = policy_loss(
-            logprob,
-            values["old_logprob"].to(dtype),
-            values["advantages"].to(dtype),
-            torch.tensor([0, *LENGTHS]).cumsum(0),
-            normalizer=9,
-            kind=kind,
-            mask=mask,
-            exact_kl=exact_kl,
-            kl_kind="exact",
-            kl_coef=0.5,
-        )
-        loss.backward()
-        return loss.detach(), hidden.grad, weight.grad
-
-    ours, theirs, exact = run(torch.float32, False), run(torch.float32, True), run(torch.float64, True)
-    for name, a, b, truth in zip(("loss", "grad_hidden", "grad_weight"), ours, theirs, exact, strict=True):
-        assert_accurate(name, a, b, truth)
 
 
 @pytest.mark.parametrize("kind", LOSSES)

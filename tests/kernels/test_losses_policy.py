@@ -55,11 +55,12 @@ def run_plain(batch: Batch, normalizer, kind, per_token=False, others=(), **opti
     for name in ("logprob", *others):
         rows[name].requires_grad_()
     advantages = plain.padded(batch.token_advantages, batch.lengths) if per_token else batch.advantages
-    loss, metrics = plain.policy(rows, plain.padded(batch.mask, batch.lengths), advantages, normalizer, kind, **options)
+    keep = plain.padded(batch.mask, batch.lengths)
+    loss, metrics, size = plain.policy(rows, keep, advantages, normalizer, kind, **options)
     loss.backward()
     grads = [rows[name].grad for name in ("logprob", *others)]
     grads = [torch.zeros_like(rows["logprob"]) if grad is None else grad for grad in grads]
-    return loss.detach(), [plain.unpadded(grad, batch.lengths) for grad in grads], metrics
+    return loss.detach(), [plain.unpadded(grad, batch.lengths) for grad in grads], metrics, size
 
 
 def close(ours, theirs):
@@ -110,7 +111,7 @@ def test_against_loops_over_padded_sequences(
         ours |= {"correction": correction[0], "correction_level": level, "rollout_logprob": batch["rollout_logprob"]}
         theirs |= {"correction": correction[0], "bounds": correction[1], "level": level}
     loss, grads, metrics = run(batch, 17.0, **ours)
-    expected, expected_grads, expected_metrics = run_plain(batch, 17.0, others=others, **theirs)
+    expected, expected_grads, expected_metrics, _ = run_plain(batch, 17.0, others=others, **theirs)
     close(loss, expected)
     for ours_grad, theirs_grad in zip(grads, expected_grads, strict=True):
         close(ours_grad, theirs_grad)
@@ -124,9 +125,9 @@ def test_float32(kind):
     options = options_of(batch, kind, terms=True)
     loss, grads, _ = run(batch, 5.0, **options)
     terms = {"kl_coef": 0.07, "entropy_coef": 0.03, "correction": "tis", "others": ("entropy",)}
-    theirs, theirs_grads, _ = run_plain(batch, 5.0, kind, **terms)
-    exact, exact_grads, _ = run_plain(batch.to(torch.float64), 5.0, kind, **terms)
-    assert_accurate("loss", loss, theirs, exact)
+    theirs, theirs_grads, *_ = run_plain(batch, 5.0, kind, **terms)
+    exact, exact_grads, _, size = run_plain(batch.to(torch.float64), 5.0, kind, **terms)
+    assert_accurate("loss", loss, theirs, exact, size)
     for name, *each in zip(("grad_logprob", "grad_entropy"), grads, theirs_grads, exact_grads, strict=True):
         assert_accurate(name, *each)
 
