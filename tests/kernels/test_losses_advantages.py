@@ -148,6 +148,18 @@ def test_k3_is_the_divergence_on_average():
         torch.testing.assert_close(estimate, exact, rtol=1e-11, atol=0.0)
 
 
+def test_no_value_on_the_device_is_looked_at(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # nothing can be recorded there
+    rows, bounds = torch.rand(6, device="meta"), BOUNDS.to("meta")
+    for groups in (3, bounds):
+        found = group_advantages(rows, groups)
+        assert (found.advantages.shape, found.zero_std.dtype) == ((6,), torch.bool)
+        assert pass_at_k_advantages(rows > 0, groups, k=2).shape == (6,)
+    for level in ("token", "sequence", "geometric"):
+        assert rollout_weights(rows, rows, bounds, level=level, kind="icepop").shape == (6,)
+    assert overlong_penalty(bounds, max_length=5, cache_length=2).shape == (5,)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

@@ -238,6 +238,21 @@ def test_int32_bounds_and_a_tensor_of_one_element_as_normalizer():
     assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_any_strides(dtype):
+    batch = plain.batch([4, 0, 3], dtype)
+    whole, grads, _ = run(batch, 7, **options_of(batch, "gspo", True))
+    rows = {name: torch.stack((values, values), 1)[:, 0] for name, values in batch.rows.items()}
+    apart = Batch(rows, batch.mask.repeat_interleave(2)[::2], [4, 0, 3], batch.advantages.repeat_interleave(2)[::2], None)
+    bounds = apart.cu_seqlens.repeat_interleave(2)[::2]
+    assert not any(t.is_contiguous() for t in (*rows.values(), apart.mask, apart.advantages, bounds))
+    leaf = rows["logprob"].requires_grad_()
+    options = {"normalizer": 7, **options_of(apart, "gspo", True)}
+    loss, _ = policy_loss(leaf, rows["old_logprob"], apart.advantages, bounds, **options)
+    assert torch.equal(loss, whole)
+    assert torch.equal(torch.autograd.grad(loss, leaf)[0], grads[0])
+
+
 def test_an_advantage_for_each_sequence_where_there_are_as_many_tokens():
     batch = plain.batch([2, 0], keep=1.0)
     advantages = torch.tensor([1.0, -1.0], dtype=torch.float64)
