@@ -243,9 +243,10 @@ def test_any_strides(dtype):
     batch = plain.batch([4, 0, 3], dtype)
     whole, grads, _ = run(batch, 7, **options_of(batch, "gspo", True))
     rows = {name: torch.stack((values, values), 1)[:, 0] for name, values in batch.rows.items()}
-    apart = Batch(rows, batch.mask.repeat_interleave(2)[::2], [4, 0, 3], batch.advantages.repeat_interleave(2)[::2], None)
+    advantages, mask = (t.repeat_interleave(2)[::2] for t in (batch.advantages, batch.mask))
+    apart = Batch(rows, mask, [4, 0, 3], advantages, batch.token_advantages)
     bounds = apart.cu_seqlens.repeat_interleave(2)[::2]
-    assert not any(t.is_contiguous() for t in (*rows.values(), apart.mask, apart.advantages, bounds))
+    assert not any(t.is_contiguous() for t in (*rows.values(), mask, advantages, bounds))
     leaf = rows["logprob"].requires_grad_()
     options = {"normalizer": 7, **options_of(apart, "gspo", True)}
     loss, _ = policy_loss(leaf, rows["old_logprob"], apart.advantages, bounds, **options)
