@@ -6,6 +6,8 @@ target's logit (0 where it is not here); the sum of ``exp(x - largest) · (x - l
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,27 +43,30 @@ def room_for_logits(
 def finish(state: Tensor, here: Tensor, want_entropy: bool, want_total: bool) -> Results:
     """``here``: which targets are in this part of the vocabulary; others have a log-probability of 0."""
     largest, exponentials, hit, centred, total = state
+    # An infinite logit: its log-sum-exp is infinite, and nothing has a probability.
     log_sum = exponentials.log()
+    logsumexp = largest + log_sum
+    log_sum = log_sum.masked_fill(log_sum == math.inf, math.nan)
     logprob = torch.where(here, (hit - largest) - log_sum, 0.0)
     entropy = log_sum - centred / exponentials if want_entropy else state.new_empty(0)
     normalizer = torch.stack((largest, log_sum))
-    return Results(logprob, largest + log_sum, entropy, total.clone() if want_total else state.new_empty(0), normalizer)
+    return Results(logprob, logsumexp, entropy, total.clone() if want_total else state.new_empty(0), normalizer)
 
 
 @torch.no_grad()
 def coefficients(
-    grad_logprob: Tensor | None,
-    grad_logsumexp: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_total: Tensor | None,
+    grads: Sequence[Tensor | None],
     normalizer: Tensor,
     entropy: Tensor,
     here: Tensor,
     temperature: float,
 ) -> Tensor:
-    """Float32 ``[6, T]``: shift, log_sum, constant, linear, hit, uniform. With log p = (x - shift) - log_sum, the
+    """``grads``: of log-probability, log-sum-exp, entropy and total.
+
+    Float32 ``[6, T]``: shift, log_sum, constant, linear, hit, uniform. With log p = (x - shift) - log_sum, the
     gradient of a logit x is p · (constant + linear · log p) + uniform · class weight, and ``hit`` more at the target;
     that of an entropy H is -p · (log p + H)."""
+    grad_logprob, grad_logsumexp, grad_entropy, grad_total = grads
     none = torch.zeros_like(normalizer[0])
     hit = none if grad_logprob is None else torch.where(here, grad_logprob, 0.0)
     constant, linear = -hit, none
