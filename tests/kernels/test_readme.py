@@ -10,9 +10,7 @@ import pytest
 import torch
 import transformers
 
-import m4ov_kernels.integrations
-
-README = Path(m4ov_kernels.integrations.__file__).with_name("README.md")
+README = Path(__file__).parents[2] / "m4ov_kernels" / "integrations" / "README.md"
 SNIPPETS = re.findall(
     r"^## (\w+)[^\n]*\n(?:(?!^## ).)*?```python\n(.*?)```", README.read_text(), re.DOTALL | re.MULTILINE
 )
