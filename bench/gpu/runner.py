@@ -119,7 +119,8 @@ def _run_group(
                     )
                 )
             else:
-                running.append(_start(stage, min(stage.limit, left), settings))
+                limit = stage.limit * (3 if settings.dry else 1)  # interpreted, and beside whatever else runs
+                running.append(_start(stage, min(limit, left), settings))
         for one in list(running):
             late = time.monotonic() - one.begun > one.limit or interrupted()
             if one.process.poll() is not None or late:

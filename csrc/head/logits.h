@@ -124,13 +124,19 @@ struct Logits {
   int64_t kept_stride() const { return token_blocks() * kBlockTokens; }
   bool kept_narrow() const { return a.rounded && a.softcap == 0.0f; }
 
+  // With zeros where there is no token.
   void keep(const float* tile, int64_t first, int64_t count, int64_t block) const {
+    const int64_t there = lanes(block), rest = kBlockTokens - there;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = (first + i) * kept_stride() + block * kBlockTokens;
       if (kept_narrow()) {
-        narrow(static_cast<T*>(a.kept) + at, tile + i * kBlockTokens, 1.0f, vectors(block) * kLanes);
+        T* to = static_cast<T*>(a.kept) + at;
+        narrow(to, tile + i * kBlockTokens, 1.0f, there);
+        memset(to + there, 0, rest * sizeof(T));
       } else {
-        memcpy(static_cast<float*>(a.kept) + at, tile + i * kBlockTokens, vectors(block) * kVectorBytes);
+        float* to = static_cast<float*>(a.kept) + at;
+        memcpy(to, tile + i * kBlockTokens, there * sizeof(float));
+        memset(to + there, 0, rest * sizeof(float));
       }
     }
   }

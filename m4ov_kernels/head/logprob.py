@@ -161,12 +161,11 @@ def raw(
             raise RuntimeError(f"{_OP}: invariant=True was asked for, but the reference's matrix products are not")
         if targets.device.type == "cpu" and not torch.compiler.is_compiling():
             check_target_values(_OP, flat_targets, vocab_size, ignore_index)
-        if first or vocab_size != weight.shape[0]:
-            raise RuntimeError(f"{_OP}: the reference has no vocabulary in shards")
-        plain = reference.linear_logprob(
-            flat, weight, flat_targets, bias, class_weight, temperature, softcap, ignore_index, rounded, top_k
-        )
-        return vocab_parallel.Found(*plain, None)
+        options = (temperature, softcap, ignore_index, rounded, top_k, first)
+        with torch.autocast(flat.device.type, enabled=False):  # in the dtypes that came
+            return vocab_parallel.Found(
+                *reference.linear_logprob(flat, weight, flat_targets, bias, class_weight, *options)
+            )
     if invariant and implementation.backend not in ("native", "registered"):
         raise RuntimeError(f"{_OP}: invariant=True was asked for, but backend {implementation.backend!r} is not")
     found = LINEAR_LOGPROB(

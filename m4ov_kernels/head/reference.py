@@ -26,7 +26,8 @@ def linear_cross_entropy(
 
 
 class Logprob(NamedTuple):
-    """Float32 (float64 for float64) ``[T]``, 0 in ignored rows; ``top_logprobs`` and ``top_indices`` are ``[T, k]``."""
+    """Float32 (float64 for float64) ``[T]``, 0 in ignored rows; ``top_logprobs`` and ``top_indices`` are ``[T, k]``;
+    ``normalizer``, ``[2, T]``: the log-sum-exp in two parts, without a gradient."""
 
     logprob: Tensor
     logsumexp: Tensor
@@ -34,6 +35,7 @@ class Logprob(NamedTuple):
     total: Tensor
     top_logprobs: Tensor
     top_indices: Tensor
+    normalizer: Tensor
 
 
 def linear_logprob(
@@ -47,9 +49,12 @@ def linear_logprob(
     ignore_index: int,
     rounded: bool,
     top_k: int,
+    first: int = 0,
 ) -> Logprob:
-    """``rounded``: logits, and their quotient by the temperature, are rounded to the dtype of ``hidden_states``, as a
-    model rounds them that has them in memory; else they are float32 (float64 for float64) from the start."""
+    """``first``: where the rows of ``weight`` begin in the vocabulary that targets and indices are of; the
+    log-probability of a target that is not among them is 0. ``rounded``: logits, and their quotient by the temperature,
+    are rounded to the dtype of ``hidden_states``, as a model rounds them that has them in memory; else they are float32
+    (float64 for float64) from the start."""
     kept = targets != ignore_index
     hidden_states = torch.where(kept[:, None], hidden_states, 0.0)  # a NaN in such a row reaches no gradient
     wide = torch.promote_types(hidden_states.dtype, torch.float32)
@@ -64,7 +69,9 @@ def linear_logprob(
         logits = softcap * torch.tanh(logits / softcap)
     logsumexp = logits.logsumexp(-1)
     log_p = logits.log_softmax(-1)
-    index = targets.masked_fill(~kept, 0)[:, None]
+    here = kept & (targets >= first) & (targets < first + weight.shape[0])
+    index = torch.where(here, targets - first, 0)[:, None]
+    largest = logits.detach().amax(-1)
     top_indices = logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     finite = log_p.clamp_min(-1e30)  # not 0 · -inf
     plain = logits if class_weight is None else logits * class_weight.to(wide)
@@ -73,10 +80,11 @@ def linear_logprob(
         return torch.where(kept.view(-1, *[1] * (values.ndim - 1)), values, 0)
 
     return Logprob(
-        of_kept(log_p.gather(1, index)[:, 0]),
+        torch.where(here, log_p.gather(1, index)[:, 0], 0),
         of_kept(logsumexp),
         of_kept(-(log_p.exp() * finite).sum(-1)),
         of_kept(plain.sum(-1)),
         of_kept(log_p.detach().gather(1, top_indices)),
-        of_kept(top_indices),
+        of_kept(top_indices + first),
+        torch.where(kept, torch.stack((largest, logsumexp.detach() - largest)), 0),
     )

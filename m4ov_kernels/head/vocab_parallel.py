@@ -19,7 +19,7 @@ from m4ov_kernels import checks
 
 
 class Found(NamedTuple):
-    """Of flat rows: see ``state.Results`` and ``reference.Logprob``. ``normalizer`` is ``None`` from the reference."""
+    """Of flat rows: see ``state.Results`` and ``reference.Logprob``."""
 
     logprob: Tensor
     logsumexp: Tensor
@@ -27,7 +27,7 @@ class Found(NamedTuple):
     total: Tensor
     top_logprobs: Tensor
     top_indices: Tensor
-    normalizer: Tensor | None
+    normalizer: Tensor
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,6 @@ def merge(operator: str, found: Found, targets: Tensor, kept: Tensor, shards: Sh
     """
     if shards.group is None:
         return found
-    assert found.normalizer is not None
     owner = torch.where(kept, targets // shards.rows, 0)
     own = [*found.normalizer, torch.where(owner == shards.rank, found.logprob.detach(), 0.0)]
     if found.entropy.numel():
