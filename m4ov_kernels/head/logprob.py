@@ -217,7 +217,9 @@ def _check(
             checks.refuse(ValueError, _OP, "bias", f"[{weight.shape[0]}]", list(bias.shape))
     for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
         if tensor is not None and tensor.device != hidden_states.device:
-            checks.refuse(ValueError, _OP, name, f"on {hidden_states.device}, as hidden_states", f"one on {tensor.device}")
+            checks.refuse(
+                ValueError, _OP, name, f"on {hidden_states.device}, as hidden_states", f"one on {tensor.device}"
+            )
     checks.number(_OP, "temperature", temperature)
     if not 0.0 < temperature < float("inf"):
         checks.refuse(ValueError, _OP, "temperature", "a finite number above 0", repr(temperature))

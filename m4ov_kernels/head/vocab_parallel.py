@@ -84,7 +84,9 @@ def merge(operator: str, found: Found, targets: Tensor, kept: Tensor, shards: Sh
     back = torch.where(kept, found.logsumexp.detach() - logsumexp.detach(), 0.0)
     top_logprobs, top_indices = found.top_logprobs, found.top_indices
     if top_k:
-        values = _gather(top_logprobs + back[:, None], shards).transpose(0, 1).flatten(1)  # by rank: smaller words first
+        values = (
+            _gather(top_logprobs + back[:, None], shards).transpose(0, 1).flatten(1)
+        )  # by rank: smaller words first
         indices = _gather(top_indices, shards).transpose(0, 1).flatten(1)
         order = values.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
         top_logprobs, top_indices = values.gather(1, order), indices.gather(1, order)
