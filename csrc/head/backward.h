@@ -134,7 +134,7 @@ struct Backward {
       if (hit >= 0 && hit < count) tile[hit * kBlockTokens + lane] = hits[lane];
     }
     const int64_t vectors = logits.vectors(block);
-    if (pairs) {
+    if (a.grad_hidden) {
       E* to = pairs + block * kBlockTokens * a.columns + first * kBlockTokens;
       for (int64_t i = 0; i < count; i += kPair) {
         for (int64_t j = 0; j < vectors; ++j) {
@@ -146,11 +146,11 @@ struct Backward {
     }
     for (int64_t i = 0; i < count; ++i) {
       const float* from = tile + i * kBlockTokens;
-      if (rows) {
+      if (a.grad_weight) {
         E* to = rows + (first + i) * padded + block * kBlockTokens;
         for (int64_t j = 0; j < vectors; ++j) put_row(to + j * kLanes, load_vector(from + j * kLanes));
       }
-      if (bias_parts) {
+      if (a.grad_bias) {
         V sum = set1(0.0f);
         for (int64_t j = 0; j < vectors; ++j) sum = sum + load_vector(from + j * kLanes);
         bias_parts[(first + i) * blocks + block] = lane_sum(sum);
@@ -163,7 +163,7 @@ struct Backward {
                 const Mine& mine) const {
     const int64_t first = tile * kTileWords, count = smaller(kTileWords, columns - first);
     const auto view = logits.weight.view(mine.buffer, chunk + first, count);
-    if (begin == 0 && transposed) {
+    if (begin == 0 && a.grad_hidden) {
       pack_transposed<Tile>(transposed + first, a.columns, view.rows, view.stride, count, rounded_up(count, kPair),
                             shared.dim);
     }

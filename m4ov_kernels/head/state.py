@@ -67,7 +67,7 @@ def coefficients(
     shift_and_log_sum, (constant, linear, hit, uniform) = found[:2], found[2:]
     shift_and_log_sum.copy_(normalizer)
     if grad_logprob is not None:
-        torch.where(here, grad_logprob, 0.0, out=hit)
+        hit.copy_(torch.where(here, grad_logprob, 0.0))
         constant.sub_(hit)
     if grad_logsumexp is not None:
         constant.add_(grad_logsumexp)

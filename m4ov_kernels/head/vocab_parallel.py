@@ -97,7 +97,7 @@ def merge(operator: str, found: Found, targets: Tensor, kept: Tensor, shards: Sh
 
 def _gather(own: Tensor, shards: Shards) -> Tensor:
     parts = own.new_empty(shards.size, *own.shape)
-    dist.all_gather_into_tensor(parts.flatten(0, 1), own.contiguous(), group=shards.group)
+    dist.all_gather(list(parts.unbind()), own.contiguous(), group=shards.group)
     return parts
 
 

@@ -12,7 +12,7 @@ import torch
 
 from m4ov_kernels.head import linear_logprob
 
-from .numerics import assert_accurate
+from .numerics import EPS
 
 ROWS, WIDTH, VOCAB = 37, 24, 320
 
@@ -40,6 +40,7 @@ def _rank(rank: int, size: int, port: int, folder: Path) -> None:
     found = run(own, grads, group_name=name)
     try:
         uneven = own | {key: own[key][: len(own[key]) - rank] for key in ("weight", "bias")}
+        uneven["targets"] = own["targets"].clamp(max=VOCAB // 2)
         run(uneven, grads, group_name=name)
     except ValueError as error:
         refused = str(error)
@@ -83,14 +84,26 @@ def test_as_with_the_whole_head(tmp_path, size, dtype):
         torch.stack([part[5].float() for part in parts]).sum(0).to(dtype),
         *(torch.cat([part[i] for part in parts]) for i in (6, 7)),
     ]
-    names = ("logprob", "logsumexp", "entropy", "top_logprobs", "top_indices", "grad_hidden", "grad_weight", "grad_bias")
+    names = (
+        "logprob",
+        "logsumexp",
+        "entropy",
+        "top_logprobs",
+        "top_indices",
+        "grad_hidden",
+        "grad_weight",
+        "grad_bias",
+    )
     for name, ours, theirs, truth in zip(names, got, plain, exact, strict=True):
         if name == "top_indices":
             assert torch.equal(ours, theirs)
-        else:
-            # Each rank's share of the hidden states' gradient is rounded to their dtype.
-            terms = torch.stack([part[5].double().abs() for part in parts]).sum(0) if name == "grad_hidden" else None
-            assert_accurate(name, ours, theirs, truth, terms)
+            continue
+        # Each rank's share of the hidden states' gradient is rounded to their dtype; logits are below 10.
+        shares = torch.stack([part[5].double() for part in parts]).norm() if name == "grad_hidden" else truth.norm()
+        allowed = (
+            2 * (theirs.double() - truth).norm() + EPS[ours.dtype] * shares + 20 * EPS[torch.float32] * truth.norm()
+        )
+        assert (ours.double() - truth).norm() <= allowed, name
     for refused in refusals:
         assert refused.startswith("linear_logprob: weight must be of as many rows on every rank of the group")
 

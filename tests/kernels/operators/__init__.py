@@ -18,6 +18,7 @@ CASES = {
         activation.GEGLU,
         activation.GELU,
         head.LINEAR_CROSS_ENTROPY,
+        head.LINEAR_LOGPROB,
         attention.VARLEN_ATTENTION,
         rotation.QK_NORM_MROPE,
         rotation.VISION_ROPE,

@@ -16,7 +16,7 @@ from m4ov_kernels.head import chunked, linear_logprob
 
 from .. import draws
 from ..draws import Draw
-from ..numerics import BEYOND
+from ..numerics import BEYOND, EPS
 from . import corruptions
 from .case import Call, OperatorCase
 from .options import number, tensor_dtype
@@ -222,3 +222,112 @@ def _logprob(**arguments: Any) -> tuple[Tensor, ...]:
 def _logprob_results(hidden_states: Tensor, targets: Tensor, entropy: bool, **_: Any) -> Any:
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     return {name: (targets.shape, dtype) for name in ("logprob", "logsumexp", *(("entropy",) if entropy else ()))}
+
+
+def _logprob_terms(call: Call) -> dict[str, Tensor]:
+    """As :func:`_terms`. A gradient moves by its share of the softmax, by the entropy and by log p, each of which moves
+    with the logits; where these are rounded, one may round to its neighbour."""
+    arguments = call.arguments
+    targets, temperature = arguments["targets"].reshape(-1), arguments["temperature"]
+    hidden = arguments["hidden_states"].double().reshape(len(targets), -1)
+    weight, bias = arguments["weight"].double(), arguments["bias"]
+    vocab = weight.shape[0]
+    keep = targets != arguments["ignore_index"]
+    logits = F.linear(hidden, weight, None if bias is None else bias.double()) / temperature
+    largest = torch.where(keep, _finite(logits).abs().amax(-1), 0.0)
+    if arguments["numerics"] == "hf":
+        largest = largest * (EPS[arguments["hidden_states"].dtype] / EPS[torch.float32])
+    log_p = _finite(logits.log_softmax(-1))
+    p = _finite(logits.softmax(-1))
+    entropy = -(p * log_p).sum(-1)
+    spread = (p * (log_p + entropy[:, None]).abs()).sum(-1)
+    log_vocab = math.log(vocab) / 4
+    terms = {
+        "logprob": keep * (largest + log_vocab),
+        "logsumexp": keep * (largest + log_vocab),
+        "entropy": keep * (largest * spread + entropy + log_vocab),
+    }
+    terms = {name: term.reshape(arguments["targets"].shape) for name, term in terms.items()}
+    if call.wanted:
+        grads = [
+            _finite(call.grads[name].double()).reshape(-1).abs() if name in call.grads else torch.zeros(len(targets))
+            for name in ("logprob", "logsumexp", "entropy")
+        ]
+        shares = p * (grads[0] + grads[1])[:, None]
+        shares += p * grads[2][:, None] * (log_p.abs() + entropy[:, None] + 1)
+        shares = shares * (1 + largest)[:, None]
+        shares += F.one_hot(targets.masked_fill(~keep, 0), vocab) * grads[0][:, None]
+        shares = torch.where(keep[:, None], shares, 0.0) / temperature
+        hidden = _finite(torch.where(keep[:, None], hidden, 0.0))
+        least = torch.finfo(arguments["hidden_states"].dtype).smallest_normal
+        terms["grad_hidden_states"] = (shares @ _finite(weight).abs() + least).reshape(arguments["hidden_states"].shape)
+        terms["grad_weight"] = shares.t() @ hidden.abs() + least
+        terms["grad_bias"] = shares.sum(0) + least
+    return terms
+
+
+def _logprob_without_ignored_rows(hidden_states: Tensor, targets: Tensor, **rest: Any) -> tuple[Tensor, ...]:
+    """Rows without a target reach no result and no gradient, not even by a NaN; in plain PyTorch they do."""
+    keep = targets != rest["ignore_index"]
+    found = _logprob(hidden_states=hidden_states[keep], targets=targets[keep], **{**rest, "num_valid": None})
+    return tuple(value.new_zeros(targets.shape).masked_scatter(keep, value) for value in found)
+
+
+def _group(arguments: dict[str, Any], draw: Draw) -> tuple[dict[str, Any], str]:
+    return {"group_name": "nobody"}, "'nobody'"
+
+
+def _too_many_words(arguments: dict[str, Any], draw: Draw) -> tuple[dict[str, Any], str]:
+    wrong = draw.choice((-1, arguments["weight"].shape[0] + 1))
+    return {"top_k_logprobs": wrong}, str(wrong)
+
+
+def _bad_target(arguments: dict[str, Any], draw: Draw) -> tuple[dict[str, Any], str] | None:
+    changed = _out_of_range({**arguments, "target": arguments["targets"], "linear_weight": arguments["weight"]}, draw)
+    return changed and ({"targets": changed[0]["target"]}, changed[1])
+
+
+def _too_many_valid_targets(arguments: dict[str, Any], draw: Draw) -> tuple[dict[str, Any], str]:
+    return _too_many_valid({"target": arguments["targets"]}, draw)
+
+
+LINEAR_LOGPROB = OperatorCase(
+    "linear_logprob",
+    _logprob,
+    _logprob_arguments,
+    _logprob_results,
+    ("hidden_states", "weight", "bias"),
+    (
+        *corruptions.float_tensor("hidden_states"),
+        corruptions.shape("hidden_states", corruptions.scalar, lambda shape: (*shape[:-1], 0)),
+        corruptions.shape("hidden_states", corruptions.wider, blamed="weight"),
+        corruptions.shape("hidden_states", corruptions.longer, corruptions.deeper, blamed="targets"),
+        *corruptions.float_tensor("weight"),
+        corruptions.shape("weight", corruptions.wider, corruptions.deeper, lambda shape: (0, shape[1])),
+        corruptions.device("weight"),
+        *corruptions.index_tensor("targets"),
+        corruptions.shape("targets", corruptions.longer, corruptions.deeper),
+        corruptions.device("targets"),
+        corruptions.Corruption("targets", "out of range", ValueError, _bad_target),
+        *corruptions.float_tensor("bias", optional=True),
+        corruptions.shape("bias", corruptions.wider, corruptions.deeper, corruptions.scalar),
+        corruptions.device("bias"),
+        corruptions.value("temperature", ValueError, "not above 0", 0, -1.0, math.nan, math.inf),
+        number("temperature"),
+        corruptions.value("temperature", TypeError, "missing", None),
+        corruptions.value("ignore_index", TypeError, "not an int", 1.5, "-100", True, None),
+        corruptions.value("ignore_index", ValueError, "more than 64 bits", 2**63, -(2**70)),
+        corruptions.value("entropy", TypeError, "not a bool", 1, None, "yes"),
+        corruptions.value("invariant", TypeError, "not a bool", 1, None, "yes"),
+        corruptions.value("numerics", ValueError, "unknown", "vllm", "bf16", "", None),
+        corruptions.Corruption("top_k_logprobs", "out of range", ValueError, _too_many_words),
+        corruptions.value("top_k_logprobs", TypeError, "not an int", 0.5, "1", True),
+        corruptions.Corruption("group_name", "unknown", ValueError, _group),
+        corruptions.value("group_name", TypeError, "not a name", 3, b"0", ["0"]),
+        corruptions.Corruption("num_valid", "out of range", ValueError, _too_many_valid_targets),
+        corruptions.value("num_valid", TypeError, "not an int", 0.5, "1", True),
+    ),
+    _logprob_terms,
+    _logprob_without_ignored_rows,
+    share=1,
+)
