@@ -35,7 +35,7 @@ _OP = "linear_logprob"
 # What a chunk of the vocabulary may take: the gradient of its logits in the backward; its logits and their sort keys
 # where the likeliest words are asked for. By the shape alone, never measured.
 GPU_CHUNK_BYTES = 128 << 20
-_CHUNK_WORDS = 2048  # chunks are multiples of it, and so of every tile
+_CHUNK_WORDS, _MOST_ROWS = 2048, 256  # chunks are multiples of them, and so of every tile
 # Architectures that load tiles by tensor descriptors (TMA); others would take pointers apart again. sm_90 keeps a tile
 # of 128 × 256 logits in the registers of two warp groups, if not too much else happens to a logit.
 _DESCRIPTORS, _WIDE = ("sm_90", "sm_100"), ("sm_90",)
@@ -151,12 +151,12 @@ def linear_logprob_bwd(
     call = _Call(rows, weight, bias, class_weight, temperature, softcap, rounded, first)
     general = grad_entropy is not None or grad_total is not None
     columns = _columns(tokens * weight.element_size(), vocab)
-    buffer = torch.zeros(tokens, columns, dtype=dtype, device=weight.device)  # rows that are not computed stay 0
+    buffer = call.room(columns, dtype)
     row_grad = torch.empty_like(rows.input, memory_format=torch.contiguous_format) if need_hidden else grad_hidden
     sums = row_grad if columns >= vocab or not need_hidden else torch.empty_like(row_grad, dtype=torch.float32)
     for begin in range(0, vocab, columns):
         end = min(begin + columns, vocab)
-        gradient = buffer[:, : end - begin]
+        gradient = buffer[:tokens, : end - begin]
         parts = call.chunk(buffer, begin, end, coefficients, general, needed[2])
         if need_weight:
             torch.mm(gradient.t(), rows.input, out=grad_weight[begin:end])
@@ -259,6 +259,11 @@ class _Call:
         architecture = gpu.architecture(self.hidden.device)
         return configs.get(_table(kernel, flags, architecture in (*_WIDE, "cpu")), self.hidden)
 
+    def room(self, columns: int, dtype: torch.dtype) -> Tensor:
+        """Of a chunk, in whole tiles; rows that are not computed stay 0."""
+        rows = -(-self.tokens // _MOST_ROWS) * _MOST_ROWS
+        return torch.zeros(rows, columns, dtype=dtype, device=self.weight.device)
+
     def forward(self, state: Tensor, centred: bool, total: bool) -> None:
         """Of every row before ``live``; others hold anything."""
         wanted = {"CENTRED": centred, "TOTAL": total}
@@ -305,6 +310,7 @@ class _Call:
         config = self.config("linear_logprob_bwd", flags)
         sizes = config.constexprs
         blocks = triton.cdiv(self.tokens, sizes["BLOCK_T"])
+        assert result.shape[0] >= blocks * sizes["BLOCK_T"]
         # Blocks that are not computed add nothing.
         parts = result.new_zeros(blocks if need_bias else 0, result.shape[1], dtype=torch.float32)
         by_descriptor = self.descriptors and coefficients is not None
@@ -334,12 +340,12 @@ class _Call:
             return like.new_zeros(shape, dtype=torch.float32), like.new_zeros(shape, dtype=torch.int64)
         vocab = self.weight.shape[0]
         columns = _columns(self.tokens * (4 + 8 + 8), vocab)
-        logits = like.new_zeros((self.tokens, columns), dtype=torch.float32)
+        logits = self.room(columns, torch.float32)
         best = like.new_empty((self.tokens, 0), dtype=torch.int64)
         for begin in range(0, vocab, columns):
             end = min(begin + columns, vocab)
             self.chunk(logits, begin, end, None)
-            keys = _keys(logits[:, : end - begin], self.first + begin)
+            keys = _keys(logits[: self.tokens, : end - begin], self.first + begin)
             found = keys.topk(min(count, end - begin), dim=1).values
             best = torch.cat((best, found), 1)
             best = best.topk(min(count, best.shape[1]), dim=1).values
@@ -483,15 +489,7 @@ def _declared() -> list[Build]:
                         row.config.num_warps,
                         row.config.num_stages,
                         hot=note not in ("all", "logits"),
-                        note=", ".join(
-                            part
-                            for part in (
-                                table.partition(f"_{kind}")[2].strip("_"),
-                                note,
-                                "mfma" * (matrix and dtype == "fp32"),
-                            )
-                            if part
-                        ),
+                        note=", ".join(part for part in title if part),
                         work=_work(dtype, kind),
                         matrix=matrix,
                         targets=tuple(some),

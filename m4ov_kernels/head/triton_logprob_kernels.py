@@ -167,7 +167,7 @@ def _linear_logprob_fwd_kernel(
     centred = tl.zeros([BLOCK_T], tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     # One loop over all tiles of all units, so that the next tile is loaded while this one's softmax is computed.
-    for step in tl.range(0, units * TILES, flatten=True):
+    for step in tl.range(0, units * TILES, flatten=DESCRIPTORS):
         tile = step % TILES
         block, split = _place(program + step // TILES * programs, blocks, splits, GROUP)
         row = block * BLOCK_T
@@ -276,18 +276,14 @@ def _linear_logprob_merge_kernel(
 
 
 @triton.jit
-def _store(
-    out, stride, row, column, x, rows, columns, DESCRIPTOR: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr
-):
-    """A tile; a descriptor may write columns past the end, of the same buffer."""
+def _store(out, stride, row, column, x, DESCRIPTOR: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr):
+    """A whole tile, for which there is room."""
     if DESCRIPTOR:
         out.store([row, column], x.to(out.dtype))
     else:
-        below = tl.arange(0, BLOCK_T)
-        beside = tl.arange(0, BLOCK_V)
-        to = out + (tl.cast(row, tl.int64) * stride + column) + (below[:, None] * stride + beside[None, :])
-        mask = (row + below < rows)[:, None] & (column + beside < columns)[None, :]
-        tl.store(to, x.to(out.dtype.element_ty), mask=mask)
+        to = out + (tl.cast(row, tl.int64) * stride + column)
+        to += tl.arange(0, BLOCK_T)[:, None] * stride + tl.arange(0, BLOCK_V)[None, :]
+        tl.store(to, x.to(out.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=_FREE)
@@ -301,8 +297,8 @@ def _linear_logprob_bwd_kernel(
     target_ptr,
     live_ptr,
     coefficients_ptr,  # fp32 [6, rows]: see state.py; unused with LOGITS
-    out,  # [rows, out_stride]: columns of the words from `begin` to `end`: the logits' gradient, by a descriptor of
-    # blocks [BLOCK_T, BLOCK_V] or a pointer; or fp32 logits, by a pointer
+    out,  # [rows, out_stride], both in whole tiles: of the words from `begin` to `end` the gradient of the logits, by
+    # a descriptor of blocks [BLOCK_T, BLOCK_V] or a pointer; or fp32 logits, by a pointer
     out_stride,
     bias_parts_ptr,  # fp32 [blocks of rows, out_stride]: the gradient's sums, or unused
     rows,
@@ -327,7 +323,7 @@ def _linear_logprob_bwd_kernel(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """A chunk's logits, again, and their gradient in the dtype; rows without a loss (their hidden states are finite) get
+    """A chunk's logits, again, and their gradient in the dtype; rows without a loss (hidden states there finite) get
     zeros, rows from ``live`` on nothing."""
     dtype: tl.constexpr = hidden.dtype if DESCRIPTORS else hidden.dtype.element_ty
     scale = tl.cast(scale, tl.float32)
@@ -335,7 +331,7 @@ def _linear_logprob_bwd_kernel(
     blocks = tl.cdiv(tl.cast(tl.load(live_ptr), tl.int32), BLOCK_T)
     columns = tl.cdiv(end - begin, BLOCK_V)
     step_of_coefficients = tl.cast(rows, tl.int64)
-    for tile in tl.range(tl.program_id(0), blocks * columns, tl.num_programs(0), flatten=True):
+    for tile in tl.range(tl.program_id(0), blocks * columns, tl.num_programs(0), flatten=DESCRIPTORS):
         block, column = _place(tile, blocks, columns, GROUP)
         row = block * BLOCK_T
         word = begin + column * BLOCK_V
@@ -358,7 +354,7 @@ def _linear_logprob_bwd_kernel(
         x = _logits(x, bias_ptr, index, vocab, scale, softcap, dtype, HAS_BIAS, ROUNDED, SCALED, CAPPED)
         token = row + tl.arange(0, BLOCK_T)
         if LOGITS:
-            _store(out, out_stride, row, word - begin, x, rows, end - begin, False, BLOCK_T, BLOCK_V)
+            _store(out, out_stride, row, word - begin, x, False, BLOCK_T, BLOCK_V)
         else:
             inside = token < rows
             target = tl.load(target_ptr + token, mask=inside, other=-1)
@@ -394,7 +390,7 @@ def _linear_logprob_bwd_kernel(
             if CAPPED:
                 capped = x / softcap
                 grad *= 1.0 - capped * capped
-            _store(out, out_stride, row, word - begin, grad, rows, end - begin, DESCRIPTORS, BLOCK_T, BLOCK_V)
+            _store(out, out_stride, row, word - begin, grad, DESCRIPTORS, BLOCK_T, BLOCK_V)
             if NEED_BIAS:
                 part = tl.cast(block, tl.int64) * out_stride + (index - begin)
-                tl.store(bias_parts_ptr + part, tl.sum(grad, axis=0), mask=index < end)
+                tl.store(bias_parts_ptr + part, tl.sum(grad, axis=0))
