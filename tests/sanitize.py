@@ -22,7 +22,18 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TARGET = ROOT / "build" / "sanitize"
 # Of the families that have compiled kernels.
-NAMES = ("norm", "activation", "attention", "head", "pack_patches", "packing", "rope", "rope_positions", "vision")
+NAMES = (
+    "norm",
+    "activation",
+    "attention",
+    "head",
+    "logprob",
+    "pack_patches",
+    "packing",
+    "rope",
+    "rope_positions",
+    "vision",
+)
 SHARED = ("operators.py::test_every_element_is_written_and_nothing_else", "threads.py", "fuzz.py::test_calls")
 TESTS = [f"tests/kernels/test_{name}" for name in (*SHARED, *(f"{name}.py" for name in NAMES))]
 FUZZ_CALLS = 12_000

@@ -296,13 +296,13 @@ LINEAR_LOGPROB = Operator(
     _OP,
     fwd_schema="(Tensor hidden_states, Tensor weight, Tensor targets, Tensor? bias, Tensor? class_weight,"
     " float temperature, float softcap, int ignore_index, SymInt? num_valid, bool rounded, bool want_entropy,"
-    " bool want_total, int top_k, int first, SymInt vocab_size, int keep_logits_bytes) -> (Tensor logprob,"
-    " Tensor logsumexp, Tensor entropy, Tensor total, Tensor top_logprobs, Tensor top_indices, Tensor normalizer,"
-    " Tensor kept)",
+    " bool want_total, int top_k, int first, SymInt vocab_size, int keep_logits_bytes)"
+    " -> (Tensor logprob, Tensor logsumexp, Tensor entropy, Tensor total, Tensor top_logprobs, Tensor top_indices,"
+    " Tensor normalizer, Tensor kept)",
     bwd_schema="(Tensor hidden_states, Tensor weight, Tensor targets, Tensor? bias, Tensor? class_weight,"
-    " Tensor normalizer, Tensor entropy, Tensor kept, Tensor? grad_logprob, Tensor? grad_logsumexp, Tensor? grad_entropy,"
-    " Tensor? grad_total, float temperature, float softcap, int ignore_index, SymInt? num_valid, bool rounded,"
-    " int first, SymInt vocab_size, bool need_hidden, bool need_weight, bool need_bias)"
+    " Tensor normalizer, Tensor entropy, Tensor kept, Tensor? grad_logprob, Tensor? grad_logsumexp,"
+    " Tensor? grad_entropy, Tensor? grad_total, float temperature, float softcap, int ignore_index,"
+    " SymInt? num_valid, bool rounded, int first, SymInt vocab_size, bool need_hidden, bool need_weight, bool need_bias)"
     " -> (Tensor grad_hidden_states, Tensor grad_weight, Tensor grad_bias)",
     fwd_fake=_fwd_fake,
     bwd_fake=_bwd_fake,

@@ -12,15 +12,12 @@ import torch
 from torch import Tensor
 
 STATES = 5
-# Of a logit x with log p = (x - shift) - log_sum: p · (constant + linear · log p) + uniform · class weight, and `hit`
-# more at the target.
-COEFFICIENTS = 6
 TOKENS = 64  # that the compiled kernels take together
 
 
 class Results(NamedTuple):
-    """Float32 ``[T]``; ``entropy`` and ``total`` are empty where nobody asked. ``normalizer``, ``[2, T]``: the log-sum-exp
-    in two parts, the largest logit and the log of the sum of ``exp(x - largest)``: one float32 for both would cost
+    """Float32 ``[T]``; ``entropy``, ``total``: empty where nobody asked. ``normalizer``, ``[2, T]``: the log-sum-exp in
+    two parts, the largest logit and the log of the sum of ``exp(x - largest)``: one float32 for both would cost
     logits of 60 two decimal digits of their probabilities."""
 
     logprob: Tensor
@@ -51,6 +48,7 @@ def finish(state: Tensor, here: Tensor, want_entropy: bool, want_total: bool) ->
     return Results(logprob, largest + log_sum, entropy, total.clone() if want_total else state.new_empty(0), normalizer)
 
 
+@torch.no_grad()
 def coefficients(
     grad_logprob: Tensor | None,
     grad_logsumexp: Tensor | None,
@@ -61,21 +59,16 @@ def coefficients(
     here: Tensor,
     temperature: float,
 ) -> Tensor:
-    """Float32 ``[6, T]``: shift, log_sum, constant, linear, hit, uniform. The gradient of an entropy H is
-    ``-p · (log p + H)``."""
-    found = normalizer.new_zeros(COEFFICIENTS, normalizer.shape[1])
-    shift_and_log_sum, (constant, linear, hit, uniform) = found[:2], found[2:]
-    shift_and_log_sum.copy_(normalizer)
-    if grad_logprob is not None:
-        hit.copy_(torch.where(here, grad_logprob, 0.0))
-        constant.sub_(hit)
+    """Float32 ``[6, T]``: shift, log_sum, constant, linear, hit, uniform. With log p = (x - shift) - log_sum, the
+    gradient of a logit x is p · (constant + linear · log p) + uniform · class weight, and ``hit`` more at the target;
+    that of an entropy H is -p · (log p + H)."""
+    none = torch.zeros_like(normalizer[0])
+    hit = none if grad_logprob is None else torch.where(here, grad_logprob, 0.0)
+    constant, linear = -hit, none
     if grad_logsumexp is not None:
-        constant.add_(grad_logsumexp)
+        constant = constant + grad_logsumexp
     if grad_entropy is not None:
-        linear.sub_(grad_entropy)
-        constant.addcmul_(grad_entropy, entropy, value=-1.0)
-    if grad_total is not None:
-        uniform.copy_(grad_total)
-    if temperature != 1.0:
-        found[2:].div_(temperature)
-    return found
+        constant, linear = constant - grad_entropy * entropy, -grad_entropy
+    uniform = none if grad_total is None else grad_total
+    gradients = torch.stack((constant, linear, hit, uniform))
+    return torch.cat((normalizer, gradients if temperature == 1.0 else gradients / temperature))

@@ -126,13 +126,13 @@ class _Merge(torch.autograd.Function):
         mean = entropy
         if entropy.numel():
             mean = torch.where(kept, (share * parts[:, 3] - torch.xlogy(share, share)).sum(0), 0.0)
-        ctx.save_for_backward(owner == rank, kept, share[rank], log_share[rank], entropy, mean)
+        ctx.save_for_backward(owner == rank, kept, share[rank], entropy, mean)
         ctx.set_materialize_grads(False)
         return whole, torch.where(kept, largest + log_sum, 0.0), mean
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        owned, kept, share, log_share, entropy, mean = ctx.saved_tensors
+        owned, kept, share, entropy, mean = ctx.saved_tensors
         of_logprob, of_logsumexp, of_entropy = grads
         grad_logprob, grad_logsumexp, grad_entropy = None, torch.zeros_like(share), None
         if of_logprob is not None:

@@ -26,6 +26,7 @@ from m4ov_kernels import (
     vision_rope,
 )
 from m4ov_kernels.dispatch import OPERATORS, Operator
+from m4ov_kernels.head import linear_logprob
 
 
 def norm_case(dtype=torch.float32):
@@ -55,6 +56,17 @@ def head_case(dtype=torch.float32):
     target = torch.tensor([1, 2, -100, 3, 4, 10])
     tensors = [torch.randn(6, 16, dtype=dtype), torch.randn(11, 16, dtype=dtype)]
     return lambda h, w: linear_cross_entropy(h, w, target), tensors
+
+
+def logprob_case(dtype=torch.float32):
+    targets = torch.tensor([1, 2, -100, 3, 4, 10])
+    tensors = [torch.randn(*shape, dtype=dtype) for shape in ((6, 16), (11, 16), (11,))]
+
+    def function(h, w, b):
+        found = linear_logprob(h, w, targets, bias=b, temperature=0.7, entropy=True)
+        return torch.stack((found.logprob, found.logsumexp, found.entropy))
+
+    return function, tensors
 
 
 def attention_case(dtype=torch.float32):
@@ -102,6 +114,7 @@ CASES = {
     "geglu": geglu_case,
     "swiglu": swiglu_case,
     "linear_cross_entropy": head_case,
+    "linear_logprob": logprob_case,
     "varlen_attention": attention_case,
     "qk_norm_mrope": rope_case,
     "vision_rope": vision_rope_case,
@@ -187,6 +200,9 @@ ROPE, VLLM = ([2, 1, 1], 1e4, 1e-6), (1e4, 1e-6, False, 6, "vllm")
 IDS, TYPES, TWO = torch.tensor([5, 91, 5, 5, 92, 92]), torch.tensor([0, 1, 0, 0, 2, 2]), torch.tensor([0, 2, 6])
 ONE_EACH = (torch.tensor([[1, 2, 2]]), torch.tensor([[1, 2, 4]]))
 PLACES, GRIDS = torch.tensor([4, 0]), torch.tensor([[1, 2, 4], [2, 2, 2]])
+BACK = (1.0, 0.0, -100, None, False, 0, 7, True, True, False)
+ENTROPY_BACK = (0.5, 3.0, 2, 4, True, 0, 7, True, False, True)
+HEAD = (torch.randn(5, 8), torch.randn(7, 8), torch.tensor([1, 6, 0, 2, 3]))
 RAW_SAMPLES = {
     **{
         f"{name}_fwd": [
@@ -206,6 +222,23 @@ RAW_SAMPLES = {
         (torch.randn(9, 8).bfloat16(), GRIDS, None, 16, 1, "fp32"),
     ],
     "interpolate_position_embeddings_bwd": [(torch.randn(16, 8), GRIDS, 9, 2), (torch.randn(8, 16).t(), GRIDS, 1, 1)],
+    "linear_logprob_fwd": [
+        (*HEAD, None, None, 1.0, 0.0, -100, None, False, False, False, 0, 0, 7, 0),
+        (*HEAD, torch.randn(7), torch.rand(7), 0.5, 3.0, 2, 4, True, True, True, 3, 0, 7, 1 << 20),
+    ],
+    "linear_logprob_bwd": [
+        (*HEAD, None, None, torch.rand(2, 5), torch.randn(0), torch.randn(0), torch.randn(5), None, None, None, *BACK),
+        (
+            *HEAD,
+            torch.randn(7),
+            torch.rand(7),
+            torch.rand(2, 5),
+            torch.rand(5),
+            torch.randn(0),
+            *torch.randn(4, 5),
+            *ENTROPY_BACK,
+        ),
+    ],
     "varlen_attention_fwd": [
         (*QKV, torch.tensor([0, 2, 6]), None, 4, 4, True, 0.5),
         (*DECODE, *BOUNDS, 2, 4, False, 0.5),

@@ -229,7 +229,7 @@ def _logprob_terms(call: Call) -> dict[str, Tensor]:
     with the logits; where these are rounded, one may round to its neighbour."""
     arguments = call.arguments
     targets, temperature = arguments["targets"].reshape(-1), arguments["temperature"]
-    hidden = arguments["hidden_states"].double().reshape(len(targets), -1)
+    hidden = arguments["hidden_states"].double().reshape(len(targets), arguments["hidden_states"].shape[-1])
     weight, bias = arguments["weight"].double(), arguments["bias"]
     vocab = weight.shape[0]
     keep = targets != arguments["ignore_index"]
