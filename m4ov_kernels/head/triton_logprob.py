@@ -38,7 +38,7 @@ GPU_CHUNK_BYTES = 128 << 20
 _CHUNK_WORDS, _MOST_ROWS = 2048, 256  # chunks are multiples of them, and so of every tile
 # Architectures that load tiles by tensor descriptors (TMA); others would take pointers apart again. sm_90 keeps a tile
 # of 128 × 256 logits in the registers of two warp groups, if not too much else happens to a logit.
-_DESCRIPTORS, _WIDE = ("sm_90", "sm_100"), ("sm_90",)
+_DESCRIPTORS, _WIDE = ("sm_90", "sm_100", "cpu"), ("sm_90", "cpu")  # cpu: interpreted
 _PROGRAMS_PER_PROCESSOR = {True: 1, False: 2}  # with descriptors and without; other tiles leave room for two
 
 
@@ -69,7 +69,7 @@ def linear_logprob_fwd(
     rows = _computed_rows(hidden_states, targets, vocab_size, ignore_index, num_valid)
     tokens = rows.target.shape[0]
     state = torch.zeros(states.STATES, tokens, dtype=torch.float32, device=weight.device)
-    call = _Call(rows, weight, bias, class_weight, temperature, softcap, rounded, first)
+    call = Call(rows, weight, bias, class_weight, temperature, softcap, rounded, first)
     if tokens:
         call.forward(state, want_entropy, want_total)
     results = states.finish(state, _here(rows.target, first, vocab), want_entropy, want_total)
@@ -148,7 +148,7 @@ def linear_logprob_bwd(
     )
     # A NaN of an ignored row must not meet its gradient of 0.
     rows = rows._replace(input=torch.where((rows.target < 0)[:, None], 0.0, rows.input))
-    call = _Call(rows, weight, bias, class_weight, temperature, softcap, rounded, first)
+    call = Call(rows, weight, bias, class_weight, temperature, softcap, rounded, first)
     general = grad_entropy is not None or grad_total is not None
     columns = _columns(tokens * weight.element_size(), vocab)
     buffer = call.room(columns, dtype)
@@ -224,7 +224,7 @@ def _table(kernel: str, flags: dict[str, bool], wide: bool) -> str:
     return f"{kernel}_{'wide' if wide and light else 'descriptors'}"
 
 
-class _Call:
+class Call:
     """The arguments that every kernel of a call shares."""
 
     def __init__(
@@ -257,7 +257,7 @@ class _Call:
 
     def config(self, kernel: str, flags: dict[str, bool]) -> Config:
         architecture = gpu.architecture(self.hidden.device)
-        return configs.get(_table(kernel, flags, architecture in (*_WIDE, "cpu")), self.hidden)
+        return configs.get(_table(kernel, flags, architecture in _WIDE), self.hidden)
 
     def room(self, columns: int, dtype: torch.dtype) -> Tensor:
         """Of a chunk, in whole tiles; rows that are not computed stay 0."""
@@ -372,7 +372,7 @@ def _dense(x: Tensor) -> Tensor:
 
 def _by_descriptors(*matrices: Tensor) -> bool:
     """float32 has no tensor cores' precision, and so nothing to hurry for."""
-    if matrices[0].dtype is torch.float32 or gpu.architecture(matrices[0].device) not in (*_DESCRIPTORS, "cpu"):
+    if matrices[0].dtype is torch.float32 or gpu.architecture(matrices[0].device) not in _DESCRIPTORS:
         return False
     return all(
         matrix.numel() > 0
@@ -416,7 +416,7 @@ def _work(dtype: str, kind: str) -> Work:
     moved, count = (rows + vocab) * dim * SIZES[dtype] + 8 * rows, rows * vocab
     if kind == "fwd":  # the state of one split at least
         return Work(f"[{rows}, {dim}] × [{vocab}, {dim}]", moved + 3 * 4 * rows, count * (2 * dim + 4))
-    moved += 4 * states.COEFFICIENTS * rows + count * SIZES[dtype]
+    moved += 4 * 6 * rows + count * SIZES[dtype]
     return Work(f"[{rows}, {dim}] × [{vocab}, {dim}]", moved, count * (2 * dim + 4))
 
 
@@ -439,7 +439,7 @@ _FLAGS = ("HAS_BIAS", "ROUNDED", "SCALED", "CAPPED", "WEIGHTED")
 _FORWARD = (*_FLAGS, "CENTRED", "TOTAL")
 _BACKWARD = (*_FLAGS, "GENERAL", "NEED_BIAS", "LOGITS")
 # What is declared of each kernel, in bf16, besides the plainest; the last one is nobody's call.
-_FORWARDS = {
+FORWARDS = {
     "entropy": ("CENTRED",),
     "hf": ("ROUNDED",),
     "temperature, entropy": ("SCALED", "CENTRED"),
@@ -448,7 +448,7 @@ _FORWARDS = {
     "total": ("TOTAL",),
     "all": _FORWARD,
 }
-_BACKWARDS = {
+BACKWARDS = {
     "entropy": ("GENERAL",),
     "hf": ("ROUNDED",),
     "temperature, entropy": ("SCALED", "GENERAL"),
@@ -498,7 +498,7 @@ def _declared() -> list[Build]:
 
     for dtype in SIZES:
         for descriptors in (False, True)[: 1 + (dtype != "fp32")]:
-            for kind, variants in (("fwd", _FORWARDS), ("bwd", _BACKWARDS)):
+            for kind, variants in (("fwd", FORWARDS), ("bwd", BACKWARDS)):
                 declare(kind, dtype, descriptors, "", ())
                 for note, chosen in variants.items() if dtype == "bf16" else ():
                     declare(kind, dtype, descriptors, note, chosen)

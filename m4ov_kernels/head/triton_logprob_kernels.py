@@ -166,8 +166,10 @@ def _linear_logprob_fwd_kernel(
     hit = tl.zeros([BLOCK_T], tl.float32)
     centred = tl.zeros([BLOCK_T], tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
-    # One loop over all tiles of all units, so that the next tile is loaded while this one's softmax is computed.
-    for step in tl.range(0, units * TILES, flatten=DESCRIPTORS):
+    # One loop over all tiles of all units, so that the next tile is loaded while this one's softmax is computed, where
+    # there are registers for both.
+    flat: tl.constexpr = DESCRIPTORS and not CAPPED and not TOTAL
+    for step in tl.range(0, units * TILES, flatten=flat):
         tile = step % TILES
         block, split = _place(program + step // TILES * programs, blocks, splits, GROUP)
         row = block * BLOCK_T
