@@ -113,7 +113,10 @@ def linear_logprob_bwd(
             gradient.zero_()
         return grad_hidden, grad_weight, grad_bias
     coefficients = states.coefficients(
-        *(None if g is None else rows.take(g) for g in (grad_logprob, grad_logsumexp, grad_entropy, grad_total)),
+        *(
+            rows.take(g) if g is not None and g.numel() else None
+            for g in (grad_logprob, grad_logsumexp, grad_entropy, grad_total)
+        ),
         normalizer=rows.take(normalizer),
         entropy=rows.take(entropy) if entropy.numel() else entropy,
         here=_here(rows.target, first, weight.shape[0]),

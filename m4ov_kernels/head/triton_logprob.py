@@ -139,8 +139,11 @@ def linear_logprob_bwd(
             gradient.zero_()
         return grad_hidden, grad_weight, grad_bias
     vocab, dtype = weight.shape[0], hidden_states.dtype
+    # A gradient of what nobody asked for is empty.
+    grads = (grad_logprob, grad_logsumexp, grad_entropy, grad_total)
+    of_rows = [rows.take(grad) if grad is not None and grad.numel() else None for grad in grads]
     coefficients = states.coefficients(
-        *(None if g is None else rows.take(g) for g in (grad_logprob, grad_logsumexp, grad_entropy, grad_total)),
+        *of_rows,
         normalizer=rows.take(normalizer),
         entropy=rows.take(entropy) if entropy.numel() else entropy,
         here=_here(rows.target, first, vocab),
@@ -149,7 +152,7 @@ def linear_logprob_bwd(
     # A NaN of an ignored row must not meet its gradient of 0.
     rows = rows._replace(input=torch.where((rows.target < 0)[:, None], 0.0, rows.input))
     call = Call(rows, weight, bias, class_weight, temperature, softcap, rounded, first)
-    general = grad_entropy is not None or grad_total is not None
+    general = of_rows[2] is not None or of_rows[3] is not None
     columns = _columns(tokens * weight.element_size(), vocab)
     buffer = call.room(columns, dtype)
     row_grad = torch.empty_like(rows.input, memory_format=torch.contiguous_format) if need_hidden else grad_hidden

@@ -15,7 +15,8 @@ from m4ov_bench.gpu import peers
 from m4ov_bench.gpu.example import Example, Maker
 from m4ov_bench.gpu.operators.head import IGNORE, extra_memory, head_inputs, matrix_products
 from m4ov_bench.session import OURS, Kernel, Session, Subject, as_called, implementation_name
-from m4ov_kernels.head import LINEAR_LOGPROB, linear_logprob, reference
+from m4ov_kernels.head import linear_logprob, reference
+from m4ov_kernels.head.logprob import LINEAR_LOGPROB
 
 # rows, width, vocabulary, share of labelled rows, temperature, numerics, bias, whether num_valid is given, layout
 _EXAMPLES = (
