@@ -11,10 +11,11 @@ from torch import Tensor
 from m4ov_bench import gate
 from m4ov_bench.tunables.problem import Problem, Size, Tunable, blocks, poison, randn, tiles
 from m4ov_kernels.gpu import Config
-from m4ov_kernels.head import chunked, triton_logprob
+from m4ov_kernels.head import chunked
 from m4ov_kernels.head import state as states
 from m4ov_kernels.head import triton as head
 from m4ov_kernels.head.rows import Rows
+from m4ov_kernels.head.triton_logprob_launches import Call
 
 
 def _cross_entropy_fwd(width: int, dtype: torch.dtype, device: torch.device, size: Size) -> Problem:
@@ -83,7 +84,7 @@ def _accumulate(width: int, dtype: torch.dtype, device: torch.device, size: Size
     )
 
 
-def _logprob(width: int, dtype: torch.dtype, device: torch.device, size: Size, name: str) -> triton_logprob.Call:
+def _logprob(width: int, dtype: torch.dtype, device: torch.device, size: Size, name: str) -> Call:
     """A call that is served by the tiles of this name: a bias takes narrow ones, odd rows take pointers."""
     width = min(width, 4096)
     rows, vocab = max(2, size.elements // width), 8 * width
@@ -92,10 +93,10 @@ def _logprob(width: int, dtype: torch.dtype, device: torch.device, size: Size, n
     targets = torch.randint(vocab, (rows,), device=device)
     bias = randn((vocab,), dtype, device) if name == "descriptors" else None
     rows_of = Rows(hidden.contiguous() if name else hidden, targets, None, None)
-    return triton_logprob.Call(rows_of, weight, bias, None, 1.0, 0.0, False, 0)
+    return Call(rows_of, weight, bias, None, 1.0, 0.0, False, 0)
 
 
-def _logits_of(call: triton_logprob.Call, dtype: torch.dtype) -> Tensor:
+def _logits_of(call: Call, dtype: torch.dtype) -> Tensor:
     logits = call.hidden.to(dtype) @ call.weight.to(dtype).t()
     return logits if call.bias is None else logits + call.bias.to(dtype)
 

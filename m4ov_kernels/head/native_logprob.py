@@ -113,10 +113,7 @@ def linear_logprob_bwd(
             gradient.zero_()
         return grad_hidden, grad_weight, grad_bias
     coefficients = states.coefficients(
-        *(
-            rows.take(g) if g is not None and g.numel() else None
-            for g in (grad_logprob, grad_logsumexp, grad_entropy, grad_total)
-        ),
+        *(rows.take(g) if g is not None and g.numel() else None for g in (grad_logprob, grad_logsumexp, grad_entropy, grad_total)),
         normalizer=rows.take(normalizer),
         entropy=rows.take(entropy) if entropy.numel() else entropy,
         here=_here(rows.target, first, weight.shape[0]),

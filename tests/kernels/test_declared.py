@@ -18,7 +18,7 @@ from m4ov_kernels import configs, gpu
 from m4ov_kernels.activation import triton as activation
 from m4ov_kernels.gpu import FP_FUSION, Build
 from m4ov_kernels.head import triton as head
-from m4ov_kernels.head import triton_logprob
+from m4ov_kernels.head import triton_logprob_builds, triton_logprob_launches
 from m4ov_kernels.norm import triton as norm
 from m4ov_kernels.rope import triton as rope
 from m4ov_kernels.vision import triton as vision
@@ -112,8 +112,8 @@ def launch_head(dtype: torch.dtype) -> None:
         head.EPILOGUE.add(accumulator, addend, output, assign)
     with pytest.MonkeyPatch.context() as patch:  # as on each architecture
         for tiles in (("cpu",), ("cpu",)), (("cpu",), ()), ((), ()):
-            patch.setattr(triton_logprob, "_DESCRIPTORS", tiles[0])
-            patch.setattr(triton_logprob, "_WIDE", tiles[1])
+            patch.setattr(triton_logprob_launches, "DESCRIPTORS", tiles[0])
+            patch.setattr(triton_logprob_launches, "WIDE", tiles[1])
             launch_logprob(dtype)
 
 
@@ -121,7 +121,7 @@ def launch_logprob(dtype: torch.dtype) -> None:
     hidden, weight = torch.empty(ROWS, 32, dtype=dtype), torch.empty(2048, 32, dtype=dtype)
     targets, vector, normalizer = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(2048), torch.zeros(2, ROWS)
     bias, row = vector.to(dtype), vector[:ROWS]
-    variants = itertools.chain(triton_logprob.FORWARDS.values(), triton_logprob.BACKWARDS.values(), [()])
+    variants = itertools.chain(triton_logprob_builds.FORWARDS.values(), triton_logprob_builds.BACKWARDS.values(), [()])
     for chosen in set(variants):
         given = (bias if "HAS_BIAS" in chosen else None, vector if "WEIGHTED" in chosen else None)
         scalars = (0.5 if "SCALED" in chosen else 1.0, 3.0 if "CAPPED" in chosen else 0.0)

@@ -13,7 +13,7 @@ from torch import Tensor
 import m4ov_kernels
 from m4ov_kernels.head import linear_logprob, reference
 from m4ov_kernels.head import triton as head
-from m4ov_kernels.head import triton_logprob as kernels
+from m4ov_kernels.head import triton_logprob_launches as launches
 from m4ov_kernels.head.logprob import raw
 
 from . import strategies
@@ -116,8 +116,8 @@ def test_against_float64(rows, width, vocab, dtype, layout, bias, weighted, igno
     class_weight = torch.rand(vocab, device=DEVICE) if weighted else None
     grads = [torch.randn(rows, device=DEVICE) for _ in FOUND]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_CHUNK_WORDS", 64)
-        patch.setattr(kernels, "GPU_CHUNK_BYTES", 0)
+        patch.setattr(launches, "_CHUNK_WORDS", 64)
+        patch.setattr(launches, "GPU_CHUNK_BYTES", 0)
         options = {"temperature": temperature, "softcap": softcap}
         got = by_kernels(hidden, weight, targets, bias, class_weight, grads, known=known, **options)
     m4ov_kernels.check()
@@ -154,8 +154,8 @@ def test_the_likeliest_words(dtype):
     bias[50:] = -math.inf
     bias[130] = bias[9]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_CHUNK_WORDS", 64)
-        patch.setattr(kernels, "GPU_CHUNK_BYTES", 0)
+        patch.setattr(launches, "_CHUNK_WORDS", 64)
+        patch.setattr(launches, "GPU_CHUNK_BYTES", 0)
         with m4ov_kernels.backend("triton"):
             found = linear_logprob(hidden, weight, targets, bias=bias, top_k_logprobs=5)
             all_words = linear_logprob(hidden, weight, targets, bias=bias, top_k_logprobs=150)
@@ -281,7 +281,7 @@ def test_a_rows_results_do_not_depend_on_other_rows_or_on_the_machine():
     results = []
     for processors, rows in ((2, slice(None)), (5, slice(None)), (1, chosen)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernels, "_processors", lambda device, count=processors: count)
+            patch.setattr(launches, "_processors", lambda device, count=processors: count)
             with m4ov_kernels.backend("triton"):
                 found = linear_logprob(hidden[rows], weight, targets[rows], entropy=True)
         results.append((found.logprob, found.logsumexp, found.entropy))
