@@ -49,14 +49,13 @@ struct Backward {
   int64_t panels() const { return blocks_of(shared.dim, kPanel); }
   int64_t panel_size() const { return padded * kPanel; }
 
-  // Coefficients of a block of tokens; lanes without a token have p = 0.
+  // Coefficients of a block of tokens, and zeros.
   void pad_coefficients(int64_t block) const {
     for (int64_t lane = 0; lane < kBlockTokens; ++lane) {
       const int64_t token = block * kBlockTokens + lane;
       for (int which = 0; which < kHeadCoefficients; ++which) {
-        float value = which == kShift ? __FLT_MAX__ : 0.0f;
-        if (token < shared.tokens) value = canonical(a.coefficients[which * shared.tokens + token]);
-        coefficients[which * padded + token] = value;
+        const bool there = token < shared.tokens;
+        coefficients[which * padded + token] = there ? canonical(a.coefficients[which * shared.tokens + token]) : 0.0f;
       }
     }
   }
@@ -75,7 +74,7 @@ struct Backward {
   template <bool kGeneral>
   void differentiate(float* tile, int64_t first, int64_t count, int64_t block) const {
     const float* c = coefficients + block * kBlockTokens;
-    const V floor = set1(-__FLT_MAX__), one = set1(1.0f);
+    const V far = set1(kFarBelow), one = set1(1.0f);
     const bool capped = shared.softcap != 0.0f;
     const V per_cap = set1(capped ? 1.0f / shared.softcap : 0.0f);
     for (int64_t j = 0; j < logits.vectors(block); ++j) {
@@ -90,7 +89,7 @@ struct Backward {
         const V log_p = x - shift - log_sum;
         V g;
         if constexpr (kGeneral) {
-          g = exp_for<T>(log_p) * fma(linear, max(floor, log_p), constant);
+          g = exp_for<T>(log_p) * fma(linear, max(far, log_p), constant);
           g = g + (shared.class_weight ? uniform * set1(shared.class_weight[first + i]) : uniform);
           if (capped) {
             const V t = x * per_cap;
@@ -108,9 +107,9 @@ struct Backward {
   float at_target(float x, int64_t token, int64_t row) const {
     const float* c = coefficients + token;
     const float log_p = x - c[kShift * padded] - c[kLogSum * padded];
-    const float constant = c[kConstant * padded], linear = c[kLinear * padded];
-    float g = constant * __builtin_expm1f(log_p) + (constant + c[kHit * padded]);
-    if (linear != 0.0f) g += linear * (log_p < -__FLT_MAX__ ? -__FLT_MAX__ : log_p) * __builtin_expf(log_p);
+    const float hit = c[kHit * padded], linear = c[kLinear * padded], p = __builtin_expf(log_p);
+    float g = (c[kConstant * padded] + hit) * p - hit * __builtin_expm1f(log_p);
+    if (linear != 0.0f) g += linear * (log_p < kFarBelow ? kFarBelow : log_p) * p;
     g += c[kUniform * padded] * (shared.class_weight ? shared.class_weight[row] : 1.0f);
     const float t = shared.softcap != 0.0f ? x / shared.softcap : 0.0f;
     return g * (1.0f - t * t);
@@ -134,6 +133,9 @@ struct Backward {
       if (hit >= 0 && hit < count) tile[hit * kBlockTokens + lane] = hits[lane];
     }
     const int64_t vectors = logits.vectors(block);
+    for (int64_t i = 0; i < count && lanes < vectors * kLanes; ++i) {  // of an infinite weight, 0 · inf stands there
+      memset(tile + i * kBlockTokens + lanes, 0, (vectors * kLanes - lanes) * sizeof(float));
+    }
     if (a.grad_hidden) {
       E* to = pairs + block * kBlockTokens * a.columns + first * kBlockTokens;
       for (int64_t i = 0; i < count; i += kPair) {

@@ -48,7 +48,7 @@ struct Running {
 
 template <bool kWantCentred, bool kWantTotal>
 static void add_vector(const Running& to, int64_t lane, const float* column, int64_t count, const float* class_weight) {
-  const V floor = set1(-__FLT_MAX__);
+  const V floor = set1(-__FLT_MAX__), ceiling = set1(__FLT_MAX__), far = set1(kFarBelow);
   const V old = load_vector(to.row(kMaximum) + lane);
   V even = old, odd = old;  // a NaN among the logits is lost here, and comes back in the sum
   int64_t i = 0;
@@ -57,8 +57,9 @@ static void add_vector(const Running& to, int64_t lane, const float* column, int
     odd = max(load_vector(column + (i + 1) * kBlockTokens), odd);
   }
   if (i < count) even = max(load_vector(column + i * kBlockTokens), even);
-  const V most = max(even, odd), shift = max(most, floor);
-  const V back = max(old, floor) - shift, again = exp_full(back);
+  // Of an infinite logit the sum is infinite then, and not NaN.
+  const V most = max(even, odd), shift = min(max(most, floor), ceiling);
+  const V back = max(far, min(max(old, floor), ceiling) - shift), again = exp_full(back);
   V sum = load_vector(to.row(kSum) + lane), other = set1(0.0f);
   V centred = set1(0.0f), total = set1(0.0f);
   if constexpr (kWantCentred) centred = again * fma(back, sum, load_vector(to.row(kCentred) + lane));
@@ -66,7 +67,7 @@ static void add_vector(const Running& to, int64_t lane, const float* column, int
   const auto add = [&](int64_t at, V& into) {
     const V x = load_vector(column + at * kBlockTokens), d = x - shift, e = exp_full(d);
     into = into + e;
-    if constexpr (kWantCentred) centred = fma(e, max(d, floor), centred);  // 0 · -inf would be NaN
+    if constexpr (kWantCentred) centred = fma(e, max(far, d), centred);
     if constexpr (kWantTotal) total = total + (class_weight ? x * set1(class_weight[at]) : x);
   };
   for (i = 0; i + 2 <= count; i += 2) {
@@ -166,6 +167,12 @@ struct Forward {
     }
   }
 
+  static float difference(float x, float largest) {
+    if (x == largest) return 0.0f;  // infinite ones too
+    const float d = x - largest;
+    return d < kFarBelow ? kFarBelow : d;
+  }
+
   // The segments' states in order.
   void merge(int64_t block) const {
     const int64_t tokens = shared.tokens;
@@ -181,7 +188,7 @@ struct Forward {
           continue;
         }
         const float larger_one = most > maximum ? most : maximum;
-        const float back = maximum == -__builtin_inff() ? 0.0f : maximum - larger_one, there = most - larger_one;
+        const float back = difference(maximum, larger_one), there = difference(most, larger_one);
         const float again = __builtin_expf(back), share = __builtin_expf(there);
         centred = again * (centred + back * sum) + share * (from.row(kCentred)[lane] + there * more);
         sum = again * sum + share * more;

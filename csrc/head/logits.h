@@ -16,6 +16,9 @@ namespace {  // nothing that the linker could share between variants
 constexpr int64_t kBlockTokens = kHeadTokens;  // lanes of a tile
 constexpr int64_t kTileWords = kHeadTile;      // rows of the weight in a tile: its logits (24 KiB) stay in L1
 
+// Differences of logits stop here: e^x is 0 long before, and a product of the two stays finite.
+constexpr float kFarBelow = -1e30f;
+
 // Sums over the hidden dimension are taken in parts: a part of a block of tokens (64 KiB of bf16) stays in L2 while all
 // rows of a tile pass by, and fp32 loses less than in one long sum.
 template <typename T>

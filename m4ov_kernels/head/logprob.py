@@ -283,7 +283,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, needs: Any, bwd: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     need_hidden, need_weight, _, need_bias, *_ = needs
-    found = bwd(*ctx.saved_tensors, *grads[:4], *ctx.options, need_hidden, need_weight, need_bias)
+    wanted = (None if grad is None or not grad.numel() else grad for grad in grads[:4])  # empty: of what nobody asked
+    found = bwd(*ctx.saved_tensors, *wanted, *ctx.options, need_hidden, need_weight, need_bias)
     grad_hidden, grad_weight, grad_bias = (
         gradient if needed else None
         for gradient, needed in zip(found, (need_hidden, need_weight, need_bias), strict=True)
@@ -302,8 +303,8 @@ LINEAR_LOGPROB = Operator(
     bwd_schema="(Tensor hidden_states, Tensor weight, Tensor targets, Tensor? bias, Tensor? class_weight,"
     " Tensor normalizer, Tensor entropy, Tensor kept, Tensor? grad_logprob, Tensor? grad_logsumexp,"
     " Tensor? grad_entropy, Tensor? grad_total, float temperature, float softcap, int ignore_index,"
-    " SymInt? num_valid, bool rounded, int first, SymInt vocab_size, bool need_hidden, bool need_weight, bool need_bias)"
-    " -> (Tensor grad_hidden_states, Tensor grad_weight, Tensor grad_bias)",
+    " SymInt? num_valid, bool rounded, int first, SymInt vocab_size, bool need_hidden, bool need_weight,"
+    " bool need_bias) -> (Tensor grad_hidden_states, Tensor grad_weight, Tensor grad_bias)",
     fwd_fake=_fwd_fake,
     bwd_fake=_bwd_fake,
     results=lambda *_: 8,

@@ -66,7 +66,7 @@ def linear_logprob(
     log_p = logits.log_softmax(-1)
     index = targets.masked_fill(~kept, 0)[:, None]
     top_indices = logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    finite = log_p.clamp_min(torch.finfo(wide).min)  # 0 · -inf
+    finite = log_p.clamp_min(-1e30)  # not 0 · -inf
     found = (
         log_p.gather(1, index)[:, 0],
         logsumexp,

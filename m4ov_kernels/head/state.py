@@ -6,6 +6,7 @@ target's logit (0 where it is not here); the sum of ``exp(x - largest) · (x - l
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -41,11 +42,14 @@ def room_for_logits(
 def finish(state: Tensor, here: Tensor, want_entropy: bool, want_total: bool) -> Results:
     """``here``: which targets are in this part of the vocabulary; others have a log-probability of 0."""
     largest, exponentials, hit, centred, total = state
+    # An infinite logit: its log-sum-exp is infinite, and nothing has a probability.
     log_sum = exponentials.log()
+    logsumexp = largest + log_sum
+    log_sum = log_sum.masked_fill(log_sum == math.inf, math.nan)
     logprob = torch.where(here, (hit - largest) - log_sum, 0.0)
     entropy = log_sum - centred / exponentials if want_entropy else state.new_empty(0)
     normalizer = torch.stack((largest, log_sum))
-    return Results(logprob, largest + log_sum, entropy, total.clone() if want_total else state.new_empty(0), normalizer)
+    return Results(logprob, logsumexp, entropy, total.clone() if want_total else state.new_empty(0), normalizer)
 
 
 @torch.no_grad()

@@ -241,7 +241,10 @@ def _logprob_terms(call: Call) -> dict[str, Tensor]:
     p = _finite(logits.softmax(-1))
     entropy = -(p * log_p).sum(-1)
     spread = (p * (log_p + entropy[:, None]).abs()).sum(-1)
-    log_vocab = math.log(vocab) / 4
+    # VDPBF16PS takes what is below the normal range for 0.
+    flushed = torch.finfo(torch.float32).tiny if arguments["hidden_states"].dtype is torch.bfloat16 else 0.0
+    lost = flushed * (hidden.abs().sum(-1) + weight.abs().sum(-1).max() + 1) / EPS[torch.float32]
+    log_vocab = math.log(vocab) / 4 + _finite(lost)
     terms = {
         "logprob": keep * (largest + log_vocab),
         "logsumexp": keep * (largest + log_vocab),
@@ -255,14 +258,19 @@ def _logprob_terms(call: Call) -> dict[str, Tensor]:
         ]
         shares = p * (grads[0] + grads[1])[:, None]
         shares += p * grads[2][:, None] * (log_p.abs() + entropy[:, None] + 1)
-        shares = shares * (1 + largest)[:, None]
+        shares = shares * (1 + largest[:, None] + log_p.abs())
         shares += F.one_hot(targets.masked_fill(~keep, 0), vocab) * grads[0][:, None]
         shares = torch.where(keep[:, None], shares, 0.0) / temperature
         hidden = _finite(torch.where(keep[:, None], hidden, 0.0))
-        least = torch.finfo(arguments["hidden_states"].dtype).smallest_normal
-        terms["grad_hidden_states"] = (shares @ _finite(weight).abs() + least).reshape(arguments["hidden_states"].shape)
-        terms["grad_weight"] = shares.t() @ hidden.abs() + least
-        terms["grad_bias"] = shares.sum(0) + least
+        dtype = arguments["hidden_states"].dtype
+        least = torch.finfo(dtype).smallest_normal + flushed / EPS[dtype]
+        lost = flushed / EPS[dtype]
+        terms["grad_hidden_states"] = (shares + lost) @ (_finite(weight).abs() + lost) + least
+        terms["grad_hidden_states"] = terms["grad_hidden_states"].reshape(arguments["hidden_states"].shape)
+        terms["grad_weight"] = (shares + lost).t() @ (hidden.abs() + lost) + least
+        terms["grad_bias"] = shares.sum(0) + len(targets) * least
+        if (logits[keep] == math.inf).any():  # nothing has a probability there, and so no gradient is one
+            terms |= {name: torch.full_like(term, BEYOND) for name, term in terms.items() if name.startswith("grad_")}
     return terms
 
 
