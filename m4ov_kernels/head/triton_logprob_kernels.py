@@ -16,6 +16,7 @@ from m4ov_kernels.dispatch import triton_interpreted
 _WIDEN = tl.constexpr(triton_interpreted())
 # Takes the place of -inf where it would meet a probability of 0; exp of it is 0.
 _FLOOR = tl.constexpr(-1000.0)
+_MOST = tl.constexpr(3.4028234663852886e38)
 _FREE = ["rows", "vocab", "first", "begin", "end", "splits"]
 
 
@@ -68,6 +69,13 @@ def _products(
             b = b.to(tl.float32)
         total = tl.dot(a, b, total, input_precision="ieee")
     return total
+
+
+@triton.jit
+def _shift(largest):
+    """What is taken from logits. While all are -inf, exp(-inf - 0) keeps the sum at 0; of an infinite logit the sum
+    is infinite; a NaN that the maximum lost is in the sum."""
+    return tl.where(largest == float("-inf"), 0.0, tl.minimum(largest, _MOST))
 
 
 @triton.jit
@@ -200,13 +208,13 @@ def _linear_logprob_fwd_kernel(
         total_exp = tl.where(fresh, 0.0, total_exp)
         hit = tl.where(fresh, 0.0, hit)
         higher = tl.maximum(largest, tl.max(x, axis=1))
-        # While all is -inf, exp(-inf - 0) keeps the sum at 0; a NaN that the maximum lost is in the sum.
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        again = tl.exp(largest - shift)
+        shift = _shift(higher)
+        back = tl.minimum(largest, _MOST) - shift
+        again = tl.exp(back)
         exponential = tl.exp(x - shift[:, None])
         if CENTRED:
             centred = tl.where(fresh, 0.0, centred)
-            centred = again * (centred + tl.maximum(largest - shift, _FLOOR) * total_exp)
+            centred = again * (centred + tl.maximum(back, _FLOOR) * total_exp)
             centred += tl.sum(exponential * tl.maximum(x - shift[:, None], _FLOOR), axis=1)
         total_exp = total_exp * again + tl.sum(exponential, axis=1)
         largest = higher
@@ -257,13 +265,15 @@ def _linear_logprob_merge_kernel(
         part_exp = tl.load(at + step, mask=mask, other=0.0)
         hit += tl.sum(tl.load(at + 2 * step, mask=mask, other=0.0), axis=0)
         higher = tl.maximum(largest, tl.max(part, axis=0))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        again = tl.exp(largest - shift)
-        share = tl.exp(part - shift[None, :])
+        shift = _shift(higher)
+        back = tl.minimum(largest, _MOST) - shift
+        there = tl.minimum(part, _MOST) - shift[None, :]
+        again = tl.exp(back)
+        share = tl.exp(there)
         if CENTRED:
-            there = tl.maximum(part - shift[None, :], _FLOOR)
+            there = tl.maximum(there, _FLOOR)
             part_centred = tl.load(at + 3 * step, mask=mask, other=0.0) + there * part_exp
-            centred = again * (centred + tl.maximum(largest - shift, _FLOOR) * total_exp)
+            centred = again * (centred + tl.maximum(back, _FLOOR) * total_exp)
             centred += tl.sum(share * part_centred, axis=0)
         if TOTAL:
             total += tl.sum(tl.load(at + (3 + CENTRED) * step, mask=mask, other=0.0), axis=0)
@@ -363,7 +373,7 @@ def _linear_logprob_bwd_kernel(
             place = _within(target - first - word, BLOCK_V)
             at = coefficients_ptr + token
             inside &= target >= 0
-            shift = tl.load(at, mask=inside, other=3.4028234663852886e38)  # p is 0 in other rows
+            shift = tl.load(at, mask=inside, other=_MOST)  # p is 0 in other rows
             log_sum = tl.load(at + step_of_coefficients, mask=inside, other=0.0)
             constant = tl.load(at + 2 * step_of_coefficients, mask=inside, other=0.0)
             at_target = tl.load(at + 4 * step_of_coefficients, mask=inside, other=0.0)
@@ -373,7 +383,7 @@ def _linear_logprob_bwd_kernel(
             # The gradient at the target cancels, p - 1: it takes expm1. Two steps: log p is small where p is large,
             # and keeps its precision there.
             log_p = found - shift - log_sum
-            wanted = constant * _expm1(log_p) + (constant + at_target)
+            wanted = (constant + at_target) * tl.exp(log_p) - at_target * _expm1(log_p)
             all_log_p = x - shift[:, None] - log_sum[:, None]
             if GENERAL:
                 linear = tl.load(at + 3 * step_of_coefficients, mask=inside, other=0.0)

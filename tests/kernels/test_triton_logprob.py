@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import m4ov_kernels
+from m4ov_kernels import configs
 from m4ov_kernels.head import linear_logprob, reference
 from m4ov_kernels.head import triton as head
 from m4ov_kernels.head import triton_logprob_launches as launches
@@ -18,7 +19,8 @@ from m4ov_kernels.head.logprob import raw
 
 from . import strategies
 from .numerics import EPS, assert_accurate, gradients, leaves
-from .triton_blocks import DEVICE, dtypes, small_blocks, tensor
+from .operators.head import LINEAR_LOGPROB
+from .triton_blocks import DEVICE, DTYPES, dtypes, row, small_blocks, tensor
 
 __all__ = ["small_blocks"]  # a fixture of every test here
 FOUND = ("logprob", "logsumexp", "entropy", "total")
@@ -127,6 +129,31 @@ def test_against_float64(rows, width, vocab, dtype, layout, bias, weighted, igno
     names = (*FOUND, "grad_hidden_states", "grad_weight", "grad_bias")
     for name, ours, theirs, truth in zip(names, got, plain, exact, strict=False):
         assert_accurate(name, ours, theirs, truth, terms.get(name))
+
+
+# Tiles that hold most of the shared cases whole.
+LARGE = [
+    row(f"linear_logprob_{kind}{tiles}", None, BLOCK_T=64, BLOCK_V=128, BLOCK_D=128, GROUP=2, **more)
+    for kind, more in (("fwd", {"TILES": 1}), ("bwd", {}))
+    for tiles in ("", "_descriptors", "_wide")
+]
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_the_shared_cases(data):
+    """As they draw and judge them for every implementation, infinite and huge values too."""
+    call = data.draw(strategies.drawn(LINEAR_LOGPROB.call))
+    if LINEAR_LOGPROB.kernel_dtype(call.arguments) not in DTYPES:
+        return
+    arguments = {
+        name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in call.arguments.items()
+    }
+    call = call._replace(arguments=arguments, grads={name: grad.to(DEVICE) for name, grad in call.grads.items()})
+    with configs.override(*LARGE), m4ov_kernels.backend("triton"):
+        got = LINEAR_LOGPROB.evaluate(call)
+    m4ov_kernels.check()
+    LINEAR_LOGPROB.judge(call, got)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
