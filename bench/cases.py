@@ -80,6 +80,26 @@ class GeluCase:
 
 
 @dataclass(frozen=True)
+class LogprobCase:
+    """As :class:`HeadCase`; ``entropy``: of each row too."""
+
+    rows: int
+    width: int
+    vocabulary: int
+    dtype: torch.dtype = torch.bfloat16
+    labelled: float = 1.0
+    entropy: bool = False
+    quick: bool = False
+    compiled: bool = False
+    memory: bool = False
+
+    def __str__(self) -> str:
+        share = f", {self.labelled:.0%} labelled" if self.labelled < 1 else ""
+        entropy = ", with entropy" if self.entropy else ""
+        return f"M {self.rows}, D {self.width}, V {self.vocabulary} {_dtype_name(self.dtype)}{share}{entropy}"
+
+
+@dataclass(frozen=True)
 class HeadCase:
     """``labelled``: the share of rows that have a target; the others hold ``ignore_index``. ``kept``: logits that the
     forward may keep for the backward, in bytes; ``None``: as many as the operator keeps by itself."""
@@ -295,6 +315,13 @@ HEAD = (
     HeadCase(1024, 1024, 32000, labelled=0.25),
     HeadCase(256, 1024, 32000, quick=True),
 )
+LOGPROB = (
+    LogprobCase(1024, 1024, 32000, quick=True, compiled=True, memory=True),
+    LogprobCase(1024, 1024, 32000, entropy=True),
+    LogprobCase(1024, 1024, 32000, labelled=0.2),
+    LogprobCase(256, 2048, 151936, memory=True),
+    LogprobCase(1024, 1024, 32000, dtype=torch.float32),
+)
 PIXELS = (
     PixelCase(32, 1080, 1920, 1 << 20),
     PixelCase(32, 1080, 1920, 1 << 20, pil=True),
@@ -392,13 +419,16 @@ TINY_ATTENTION = (AttentionCase("tiny", (300, 500), 2, 1, 16, causal=True, dtype
 TINY_PIXELS = (PixelCase(2, 50, 70, 4096, min_pixels=64, patch_size=4),)
 TINY_POSITIONS = (PositionsCase(3, 60, 2, rows=2, columns=3),)
 TINY_DECODING = (DecodingCase(2, 9, 4, 2, 16, dtype=torch.float32),)
+TINY_LOGPROB = (LogprobCase(8, 16, 96, dtype=torch.float32, labelled=0.5, entropy=True),)
 TINY_HEAD = (HeadCase(8, 16, 96, dtype=torch.float32, labelled=0.5, memory=True),)
 
 TINY_FEATURE_ROWS = (FeatureRowsCase(12, 48, 0.5, dtype=torch.float32),)
 TINY_POSITION_EMBEDDINGS = (PositionEmbeddingsCase("tiny", ((1, 2, 4), (2, 2, 2)), 24, side=3, dtype=torch.float32),)
 
 
-def targets(case: HeadCase, generator: torch.Generator | None = None, ignore_index: int = -100) -> torch.Tensor:
+def targets(
+    case: HeadCase | LogprobCase, generator: torch.Generator | None = None, ignore_index: int = -100
+) -> torch.Tensor:
     """int64 ``[M]``: random classes, with ``ignore_index`` in the rows that are not labelled, spread at random."""
     target = torch.randint(case.vocabulary, (case.rows,), generator=generator)
     unlabelled = torch.randperm(case.rows, generator=generator)[round(case.rows * case.labelled) :]

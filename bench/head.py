@@ -7,13 +7,14 @@ states and the weight; with logits kept from one to the other, three.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from m4ov_bench import cases, gate, measure, memory, peers, plots
+from m4ov_bench import cases, gate, logprob, memory, peers, plots
+from m4ov_bench.products import fastest_chunk, products
 from m4ov_bench.row import Peer, Row
 from m4ov_bench.runtimes import Inference
 from m4ov_bench.session import OURS, Kernel, Session, Subject, implementation_name, rows
@@ -24,13 +25,13 @@ from m4ov_kernels.head.chunked import CPU_KEPT_BYTES, room_for_logits
 
 CPU = torch.device("cpu")
 IGNORE = -100
-_CHUNKS = (1024, 2048, 4096, 8192)  # of the vocabulary, for the products that are the limit
 
 
 def benchmark(session: Session) -> Iterator[Row]:
     for case in cases.HEAD:
         if session.wants(case):
             yield from rows(session, subject(session, case))
+    yield from logprob.benchmark(session)
     if not session.quick:
         yield from _memory_by_tokens(session)
 
@@ -155,7 +156,7 @@ def kernels(
         implementation.bwd(loss_grad, *tensors, None, *training_out[1:], *options, out=backward_out)
 
     rows_left = max(1, int((first[2] != IGNORE).sum()))
-    chunk = _fastest_chunk(rows_left, case.width, case.vocabulary, case.dtype, session.quick)
+    chunk = fastest_chunk(rows_left, case.width, case.vocabulary, case.dtype, session.quick)
     one = 2.0 * rows_left * case.width * case.vocabulary
     whole = kept >= rows_left * case.vocabulary * first[0].element_size()
     # Logits once or twice, and a gradient each for the hidden states and the weight.
@@ -172,36 +173,3 @@ def kernels(
         )
         for what, call, many in parts
     }
-
-
-def products(rows: int, width: int, vocabulary: int, dtype: torch.dtype, chunk: int, many: int) -> measure.Call:
-    """The matrix products alone, preallocated: logits (``many`` = 1), or logits once (3) or twice (4) and both
-    gradients."""
-    input = torch.randn(rows, width).to(dtype)
-    weight = torch.randn(vocabulary, width).to(dtype)
-    logits = [torch.zeros(rows, min(chunk, vocabulary), dtype=dtype) for _ in range(2)]
-    grad_input, grad_weight = torch.zeros_like(input), torch.zeros_like(weight)
-
-    def call(_: int) -> None:
-        for start in range(0, vocabulary, chunk):
-            part = weight[start : start + chunk]
-            out = logits[0][:, : part.shape[0]]
-            torch.mm(input, part.t(), out=out)
-            if many == 4:
-                torch.mm(input, part.t(), out=logits[1][:, : part.shape[0]])
-            if many > 1:
-                torch.mm(out.t(), input, out=grad_weight[start : start + chunk])
-                torch.mm(out, part, out=grad_input)
-
-    return call
-
-
-@cache
-def _fastest_chunk(rows: int, width: int, vocabulary: int, dtype: torch.dtype, quick: bool) -> int:
-    """The chunk with which four products are fastest: the limit does not depend on our own choice."""
-    calls = {
-        str(c): products(rows, width, vocabulary, dtype, c, 4) for c in _CHUNKS if c <= max(vocabulary, _CHUNKS[0])
-    }
-    effort = measure.Effort(seconds=1.0 if quick else 4.0, each=1.0, fewest=2, most=4)
-    times = measure.interleaved(calls, effort)
-    return int(min(times, key=lambda name: times[name].seconds))

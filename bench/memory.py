@@ -8,25 +8,30 @@ Everything counts: scratch space of libraries, packed weights, the allocator's o
 
 from __future__ import annotations
 
+import ast
 import gc
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from m4ov_bench import cases, peers
+from m4ov_bench import cases, logprob_loss, peers
 from m4ov_bench.session import OURS
 from m4ov_kernels import linear_cross_entropy
 
 _KIB = 1024
-_FIELDS = ("rows", "width", "vocabulary", "labelled", "kept")
+_FIELDS = {
+    cases.HeadCase: ("rows", "width", "vocabulary", "labelled", "kept"),
+    cases.LogprobCase: ("rows", "width", "vocabulary", "labelled", "entropy"),
+}
 
 
-def extra_mib(name: str, case: cases.HeadCase) -> float | None:
+def extra_mib(name: str, case: cases.HeadCase | cases.LogprobCase) -> float | None:
     """MiB beyond inputs and outputs of one forward and backward; ``None`` where the system cannot tell.
 
     Raises:
@@ -34,7 +39,8 @@ def extra_mib(name: str, case: cases.HeadCase) -> float | None:
     """
     if not os.access("/proc/self/clear_refs", os.W_OK):
         return None
-    arguments = [str(getattr(case, field)) for field in _FIELDS] + [str(case.dtype).removeprefix("torch.")]
+    arguments = [type(case).__name__, *(str(getattr(case, field)) for field in _FIELDS[type(case)])]
+    arguments.append(str(case.dtype).removeprefix("torch."))
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(64 * _KIB), "MALLOC_TRIM_THRESHOLD_": str(64 * _KIB)}
     for variable in ("THP_MEM_ALLOC_ENABLE", "GLIBC_TUNABLES"):  # huge pages would round every block up to 2 MiB
         environment.pop(variable, None)
@@ -46,15 +52,21 @@ def extra_mib(name: str, case: cases.HeadCase) -> float | None:
     return float(child.stdout.strip().splitlines()[-1])
 
 
-def _measure(name: str, case: cases.HeadCase) -> float:
+def _function(name: str, case: cases.HeadCase | cases.LogprobCase) -> Callable[..., Tensor]:
+    if isinstance(case, cases.LogprobCase):
+        return partial(logprob_loss.ours if name == OURS else logprob_loss.eager, case.entropy)
     if name == OURS:
-        function = partial(linear_cross_entropy, keep_logits_bytes=case.kept)
-    else:
-        function = peers.linear_cross_entropy(case.rows)[name]
-        if isinstance(function, peers.Absent):
-            raise SystemExit(str(function))
+        return partial(linear_cross_entropy, keep_logits_bytes=case.kept)
+    function = peers.linear_cross_entropy(case.rows)[name]
+    if isinstance(function, peers.Absent):
+        raise SystemExit(str(function))
+    return function
 
-    def run(case: cases.HeadCase) -> tuple[Tensor, ...]:
+
+def _measure(name: str, case: cases.HeadCase | cases.LogprobCase) -> float:
+    function = _function(name, case)
+
+    def run(case: cases.HeadCase | cases.LogprobCase) -> tuple[Tensor, ...]:
         input = torch.randn(case.rows, case.width).to(case.dtype).requires_grad_()
         weight = torch.zeros(case.vocabulary, case.width, dtype=case.dtype).uniform_(-0.05, 0.05).requires_grad_()
         target = cases.targets(case)
@@ -81,6 +93,7 @@ def _resident(field: str) -> int:
 
 
 if __name__ == "__main__":
-    *numbers, dtype = sys.argv[2:]
-    values = [None if number == "None" else float(number) if "." in number else int(number) for number in numbers]
-    print(_measure(sys.argv[1], cases.HeadCase(**dict(zip(_FIELDS, values, strict=True)), dtype=getattr(torch, dtype))))
+    peer, kind, *given, dtype_name = sys.argv[1:]
+    made = getattr(cases, kind)
+    values = dict(zip(_FIELDS[made], map(ast.literal_eval, given), strict=True))
+    print(_measure(peer, made(**values, dtype=getattr(torch, dtype_name))))

@@ -10,11 +10,19 @@ from typing import Any
 
 import pytest
 
-from m4ov_bench import activation, attention, cases, head, machine, norm, vision
+from m4ov_bench import activation, attention, cases, head, logprob, machine, norm, vision
 from m4ov_bench.peers import Absent
 from m4ov_bench.session import OURS, Session, Subject, as_called
 
-ALL = (*cases.NORM, *cases.ACTIVATION, *cases.ATTENTION, *cases.HEAD, *cases.FEATURE_ROWS, *cases.POSITION_EMBEDDINGS)
+ALL = (
+    *cases.NORM,
+    *cases.ACTIVATION,
+    *cases.ATTENTION,
+    *cases.HEAD,
+    *cases.LOGPROB,
+    *cases.FEATURE_ROWS,
+    *cases.POSITION_EMBEDDINGS,
+)
 CASES = [case for case in ALL if case.quick]
 PEERS = ("eager", "Hugging Face", "F.rms_norm", "SDPA with a mask", "F.linear_cross_entropy")
 
@@ -32,6 +40,8 @@ def subject(case: Any) -> Subject:
         made = vision.feature_rows(case, True, False)
     elif isinstance(case, cases.PositionEmbeddingsCase):
         made = vision.interpolation(case, False)
+    elif isinstance(case, cases.LogprobCase):
+        made = logprob.subject(session, case)
     else:
         made = head.subject(session, case)
     assert made.gate.green, f"{made.operator} {made.case}: {made.gate.problem}"

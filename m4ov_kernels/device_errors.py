@@ -28,6 +28,7 @@ SLOTS = (
         "grid_thw",
         "is not positive, or not a multiple of merge_size, or the grids do not have as many patches as there are",
     ),
+    ("head.losses", "cu_seqlens or groups", "is not 0 at the start, below the bound before it, or not T at the end"),
     ("vision_rope", "grid_thw", "is not positive, is no multiple of merge_size, or ends beside the number of patches"),
 )
 _NO_ERROR = torch.iinfo(torch.int64).max

@@ -11,10 +11,37 @@ from m4ov_kernels import checks
 from m4ov_kernels.dispatch import Operator
 from m4ov_kernels.head import reference
 from m4ov_kernels.head.chunked import CPU_KEPT_BYTES, GPU_KEPT_BYTES, room_for_logits
-from m4ov_kernels.head.logprob import LogprobOutput, linear_logprob
+from m4ov_kernels.head.logprob import LINEAR_LOGPROB, LogprobOutput, linear_logprob
+from m4ov_kernels.head.losses import (
+    GroupAdvantages,
+    RewardMean,
+    dpo_loss,
+    group_advantages,
+    kl_estimate,
+    mpo_loss,
+    overlong_penalty,
+    pass_at_k_advantages,
+    policy_loss,
+    rollout_weights,
+)
 from m4ov_kernels.head.targets import check_target_values
 
-__all__ = ["LogprobOutput", "linear_cross_entropy", "linear_logprob"]
+__all__ = [
+    "LINEAR_LOGPROB",
+    "GroupAdvantages",
+    "LogprobOutput",
+    "RewardMean",
+    "dpo_loss",
+    "group_advantages",
+    "kl_estimate",
+    "linear_cross_entropy",
+    "linear_logprob",
+    "mpo_loss",
+    "overlong_penalty",
+    "pass_at_k_advantages",
+    "policy_loss",
+    "rollout_weights",
+]
 
 _OP = "linear_cross_entropy"
 

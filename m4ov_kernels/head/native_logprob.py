@@ -112,13 +112,11 @@ def linear_logprob_bwd(
         for gradient in (grad_hidden, grad_weight, grad_bias):
             gradient.zero_()
         return grad_hidden, grad_weight, grad_bias
-    coefficients = states.coefficients(
-        *(rows.take(g) if g is not None and g.numel() else None for g in (grad_logprob, grad_logsumexp, grad_entropy, grad_total)),
-        normalizer=rows.take(normalizer),
-        entropy=rows.take(entropy) if entropy.numel() else entropy,
-        here=_here(rows.target, first, weight.shape[0]),
-        temperature=temperature,
-    )
+    given = (grad_logprob, grad_logsumexp, grad_entropy, grad_total)
+    grads = [None if grad is None else rows.take(grad) for grad in given]
+    row_entropy = rows.take(entropy) if entropy.numel() else entropy
+    here = _here(rows.target, first, weight.shape[0])
+    coefficients = states.coefficients(grads, rows.take(normalizer), row_entropy, here, temperature)
     row_grad = torch.empty_like(rows.input) if need_hidden and rows.index is not None else grad_hidden
     arguments, alive = _arguments(
         rows.input, weight, bias, rows.target, class_weight, temperature, softcap, rounded, first, kept

@@ -67,14 +67,16 @@ def linear_logprob(
     index = targets.masked_fill(~kept, 0)[:, None]
     top_indices = logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     finite = log_p.clamp_min(-1e30)  # not 0 · -inf
-    found = (
-        log_p.gather(1, index)[:, 0],
-        logsumexp,
-        -(log_p.exp() * finite).sum(-1),
-        (logits if class_weight is None else logits * class_weight.to(wide)).sum(-1),
-    )
+    plain = logits if class_weight is None else logits * class_weight.to(wide)
+
+    def of_kept(values: Tensor) -> Tensor:
+        return torch.where(kept.view(-1, *[1] * (values.ndim - 1)), values, 0)
+
     return Logprob(
-        *(torch.where(kept, value, 0.0) for value in found),
-        torch.where(kept[:, None], log_p.detach().gather(1, top_indices), 0.0),
-        top_indices.masked_fill(~kept[:, None], 0),
+        of_kept(log_p.gather(1, index)[:, 0]),
+        of_kept(logsumexp),
+        of_kept(-(log_p.exp() * finite).sum(-1)),
+        of_kept(plain.sum(-1)),
+        of_kept(log_p.detach().gather(1, top_indices)),
+        of_kept(top_indices),
     )

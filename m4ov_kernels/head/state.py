@@ -7,6 +7,7 @@ target's logit (0 where it is not here); the sum of ``exp(x - largest) · (x - l
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,18 +55,18 @@ def finish(state: Tensor, here: Tensor, want_entropy: bool, want_total: bool) ->
 
 @torch.no_grad()
 def coefficients(
-    grad_logprob: Tensor | None,
-    grad_logsumexp: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_total: Tensor | None,
+    grads: Sequence[Tensor | None],
     normalizer: Tensor,
     entropy: Tensor,
     here: Tensor,
     temperature: float,
 ) -> Tensor:
-    """Float32 ``[6, T]``: shift, log_sum, constant, linear, hit, uniform. With log p = (x - shift) - log_sum, the
+    """``grads``: of log-probability, log-sum-exp, entropy and total.
+
+    Float32 ``[6, T]``: shift, log_sum, constant, linear, hit, uniform. With log p = (x - shift) - log_sum, the
     gradient of a logit x is p · (constant + linear · log p) + uniform · class weight, and ``hit`` more at the target;
     that of an entropy H is -p · (log p + H)."""
+    grad_logprob, grad_logsumexp, grad_entropy, grad_total = grads
     none = torch.zeros_like(normalizer[0])
     hit = none if grad_logprob is None else torch.where(here, grad_logprob, 0.0)
     constant, linear = -hit, none

@@ -124,25 +124,15 @@ def linear_logprob_bwd(
             gradient.zero_()
         return grad_hidden, grad_weight, grad_bias
     vocab, dtype = weight.shape[0], hidden_states.dtype
-    # A gradient of what nobody asked for is empty.
-    grads = (grad_logprob, grad_logsumexp, grad_entropy, grad_total)
-    of_logprob, of_logsumexp, of_entropy, of_total = (
-        rows.take(grad) if grad is not None and grad.numel() else None for grad in grads
-    )
-    coefficients = states.coefficients(
-        of_logprob,
-        of_logsumexp,
-        of_entropy,
-        of_total,
-        normalizer=rows.take(normalizer),
-        entropy=rows.take(entropy) if entropy.numel() else entropy,
-        here=_here(rows.target, first, vocab),
-        temperature=temperature,
-    )
+    given = (grad_logprob, grad_logsumexp, grad_entropy, grad_total)
+    grads = [None if grad is None else rows.take(grad) for grad in given]
+    row_entropy = rows.take(entropy) if entropy.numel() else entropy
+    here = _here(rows.target, first, vocab)
+    coefficients = states.coefficients(grads, rows.take(normalizer), row_entropy, here, temperature)
     # A NaN of an ignored row must not meet its gradient of 0.
     rows = rows._replace(input=torch.where((rows.target < 0)[:, None], 0.0, rows.input))
     call = Call(rows, weight, bias, class_weight, temperature, softcap, rounded, first)
-    general = of_entropy is not None or of_total is not None
+    general = grad_entropy is not None or grad_total is not None
     columns = columns_of_a_chunk(tokens * weight.element_size(), vocab)
     buffer = call.room(columns, dtype)
     row_grad = torch.empty_like(rows.input, memory_format=torch.contiguous_format) if need_hidden else grad_hidden

@@ -54,7 +54,7 @@ def shards(operator: str, weight: Tensor, group_name: str | None) -> Shards:
     if not isinstance(group_name, str):
         checks.refuse(TypeError, operator, "group_name", "the name of a process group", checks.describe(group_name))
     try:
-        group = dist.distributed_c10d._resolve_process_group(group_name)
+        group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
     except (RuntimeError, ValueError, KeyError):
         checks.refuse(ValueError, operator, "group_name", "the name of a process group", repr(group_name))
     return Shards(weight.shape[0], dist.get_rank(group), dist.get_world_size(group), group)

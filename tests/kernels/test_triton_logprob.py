@@ -112,7 +112,7 @@ def terms_of(hidden, weight, targets, bias, class_weight, grads, temperature, so
     softcap=st.sampled_from((0.0, 2.0)),
     known=st.booleans(),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=14, deadline=None)
 def test_against_float64(rows, width, vocab, dtype, layout, bias, weighted, ignored, temperature, softcap, known):
     hidden, weight, targets, bias = inputs(rows, width, vocab, dtype, layout, ignored, bias)
     class_weight = torch.rand(vocab, device=DEVICE) if weighted else None
@@ -140,7 +140,7 @@ LARGE = [
 
 
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_the_shared_cases(data):
     """As they draw and judge them for every implementation, infinite and huge values too."""
     call = data.draw(strategies.drawn(LINEAR_LOGPROB.call))
