@@ -343,7 +343,8 @@ def _linear_logprob_bwd_kernel(
     blocks = tl.cdiv(tl.cast(tl.load(live_ptr), tl.int32), BLOCK_T)
     columns = tl.cdiv(end - begin, BLOCK_V)
     step_of_coefficients = tl.cast(rows, tl.int64)
-    for tile in tl.range(tl.program_id(0), blocks * columns, tl.num_programs(0), flatten=DESCRIPTORS):
+    flat: tl.constexpr = DESCRIPTORS and not CAPPED
+    for tile in tl.range(tl.program_id(0), blocks * columns, tl.num_programs(0), flatten=flat):
         block, column = _place(tile, blocks, columns, GROUP)
         row = block * BLOCK_T
         word = begin + column * BLOCK_V

@@ -27,7 +27,7 @@ _CHUNK_WORDS, _MOST_ROWS = 2048, 256  # chunks are multiples of them, and so of 
 # Architectures that load tiles by tensor descriptors (TMA); others would take pointers apart again. sm_90 keeps a tile
 # of 128 × 256 logits in the registers of two warp groups, if not too much else happens to a logit.
 DESCRIPTORS, WIDE = ("sm_90", "sm_100", "cpu"), ("sm_90", "cpu")  # cpu: interpreted
-_PROGRAMS_PER_PROCESSOR = {True: 1, False: 2}  # with descriptors and without; other tiles leave room for two
+_PROGRAMS_PER_PROCESSOR = {True: 1, False: 2}  # with descriptors and without: float32's small tiles
 
 
 def columns_of_a_chunk(bytes_each: int, vocab: int) -> int:
