@@ -19,7 +19,7 @@ define gpu_suite
 	PYTHONPATH=$(CURDIR)/build/$(2)/site $(1) -m m4ov_bench.gpu --work build/$(2)/work --build build/$(2)/build.json $(3)
 endef
 
-.PHONY: help run bench test lint types pytest kernels sanitize fuzz smoke gpu gpu-dry test-transformers clean
+.PHONY: help run bench test lint types pytest kernels sanitize fuzz smoke gpu gpu-dry test-transformers test-trl clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -72,6 +72,15 @@ $(VENV)-transformers-%/.ready: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)-transformers-$*
 	$(VENV)-transformers-$*/bin/pip install -q $(TORCH)
 	$(VENV)-transformers-$*/bin/pip install -q "transformers==$*.*" -e ".[train]" peft pytest hypothesis
+	touch $@
+
+test-trl: $(VENV)-trl/.ready ## the operators in the trainers of TRL, the newest, in its own environment
+	$(VENV)-trl/bin/python -m pytest tests/kernels/test_trl.py tests/kernels/test_readme.py
+
+$(VENV)-trl/.ready: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)-trl
+	$(VENV)-trl/bin/pip install -q $(TORCH)
+	$(VENV)-trl/bin/pip install -q -e ".[trl]" hypothesis matplotlib peft pytest
 	touch $@
 
 # `pip install -e` builds the extension in an isolated environment, as `pip install .` does.

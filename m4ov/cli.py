@@ -1,4 +1,4 @@
-"""The command ``m4ov``: ``run``, ``doctor``, ``bench``, ``kernels``.
+"""The command ``m4ov``: ``run``, ``doctor``, ``bench``, ``kernels``, ``certify``.
 
 torch is imported only by a command that computes, and after the allocator is set up (:mod:`m4ov.allocator`). What goes
 wrong is one line and exit status 2; ``--traceback`` shows where. Ctrl-C is 130.
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from m4ov import allocator, kernels
+from m4ov import allocator, certify, kernels
 
 #: Task of a recipe → (its configuration, the function that runs it).
 TASKS = {"quickstart": ("m4ov.recipe:QuickstartConfig", "m4ov.quickstart:run")}
@@ -77,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     lockfile = commands.add_parser("kernels", help="the GPU kernels' lockfile and configurations")
     kernels.add_arguments(lockfile)
     lockfile.set_defaults(execute=lambda options, _: kernels.execute(options))
+    certificate = commands.add_parser("certify", help="how far apart a sampler's and a trainer's log-probabilities are")
+    certify.add_arguments(certificate)
+    certificate.set_defaults(prepare=certify.sources, execute=certify.execute)
     return parser
 
 

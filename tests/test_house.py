@@ -17,7 +17,7 @@ LAYERS = (
     ("parallel",),
     ("train", "generate"),
     ("sft", "rl", "quantize", "serve", "evaluate"),
-    ("quickstart", "doctor", "kernels"),
+    ("quickstart", "doctor", "kernels", "certify"),
     ("cli",),
     ("__main__",),
 )
@@ -82,6 +82,29 @@ def _level(module: str) -> int:
     levels = [level for level, rooms in enumerate(LAYERS) if room(module) in rooms]
     assert levels, f"{module} stands in no layer of tests/test_house.py"
     return levels[0]
+
+
+# What `import m4ov_kernels` must not bring, and the modules that are imported only when somebody asks for them.
+HEAVY = ("accelerate", "datasets", "matplotlib", "peft", "rich", "transformers", "trl", "verl")
+ASKED_FOR = {"matplotlib": ("m4ov_kernels.numerics.plot",), "transformers": ("m4ov_kernels.patches.",)}
+
+
+def test_the_kernels_import_no_trainer_and_no_plotting():
+    for name in MODULES:
+        if name.split(".")[0] != "m4ov_kernels":
+            continue
+        for node in ast.parse(MODULES[name].read_text()).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
+            for package in {(n or "").split(".")[0] for n in names} & set(HEAVY):
+                assert name.startswith(ASKED_FOR.get(package, ())), f"{name} imports {package} when it is imported"
+
+
+def test_nothing_stands_on_the_integrations():
+    """They put operators into other people's code; no operator knows of them."""
+    for name in MODULES:
+        if not name.startswith("m4ov_kernels.integrations"):
+            used = [target for target in imports(name) if target.startswith("m4ov_kernels.integrations")]
+            assert not used, f"{name} imports {used[0]}"
 
 
 def test_no_import_cycles():

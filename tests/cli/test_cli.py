@@ -28,6 +28,7 @@ def m4ov(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
         ["doctor", "--help"],
         ["bench", "--help"],
         ["kernels", "check", "--help"],
+        ["certify", "--help"],
         ["--version"],
     ],
 )
