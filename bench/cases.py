@@ -381,6 +381,11 @@ GPU_HEAD = (
     HeadCase(8192, 2048, 151936, labelled=0.25, memory=True),
     HeadCase(4096, 4096, 151936, memory=True),
 )
+GPU_LOGPROB = (
+    HeadCase(8192, 4096, 131072, memory=True),
+    HeadCase(8192, 4096, 262144, memory=True),
+    HeadCase(8192, 2048, 151936, labelled=0.25, memory=True),
+)
 GPU_ROPE = (
     RopeCase("text", 16384, 32, 8, 128, compiled=True),
     RopeCase("text", 16384, 28, 4, 128, norm=False),

@@ -13,6 +13,7 @@ from torch import Tensor
 # Those of one operator stand together.
 SLOTS = (
     ("linear_cross_entropy", "target", "is neither ignore_index nor in [0, vocabulary size)"),
+    ("linear_logprob", "targets", "is neither ignore_index nor in [0, vocabulary size)"),
     ("mrope_positions", "cu_seqlens", "is not 0 at the start, below the bound before it, or not T at the end"),
     ("mrope_positions", "mm_token_type_ids", "is not 0 (text), 1 (image) or 2 (video)"),
     ("mrope_positions", "image_grid_thw", "is not from 1 to 2^20, height and width multiples of merge_size"),

@@ -1,5 +1,5 @@
 """``linear_cross_entropy`` in Triton: ``chunked.py`` with these passes over a chunk's logits, for CUDA and ROCm (and,
-interpreted, for CPU tensors)."""
+interpreted, for CPU tensors). ``linear_logprob`` stands in ``triton_logprob.py``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,17 @@ from torch import Tensor
 from m4ov_kernels import configs
 from m4ov_kernels.gpu import SIZES, Build, Work, current_device
 from m4ov_kernels.head import chunked
+from m4ov_kernels.head.triton_logprob import KERNELS as _LINEAR_LOGPROB
+from m4ov_kernels.head.triton_logprob import linear_logprob_bwd, linear_logprob_fwd
+
+__all__ = [
+    "EPILOGUE",
+    "KERNELS",
+    "linear_cross_entropy_bwd",
+    "linear_cross_entropy_fwd",
+    "linear_logprob_bwd",
+    "linear_logprob_fwd",
+]
 
 # A row's bits do not depend on the chunking, as long as chunks are multiples of the forward's block, which is therefore
 # at most chunked.CPU_COLUMNS in every configuration.
@@ -194,4 +205,4 @@ def _declared() -> list[Build]:
     return builds
 
 
-KERNELS = _declared()
+KERNELS = [*_declared(), *_LINEAR_LOGPROB]

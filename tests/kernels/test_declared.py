@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from m4ov_kernels import configs, gpu
 from m4ov_kernels.activation import triton as activation
 from m4ov_kernels.gpu import FP_FUSION, Build
 from m4ov_kernels.head import triton as head
+from m4ov_kernels.head import triton_logprob_builds, triton_logprob_launches
 from m4ov_kernels.norm import triton as norm
 from m4ov_kernels.rope import triton as rope
 from m4ov_kernels.vision import triton as vision
@@ -33,6 +35,8 @@ def specialised(kernel: Any, name: str, value: Any) -> str:
     """The type that Triton compiles for, with ``/16`` where it knows of divisibility."""
     if isinstance(value, Tensor):
         return f"*{TYPES[value.dtype]}" + ("/16" if value.data_ptr() % 16 == 0 else "")
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype]}[{','.join(map(str, value.block_shape))}]>"
     if isinstance(value, float):
         return "fp32"
     assert isinstance(value, int)
@@ -106,6 +110,29 @@ def launch_head(dtype: torch.dtype) -> None:
     addend, accumulator = torch.empty(ROWS * 4096, dtype=dtype), torch.empty(ROWS * 4096 + 32)
     for assign, output in itertools.product((False, True), (None, addend)):
         head.EPILOGUE.add(accumulator, addend, output, assign)
+    with pytest.MonkeyPatch.context() as patch:  # as on each architecture
+        for tiles in (("cpu",), ("cpu",)), (("cpu",), ()), ((), ()):
+            patch.setattr(triton_logprob_launches, "DESCRIPTORS", tiles[0])
+            patch.setattr(triton_logprob_launches, "WIDE", tiles[1])
+            launch_logprob(dtype)
+
+
+def launch_logprob(dtype: torch.dtype) -> None:
+    hidden, weight = torch.empty(ROWS, 32, dtype=dtype), torch.empty(2048, 32, dtype=dtype)
+    targets, vector, normalizer = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(2048), torch.zeros(2, ROWS)
+    bias, row = vector.to(dtype), vector[:ROWS]
+    variants = itertools.chain(triton_logprob_builds.FORWARDS.values(), triton_logprob_builds.BACKWARDS.values(), [()])
+    for chosen in set(variants):
+        given = (bias if "HAS_BIAS" in chosen else None, vector if "WEIGHTED" in chosen else None)
+        scalars = (0.5 if "SCALED" in chosen else 1.0, 3.0 if "CAPPED" in chosen else 0.0)
+        options = (*scalars, -100, None, "ROUNDED" in chosen)
+        total, entropy = "TOTAL" in chosen, "CENTRED" in chosen
+        top = int("LOGITS" in chosen)
+        head.linear_logprob_fwd(hidden, weight, targets, *given, *options, entropy, total, top, 0, 2048, 0)
+        saved = (normalizer, row, row[:0])
+        grads = (row, None, row if "GENERAL" in chosen else None, None)
+        needs = (True, True, "NEED_BIAS" in chosen)
+        head.linear_logprob_bwd(hidden, weight, targets, *given, *saved, *grads, *options, 0, 2048, *needs)
 
 
 def launch_rope(dtype: torch.dtype) -> None:
@@ -170,7 +197,8 @@ def test_what_is_declared_is_what_is_launched(module, launch, launches):
         launch(dtype)
     found = set(launches)
     for build in builds(module):
-        if build.targets == gpu.ARCHITECTURES:  # an architecture's own rows are in force there, not here
+        # An architecture's own rows are in force there, not here.
+        if build.targets == gpu.ARCHITECTURES or not any(configs.table(target).rows for target in build.targets):
             assert declared(build) in found, build.name
     # And the other way: no kernel is launched with a configuration, for a dtype, that is not declared.
     # By any family: one may launch another's.

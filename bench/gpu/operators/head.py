@@ -116,7 +116,7 @@ def _subject(session: Session, device: torch.device, case: cases.HeadCase) -> Su
     gated = _example(
         maker, min(case.rows, 512), case.width, case.vocabulary, case.labelled, 0.0, False, True, "contiguous"
     )
-    inputs = [_inputs(maker, case) for _ in range(2)]
+    inputs = [head_inputs(maker, case) for _ in range(2)]
     labelled = round(case.rows * case.labelled)
 
     def ours(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -145,11 +145,11 @@ def _subject(session: Session, device: torch.device, case: cases.HeadCase) -> Su
     memory: dict[str, float | None] = {}
     if case.memory:
         calls = {OURS: ours, **{n: peer for n, peer in others.items() if not isinstance(peer, cpu_peers.Absent)}}
-        memory = {name: _memory(device, subject, call) for name, call in calls.items()}
+        memory = {name: extra_memory(device, subject, call) for name, call in calls.items()}
     return replace(subject, kernels=kernels, memory=memory)
 
 
-def _memory(device: torch.device, subject: Subject, function: Callable[..., Any]) -> float | None:
+def extra_memory(device: torch.device, subject: Subject, function: Callable[..., Any]) -> float | None:
     try:
         return chip.extra_mib(device, as_called(subject, function, backward=True))
     except Exception:  # a peer that fails is a row that says so, when it is measured
@@ -158,7 +158,7 @@ def _memory(device: torch.device, subject: Subject, function: Callable[..., Any]
         return None
 
 
-def _inputs(maker: Maker, case: cases.HeadCase) -> tuple[Tensor, ...]:
+def head_inputs(maker: Maker, case: cases.HeadCase) -> tuple[Tensor, ...]:
     """Logits have a standard deviation of about 2."""
     with torch.device(maker.device):
         target = cases.targets(case)
