@@ -33,6 +33,11 @@ CALLS = {
         torch.randn(16, 8, dtype=dtype, device=device),
         torch.tensor([1, -100, 3], device=device),
     ),
+    "linear_logprob": lambda dtype, device: m4ov_kernels.linear_logprob(
+        torch.randn(3, 8, dtype=dtype, device=device),
+        torch.randn(16, 8, dtype=dtype, device=device),
+        torch.tensor([1, -100, 3], device=device),
+    ),
     "varlen_attention": lambda dtype, device: m4ov_kernels.varlen_attention(
         *torch.randn(3, 5, 2, 8, dtype=dtype, device=device), torch.tensor([0, 2, 5], device=device), causal=True
     ),
