@@ -319,7 +319,7 @@ LOGPROB = (
     LogprobCase(1024, 1024, 32000, quick=True, compiled=True, memory=True),
     LogprobCase(1024, 1024, 32000, entropy=True),
     LogprobCase(1024, 1024, 32000, labelled=0.2),
-    LogprobCase(256, 2048, 151936, memory=True),
+    LogprobCase(256, 2048, 151936),
     LogprobCase(1024, 1024, 32000, dtype=torch.float32),
 )
 PIXELS = (
