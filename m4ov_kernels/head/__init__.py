@@ -108,7 +108,7 @@ def linear_cross_entropy(
     implementation = LINEAR_CROSS_ENTROPY.select(input.device, dtype if same else None)
     if implementation is None:
         if target.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_target_values(_OP, flat_target, linear_weight.shape[0], ignore_index)
+            check_target_values(_OP, "target", flat_target, linear_weight.shape[0], ignore_index)
         loss = reference.linear_cross_entropy(
             flat_input, linear_weight, flat_target, linear_bias, ignore_index, label_smoothing
         )

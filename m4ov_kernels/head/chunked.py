@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from m4ov_kernels import device_errors
-from m4ov_kernels.head.targets import check_target_values
+from m4ov_kernels.head.rows import computed_rows, report_bad_targets
 from m4ov_kernels.layout import output
 
+_OP = "linear_cross_entropy"
 # On the CPU a fixed width: no row's bits depend on how many other rows there are. 2048 columns are wide enough for
 # oneDNN, and narrow enough that a chunk of 1024 rows (4 MiB in bf16) is still cached when the epilogue reads it.
 CPU_COLUMNS = 2048
@@ -54,62 +54,6 @@ class Epilogue(NamedTuple):
     differentiate: Callable[[Tensor, Tensor, Tensor, int, Tensor, Tensor, float, float], None]
     add: Callable[[Tensor, Tensor, Tensor | None, bool], None]
     on_host: bool = True
-
-
-class _Rows(NamedTuple):
-    """The rows that are computed. ``target``: negative where the row has no loss; ``V`` where it is out of range."""
-
-    input: Tensor
-    target: Tensor
-    index: Tensor | None  # type: ignore[assignment]  # their positions, or None: all of them
-    left_out: Tensor | None  # device rows that count but did not fit in num_valid
-
-    def take(self, values: Tensor) -> Tensor:
-        return values.contiguous() if self.index is None else values.index_select(0, self.index)
-
-    def put(self, result: Tensor, values: Tensor) -> None:
-        """Write ``values`` of the computed rows into ``result``; 0 elsewhere, NaN where a row was left out."""
-        if self.index is None:
-            if values is not result:
-                result.copy_(values)
-            return
-        result.zero_()
-        if self.left_out is not None:
-            result.masked_fill_(self.left_out.view(-1, *[1] * (result.ndim - 1)), math.nan)
-        result.index_copy_(0, self.index, values)
-
-
-def _rows(
-    input: Tensor, target: Tensor, vocab_size: int, ignore_index: int, num_valid: int | None, on_host: bool
-) -> _Rows:
-    if on_host:
-        check_target_values("linear_cross_entropy", target, vocab_size, ignore_index)
-        kept = target != ignore_index
-        if bool(kept.all()):
-            return _Rows(input, target.contiguous(), None, None)
-        index = kept.nonzero().squeeze(1)
-        return _Rows(input.index_select(0, index), target.index_select(0, index), index, None)
-    ignored = target == ignore_index
-    bad = ~ignored & ((target < 0) | (target >= vocab_size))
-    marked = torch.where(ignored, -1, torch.where(bad, vocab_size, target))
-    if num_valid is None:
-        return _Rows(input, marked, None, None)
-    order = torch.argsort(ignored.to(torch.uint8), stable=True)
-    index = order[:num_valid]
-    left_out = ~ignored
-    left_out.index_fill_(0, index, False)
-    return _Rows(input.index_select(0, index), marked.index_select(0, index), index, left_out)
-
-
-def _report_bad_targets(target: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """Lower the device's error slot to the first target out of range; never waits for the device."""
-    if target.numel() == 0:
-        return
-    slot = device_errors.flag(target.device, "linear_cross_entropy")
-    bad = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
-    position = torch.arange(target.numel(), device=target.device)
-    first = torch.where(bad, position, torch.iinfo(torch.int64).max).amin()
-    slot.copy_(torch.minimum(slot, first))
 
 
 def _columns(rows: int, vocab_size: int, itemsize: int, on_host: bool) -> int:
@@ -170,8 +114,8 @@ def forward(
     normalizer = output(out and out[1], (target.shape[0], 2), target, torch.float32)
     vocab_size = linear_weight.shape[0]
     if not epilogue.on_host:
-        _report_bad_targets(target, vocab_size, ignore_index)
-    rows = _rows(input, target, vocab_size, ignore_index, num_valid, epilogue.on_host)
+        report_bad_targets(_OP, target, vocab_size, ignore_index)
+    rows = computed_rows(_OP, "target", input, target, vocab_size, ignore_index, num_valid, epilogue.on_host)
     count = rows.target.shape[0]
     state = torch.zeros(4, count, dtype=torch.float32, device=input.device)
     state[0].fill_(-math.inf)
@@ -197,8 +141,8 @@ def forward(
         row_loss.masked_fill_(rows.target == vocab_size, math.nan)
         row_loss.masked_fill_(rows.target < 0, 0.0)
         row_normalizer.masked_fill_((rows.target < 0)[:, None], 0.0)
-    rows.put(loss, row_loss)
-    rows.put(normalizer, row_normalizer)
+    rows.put_rows(loss, row_loss)
+    rows.put_rows(normalizer, row_normalizer)
     return loss, normalizer, kept
 
 
@@ -229,13 +173,13 @@ def backward(
         output(out and out[i], shapes[i] if needed[i] else (0,), input, input.dtype) for i in range(3)
     )
     vocab_size = linear_weight.shape[0]
-    rows = _rows(input, target, vocab_size, ignore_index, num_valid, epilogue.on_host)
+    rows = computed_rows(_OP, "target", input, target, vocab_size, ignore_index, num_valid, epilogue.on_host)
     count = rows.target.shape[0]
     if not any(needed) or count == 0:
         for gradient in (grad_input, grad_weight, grad_bias):
             gradient.zero_()
         return grad_input, grad_weight, grad_bias
-    row_grad_loss, row_normalizer = rows.take(grad_loss), rows.take(normalizer)
+    row_grad_loss, row_normalizer = rows.take(grad_loss), rows.take(normalizer, 0)
     row_grad_input = grad_input if rows.index is None else torch.empty_like(rows.input) if need_input else grad_input
     sum_chunks = _input_gradient(epilogue, row_grad_input, linear_weight) if need_input else None
     for first, last, keep, gradient in _chunks(count, vocab_size, kept, epilogue.on_host):
@@ -259,7 +203,7 @@ def backward(
         if sum_chunks is not None:
             sum_chunks(gradient, first, last)
     if need_input:
-        rows.put(grad_input, row_grad_input)
+        rows.put_rows(grad_input, row_grad_input)
     return grad_input, grad_weight, grad_bias
 
 

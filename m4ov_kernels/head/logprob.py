@@ -160,7 +160,7 @@ def raw(
         if invariant:
             raise RuntimeError(f"{_OP}: invariant=True was asked for, but the reference's matrix products are not")
         if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_target_values(_OP, flat_targets, vocab_size, ignore_index)
+            check_target_values(_OP, "targets", flat_targets, vocab_size, ignore_index)
         options = (temperature, softcap, ignore_index, rounded, top_k, first)
         with torch.autocast(flat.device.type, enabled=False):  # in the dtypes that came
             return vocab_parallel.Found(

@@ -39,7 +39,7 @@ def linear_logprob_fwd(
 ) -> tuple[Tensor, ...]:
     """``(logprob, logsumexp, entropy, total, top_logprobs, top_indices, normalizer, kept)``, 0 in ignored rows."""
     count = targets.shape[0]
-    rows = computed_rows("linear_logprob", hidden_states, targets, vocab_size, ignore_index, num_valid, True)
+    rows = computed_rows("linear_logprob", "targets", hidden_states, targets, vocab_size, ignore_index, num_valid, True)
     tokens = rows.target.shape[0]
     state = torch.zeros(states.STATES, tokens, dtype=torch.float32)
     top_values = torch.empty(tokens, top_k, dtype=torch.float32)
@@ -54,7 +54,7 @@ def linear_logprob_fwd(
         del alive
     used = _kept_rows(tokens, weight.shape[0], kept) * -(-tokens // _C.HEAD_TOKENS) * _C.HEAD_TOKENS
     kept[used:].zero_()  # room that nothing reads; no output is handed on unwritten
-    here = _here(rows.target, first, weight.shape[0])
+    here = rows.within(first, weight.shape[0])
     results = states.finish(state, here, want_entropy, want_total)
     top_values = (top_values - results.normalizer[0, :, None]) - results.normalizer[1, :, None]
     made = (
@@ -106,17 +106,15 @@ def linear_logprob_bwd(
     grad_hidden, grad_weight, grad_bias = (
         output(out and out[i], shapes[i] if needed[i] else (0,), hidden_states, hidden_states.dtype) for i in range(3)
     )
-    rows = computed_rows("linear_logprob", hidden_states, targets, vocab_size, ignore_index, num_valid, True)
+    rows = computed_rows("linear_logprob", "targets", hidden_states, targets, vocab_size, ignore_index, num_valid, True)
     tokens = rows.target.shape[0]
     if not any(needed) or tokens == 0:
         for gradient in (grad_hidden, grad_weight, grad_bias):
             gradient.zero_()
         return grad_hidden, grad_weight, grad_bias
-    given = (grad_logprob, grad_logsumexp, grad_entropy, grad_total)
-    grads = [None if grad is None else rows.take(grad) for grad in given]
-    row_entropy = rows.take(entropy) if entropy.numel() else entropy
-    here = _here(rows.target, first, weight.shape[0])
-    coefficients = states.coefficients(grads, rows.take(normalizer), row_entropy, here, temperature)
+    grads = (grad_logprob, grad_logsumexp, grad_entropy, grad_total)
+    here = rows.within(first, weight.shape[0])
+    coefficients = states.coefficients(rows, grads, normalizer, entropy, here, temperature)
     row_grad = torch.empty_like(rows.input) if need_hidden and rows.index is not None else grad_hidden
     arguments, alive = _arguments(
         rows.input, weight, bias, rows.target, class_weight, temperature, softcap, rounded, first, kept
@@ -140,10 +138,6 @@ def _kept_rows(tokens: int, vocab_size: int, kept: Tensor) -> int:
     """Of the weight: as many whole tiles as there is room for the logits of."""
     rows = kept.numel() // max(1, -(-tokens // _C.HEAD_TOKENS) * _C.HEAD_TOKENS)
     return vocab_size if rows >= vocab_size else rows // _C.HEAD_TILE * _C.HEAD_TILE
-
-
-def _here(target: Tensor, first: int, rows: int) -> Tensor:
-    return (target >= first) & (target < first + rows)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -20,9 +20,13 @@ class Rows(NamedTuple):
     index: Tensor | None  # type: ignore[assignment]  # their positions, or None: all of them
     left_out: Tensor | None  # device rows that count but did not fit in num_valid
 
-    def take(self, values: Tensor) -> Tensor:
-        """``values`` ``[..., T]`` of the computed rows."""
-        return values.contiguous() if self.index is None else values.index_select(-1, self.index)
+    def take(self, values: Tensor, dim: int = -1) -> Tensor:
+        """``values`` ``[..., T]`` (or with the rows in another dimension) of the computed rows."""
+        return values.contiguous() if self.index is None else values.index_select(dim, self.index)
+
+    def within(self, first: int, count: int) -> Tensor:
+        """bool ``[rows]``: which targets are among ``count`` words from ``first`` on."""
+        return (self.target >= first) & (self.target < first + count)
 
     def put(self, values: Tensor, count: int) -> Tensor:
         """``values`` ``[..., rows]`` as ``[..., count]``: 0 in other rows, NaN where a row was left out."""
@@ -34,19 +38,20 @@ class Rows(NamedTuple):
         return result.index_copy_(-1, self.index, values)
 
     def put_rows(self, result: Tensor, values: Tensor) -> None:
-        """``values`` ``[rows, D]`` into ``result`` ``[T, D]``, as :meth:`put`."""
+        """``values`` ``[rows, ...]`` into ``result`` ``[T, ...]``, as :meth:`put`."""
         if self.index is None:
             if values is not result:
                 result.copy_(values)
             return
         result.zero_()
         if self.left_out is not None:
-            result.masked_fill_(self.left_out[:, None], math.nan)
+            result.masked_fill_(self.left_out.view(-1, *[1] * (result.ndim - 1)), math.nan)
         result.index_copy_(0, self.index, values)
 
 
 def computed_rows(
     operator: str,
+    argument: str,
     input: Tensor,
     target: Tensor,
     vocab_size: int,
@@ -57,7 +62,7 @@ def computed_rows(
     """``on_host``: whether the host sees the targets. If not (a GPU, or Triton's interpreter in its place), nothing
     waits for them: ignored rows are masked, or sorted out where ``num_valid`` says how many stay."""
     if on_host:
-        check_target_values(operator, target, vocab_size, ignore_index)
+        check_target_values(operator, argument, target, vocab_size, ignore_index)
         kept = target != ignore_index
         if bool(kept.all()):
             return Rows(input, target.contiguous(), None, None)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from m4ov_kernels.head.rows import Rows
+
 STATES = 5
 TOKENS = 64  # that the compiled kernels take together
 
@@ -55,18 +57,21 @@ def finish(state: Tensor, here: Tensor, want_entropy: bool, want_total: bool) ->
 
 @torch.no_grad()
 def coefficients(
+    rows: Rows,
     grads: Sequence[Tensor | None],
     normalizer: Tensor,
     entropy: Tensor,
     here: Tensor,
     temperature: float,
 ) -> Tensor:
-    """``grads``: of log-probability, log-sum-exp, entropy and total.
+    """``grads``: of log-probability, log-sum-exp, entropy and total; they, ``normalizer`` and ``entropy`` are of all
+    rows, of which those of ``rows`` are taken.
 
     Float32 ``[6, T]``: shift, log_sum, constant, linear, hit, uniform. With log p = (x - shift) - log_sum, the
     gradient of a logit x is p · (constant + linear · log p) + uniform · class weight, and ``hit`` more at the target;
     that of an entropy H is -p · (log p + H)."""
-    grad_logprob, grad_logsumexp, grad_entropy, grad_total = grads
+    grad_logprob, grad_logsumexp, grad_entropy, grad_total = (None if g is None else rows.take(g) for g in grads)
+    normalizer, entropy = rows.take(normalizer), rows.take(entropy) if entropy.numel() else entropy
     none = torch.zeros_like(normalizer[0])
     hit = none if grad_logprob is None else torch.where(here, grad_logprob, 0.0)
     constant, linear = -hit, none

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def check_target_values(operator: str, target: Tensor, vocab_size: int, ignore_index: int) -> None:
+def check_target_values(operator: str, argument: str, target: Tensor, vocab_size: int, ignore_index: int) -> None:
     """Refuse CPU targets outside the vocabulary, naming the first position.
 
     Raises:
@@ -18,7 +18,6 @@ def check_target_values(operator: str, target: Tensor, vocab_size: int, ignore_i
     low, high = torch.aminmax(target)
     if int(low) >= 0 and int(high) < vocab_size:
         return
-    argument = "target" if operator == "linear_cross_entropy" else "targets"
     bad = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
     if bool(bad.any()):
         position = int(bad.nonzero()[0, 0])

@@ -56,7 +56,7 @@ def linear_logprob_fwd(
     call = Call(rows, weight, bias, class_weight, temperature, softcap, rounded, first)
     if tokens:
         call.forward(state, want_entropy, want_total)
-    results = states.finish(state, _here(rows.target, first, vocab), want_entropy, want_total)
+    results = states.finish(state, rows.within(first, vocab), want_entropy, want_total)
     top_values, top_indices = call.likeliest(top_k)
     top_logprobs = (top_values - results.normalizer[0, :, None]) - results.normalizer[1, :, None]
     ignored, bad = rows.target < 0, rows.target == vocab_size
@@ -124,11 +124,9 @@ def linear_logprob_bwd(
             gradient.zero_()
         return grad_hidden, grad_weight, grad_bias
     vocab, dtype = weight.shape[0], hidden_states.dtype
-    given = (grad_logprob, grad_logsumexp, grad_entropy, grad_total)
-    grads = [None if grad is None else rows.take(grad) for grad in given]
-    row_entropy = rows.take(entropy) if entropy.numel() else entropy
-    here = _here(rows.target, first, vocab)
-    coefficients = states.coefficients(grads, rows.take(normalizer), row_entropy, here, temperature)
+    grads = (grad_logprob, grad_logsumexp, grad_entropy, grad_total)
+    here = rows.within(first, vocab)
+    coefficients = states.coefficients(rows, grads, normalizer, entropy, here, temperature)
     # A NaN of an ignored row must not meet its gradient of 0.
     rows = rows._replace(input=torch.where((rows.target < 0)[:, None], 0.0, rows.input))
     call = Call(rows, weight, bias, class_weight, temperature, softcap, rounded, first)
@@ -175,7 +173,7 @@ def _computed_rows(
     """Ignored rows last, where there may be any. The order of all others is theirs."""
     count = targets.shape[0]
     some = num_valid if num_valid is not None and num_valid < count else None
-    rows = computed_rows(_OP, hidden_states, targets, vocab_size, ignore_index, some, False)
+    rows = computed_rows(_OP, "targets", hidden_states, targets, vocab_size, ignore_index, some, False)
     if num_valid is not None or count == 0:
         return rows
     order = torch.argsort((rows.target < 0).to(torch.uint8), stable=True)
@@ -187,7 +185,3 @@ def _placed_indices(rows: Rows, values: Tensor, count: int) -> Tensor:
     if rows.index is not None:
         values = values.new_zeros(values.shape[0], count).index_copy_(1, rows.index, values)
     return values.t().contiguous()
-
-
-def _here(target: Tensor, first: int, rows: int) -> Tensor:
-    return (target >= first) & (target < first + rows)

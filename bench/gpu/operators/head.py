@@ -136,16 +136,23 @@ def _subject(session: Session, device: torch.device, case: cases.HeadCase) -> Su
         peers=others,
         inputs=inputs,
     )
+    return with_limits(maker, case, subject, labelled)
+
+
+def with_limits(maker: Maker, case: cases.HeadCase, subject: Subject, labelled: int) -> Subject:
+    """``subject``, whose inputs are hidden states, weight and targets, with its calls against the products alone and
+    the memory of every call."""
     one, kernels = 2.0 * labelled * case.width * case.vocabulary, {}
     for what, backward, products in (("forward", False, 1), ("forward + backward", True, 4)):
         limit = matrix_products(maker, labelled, case.width, case.vocabulary, products)
         name = f"{products} mm of the labelled rows, whole logits"
-        moved = sum(tensor.nbytes for tensor in inputs[0][:2]) * (3 if backward else 1)
-        kernels[what] = Kernel(as_called(subject, ours, backward), limit, name, moved, products * one, "FLOP")
+        moved = sum(tensor.nbytes for tensor in subject.inputs[0][:2]) * (3 if backward else 1)
+        kernels[what] = Kernel(as_called(subject, subject.ours, backward), limit, name, moved, products * one, "FLOP")
     memory: dict[str, float | None] = {}
     if case.memory:
-        calls = {OURS: ours, **{n: peer for n, peer in others.items() if not isinstance(peer, cpu_peers.Absent)}}
-        memory = {name: extra_memory(device, subject, call) for name, call in calls.items()}
+        others = {name: peer for name, peer in subject.peers.items() if not isinstance(peer, cpu_peers.Absent)}
+        calls = {OURS: subject.ours, **others}
+        memory = {name: extra_memory(maker.device, subject, call) for name, call in calls.items()}
     return replace(subject, kernels=kernels, memory=memory)
 
 

@@ -4,7 +4,6 @@ vendor's library, and the same peers, which give the mean of these log-probabili
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,8 +12,8 @@ from m4ov_bench import cases
 from m4ov_bench import peers as cpu_peers
 from m4ov_bench.gpu import peers
 from m4ov_bench.gpu.example import Example, Maker
-from m4ov_bench.gpu.operators.head import IGNORE, extra_memory, head_inputs, matrix_products
-from m4ov_bench.session import OURS, Kernel, Session, Subject, as_called, implementation_name
+from m4ov_bench.gpu.operators.head import IGNORE, head_inputs, with_limits
+from m4ov_bench.session import Session, Subject, implementation_name
 from m4ov_kernels.head import linear_logprob, reference
 from m4ov_kernels.head.logprob import LINEAR_LOGPROB
 
@@ -156,14 +155,4 @@ def _subject(device: torch.device, case: cases.HeadCase) -> Subject:
         peers=others,
         inputs=inputs,
     )
-    one, kernels = 2.0 * labelled * case.width * case.vocabulary, {}
-    for what, backward, products in (("forward", False, 1), ("forward + backward", True, 4)):
-        limit = matrix_products(maker, labelled, case.width, case.vocabulary, products)
-        name = f"{products} mm of the labelled rows, whole logits"
-        moved = sum(tensor.nbytes for tensor in inputs[0][:2]) * (3 if backward else 1)
-        kernels[what] = Kernel(as_called(subject, ours, backward), limit, name, moved, products * one, "FLOP")
-    memory: dict[str, float | None] = {}
-    if case.memory:
-        calls = {OURS: ours, **{n: peer for n, peer in others.items() if not isinstance(peer, cpu_peers.Absent)}}
-        memory = {name: extra_memory(device, subject, call) for name, call in calls.items()}
-    return replace(subject, kernels=kernels, memory=memory)
+    return with_limits(maker, case, subject, labelled)
