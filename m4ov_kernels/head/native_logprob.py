@@ -10,6 +10,7 @@ from torch import Tensor
 from m4ov_kernels import _C
 from m4ov_kernels.head import state as states
 from m4ov_kernels.head.rows import computed_rows
+from m4ov_kernels.head.targets import ARGUMENTS
 from m4ov_kernels.layout import DTYPES, output
 
 _ALIGNED = 64
@@ -34,12 +35,15 @@ def linear_logprob_fwd(
     first: int,
     vocab_size: int,
     keep_logits_bytes: int,
+    caller: str = "linear_logprob",
     *,
     out: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, ...]:
     """``(logprob, logsumexp, entropy, total, top_logprobs, top_indices, normalizer, kept)``, 0 in ignored rows."""
     count = targets.shape[0]
-    rows = computed_rows("linear_logprob", "targets", hidden_states, targets, vocab_size, ignore_index, num_valid, True)
+    rows = computed_rows(
+        caller, ARGUMENTS[caller], hidden_states, targets, vocab_size, ignore_index, num_valid, True
+    )
     tokens = rows.target.shape[0]
     state = torch.zeros(states.STATES, tokens, dtype=torch.float32)
     top_values = torch.empty(tokens, top_k, dtype=torch.float32)

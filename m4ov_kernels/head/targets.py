@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# What each operator calls its targets.
+ARGUMENTS = {"linear_logprob": "targets", "linear_cross_entropy": "target"}
+
 
 def check_target_values(operator: str, argument: str, target: Tensor, vocab_size: int, ignore_index: int) -> None:
     """Refuse CPU targets outside the vocabulary, naming the first position.
