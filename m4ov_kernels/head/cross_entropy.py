@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from m4ov_kernels import checks
+from m4ov_kernels.head import state as states
 from m4ov_kernels.head import vocab_parallel
 from m4ov_kernels.head.logprob import NUMERICS, raw
 
 _OP = "linear_cross_entropy"
-# Logits that the forward keeps for the backward unless the caller says otherwise.
-KEPT_BYTES = 0
+# The forward keeps the logits of rows so few that they take no more than this, unless the caller says otherwise.
+FEW_BYTES = 16 << 20
 
 
 def linear_cross_entropy(
@@ -60,8 +61,8 @@ def linear_cross_entropy(
         num_valid: how many targets differ from ``ignore_index``, if the caller knows. Rows beyond it have NaN loss.
         keep_logits_bytes: how many bytes of logits the forward may keep for the backward, which computes all others
             again: 0 for the least memory, the whole ``T * V`` (of the rows that count) for three matrix products
-            instead of four. The same bits either way. ``None``: 0. Without gradients, and by GPU kernels, nothing is
-            kept.
+            instead of four. The same bits either way. ``None``: all, if that takes no more than 16 MiB, else none.
+            Without gradients, and by GPU kernels, nothing is kept.
         group_name: of the process group over which ``linear_weight`` and ``linear_bias`` are sharded by rows, in order
             of rank; ``target`` and ``weight`` are of the whole vocabulary, and equal on every rank, as ``input`` is.
             A few numbers a row are gathered, never logits. The gradient of ``input`` is this rank's share: their sum
@@ -86,8 +87,13 @@ def linear_cross_entropy(
     _check(input, linear_weight, target, linear_bias, ignore_index, reduction, label_smoothing)
     rows = target.shape.numel()
     _check_counts(num_items_in_batch, reduction, num_valid, rows)
-    _check_extras(z_loss, softcap, numerics)
-    keep = _kept_bytes(keep_logits_bytes, input, linear_weight, linear_bias)
+    _check_extras(z_loss, softcap, keep_logits_bytes, numerics)
+    keep = 0
+    if _differentiated(input, linear_weight, linear_bias) and input.device.type == "cpu":
+        keep = keep_logits_bytes
+        if keep is None:
+            itemsize = states.logits_dtype(input, numerics == "hf", softcap).itemsize
+            keep = _few(target, linear_weight, itemsize, ignore_index, num_valid)
     shards = None if group_name is None else vocab_parallel.shards(_OP, linear_weight, group_name)
     first, vocab_size = (0, linear_weight.shape[0]) if shards is None else (shards.first, shards.vocab_size)
     if weight is not None:
@@ -137,6 +143,19 @@ def linear_cross_entropy(
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device).reshape(())
     return total / num_items_in_batch
+
+
+def _differentiated(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _few(target: Tensor, linear_weight: Tensor, itemsize: int, ignore_index: int, num_valid: int | None) -> int:
+    """Bytes of the logits of the rows that count (of all, where that cannot be seen) if these are few, else 0."""
+    count = target.numel() if num_valid is None else num_valid
+    whole = states.count_of_logits(count, linear_weight) * itemsize
+    if whole > FEW_BYTES and num_valid is None and type(target) is Tensor and not torch.compiler.is_compiling():
+        whole = states.count_of_logits(int((target != ignore_index).sum()), linear_weight) * itemsize
+    return whole if whole <= FEW_BYTES else 0
 
 
 def _of_targets(weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
@@ -208,7 +227,7 @@ def _check_counts(
         checks.refuse(ValueError, _OP, "num_valid", f"between 0 and the {rows} rows", repr(num_valid))
 
 
-def _check_extras(z_loss: float, softcap: float | None, numerics: str) -> None:
+def _check_extras(z_loss: float, softcap: float | None, keep_logits_bytes: int | None, numerics: str) -> None:
     checks.number(_OP, "z_loss", z_loss)
     if not 0.0 <= z_loss < math.inf:
         checks.refuse(ValueError, _OP, "z_loss", "a finite number, 0 or more", repr(z_loss))
@@ -216,6 +235,12 @@ def _check_extras(z_loss: float, softcap: float | None, numerics: str) -> None:
         checks.number(_OP, "softcap", softcap)
         if not 0.0 < softcap < math.inf:
             checks.refuse(ValueError, _OP, "softcap", "a finite number above 0 or None", repr(softcap))
+    if keep_logits_bytes is not None:
+        if isinstance(keep_logits_bytes, bool) or not isinstance(keep_logits_bytes, int):
+            checks.refuse(TypeError, _OP, "keep_logits_bytes", "an int or None", checks.describe(keep_logits_bytes))
+        if keep_logits_bytes < 0:
+            expected = "a number of bytes, 0 or more"
+            checks.refuse(ValueError, _OP, "keep_logits_bytes", expected, repr(keep_logits_bytes))
     checks.one_of(_OP, "numerics", numerics, NUMERICS)
 
 
@@ -227,15 +252,3 @@ def _check_weight(weight: Tensor, vocab_size: int, input: Tensor) -> None:
         checks.refuse(ValueError, _OP, "weight", f"on {input.device}, as input", f"one on {weight.device}")
     if weight.requires_grad:
         checks.refuse(ValueError, _OP, "weight", "a tensor that requires no gradient", "one that does")
-
-
-def _kept_bytes(asked: int | None, *tensors: Tensor | None) -> int:
-    if asked is not None:
-        if isinstance(asked, bool) or not isinstance(asked, int):
-            checks.refuse(TypeError, _OP, "keep_logits_bytes", "an int or None", checks.describe(asked))
-        if asked < 0:
-            checks.refuse(ValueError, _OP, "keep_logits_bytes", "a number of bytes, 0 or more", repr(asked))
-    differentiated = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    if not differentiated or tensors[0].device.type != "cpu":  # type: ignore[union-attr]
-        return 0
-    return KEPT_BYTES if asked is None else asked

@@ -309,7 +309,8 @@ LINEAR_LOGPROB = Operator(
     " bool need_bias) -> (Tensor grad_hidden_states, Tensor grad_weight, Tensor grad_bias)",
     fwd_fake=_fwd_fake,
     bwd_fake=_bwd_fake,
-    results=lambda *_: 8,
+    results=lambda *_: 7,
+    serves=("linear_cross_entropy",),
     setup_context=_setup_context,
     backward=_backward,
 )
