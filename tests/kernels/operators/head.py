@@ -140,6 +140,10 @@ def _terms(call: Call) -> dict[str, Tensor]:
     else:
         parts = keep.sum() if arguments["z_loss"] else divisor
         terms = {"loss": loss.sum() / torch.minimum(divisor, parts)}
+    # A sum of the hidden dimension past the end of float32 in one order and not in another: capped, it would be a number.
+    sizes = F.linear(*(None if t is None else t.abs() for t in map(flat.get, ("input", "linear_weight", "linear_bias"))))
+    if cap is not None and not (sizes[keep] < torch.finfo(torch.float32).max).all():
+        terms["loss"] = torch.full_like(terms["loss"], BEYOND)
     if call.wanted:
         grad = call.grads["loss"].double().reshape(-1).expand(keep.shape).abs()
         per_row = (own + mass) / divisor
@@ -160,7 +164,7 @@ def _terms(call: Call) -> dict[str, Tensor]:
         terms["grad_linear_bias"] = shares.sum(0) + len(target) * least
         # The gradient of logits is in their dtype, in plain PyTorch: past its end there is nothing to compare.
         beyond = (_finite(grad * per_row) * keep).sum() > 0.9 * torch.finfo(dtype).max
-        if beyond or (logits[keep] == math.inf).any():
+        if beyond or (logits[keep] == math.inf).any() or (terms["loss"] == BEYOND).any():
             terms |= {name: torch.full_like(term, BEYOND) for name, term in terms.items() if name != "loss"}
     return terms
 
