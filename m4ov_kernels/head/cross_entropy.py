@@ -1,4 +1,4 @@
-"""``linear_cross_entropy``: a loss of log-probabilities straight from hidden states, by ``linear_logprob``'s kernels."""
+"""``linear_cross_entropy``: the loss of hidden states, without their logits, by the kernels of ``linear_logprob``."""
 
 from __future__ import annotations
 
@@ -90,10 +90,9 @@ def linear_cross_entropy(
     _check_extras(z_loss, softcap, keep_logits_bytes, numerics)
     keep = 0
     if _differentiated(input, linear_weight, linear_bias) and input.device.type == "cpu":
-        keep = keep_logits_bytes
-        if keep is None:
-            itemsize = states.logits_dtype(input, numerics == "hf", softcap).itemsize
-            keep = _few(target, linear_weight, itemsize, ignore_index, num_valid)
+        itemsize = states.logits_dtype(input, numerics == "hf", softcap).itemsize
+        few = (target, linear_weight, itemsize, ignore_index, num_valid)
+        keep = _few(*few) if keep_logits_bytes is None else keep_logits_bytes
     shards = None if group_name is None else vocab_parallel.shards(_OP, linear_weight, group_name)
     first, vocab_size = (0, linear_weight.shape[0]) if shards is None else (shards.first, shards.vocab_size)
     if weight is not None:
@@ -116,29 +115,27 @@ def linear_cross_entropy(
     )
     targets = target.reshape(rows)
     if shards is not None:
-        found = vocab_parallel.merge(
-            _OP, found, targets, targets != ignore_index, shards, 0, argument="linear_weight"
-        )
-    loss, divisor = 0.0 - found.logprob, None  # not -0 in ignored rows
+        found = vocab_parallel.merge(_OP, found, targets, targets != ignore_index, shards, 0, argument="linear_weight")
+    loss, weights = 0.0 - found.logprob, None  # not -0 in ignored rows
     if weight is not None:
-        divisor = _of_targets(weight.to(loss.dtype), targets, ignore_index)
-        loss = loss * divisor
+        weights = _of_targets(weight.to(loss.dtype), targets, ignore_index)
+        loss = loss * weights
     if label_smoothing:
         # Σ weight · -log p, of the whole vocabulary
         mass = vocab_size if weight is None else weight.sum(dtype=loss.dtype)
         spread = found.logsumexp * (mass / vocab_size) - found.total / vocab_size
         loss = loss * (1.0 - label_smoothing) + spread * label_smoothing
     penalty = z_loss * found.logsumexp.square() if z_loss else None
-    if reduction == "none":
-        return (loss if penalty is None else loss + penalty).reshape(target.shape)
-    total = loss.sum()
     if reduction == "mean" and num_items_in_batch is None:
-        count = (targets != ignore_index).sum() if divisor is None or penalty is not None else None
-        total = total / (count if divisor is None else divisor.sum())
-        return total if penalty is None else total + penalty.sum() / count
+        count = (targets != ignore_index).sum()
+        mean = loss.sum() / (count if weights is None else weights.sum())
+        return mean if penalty is None else mean + penalty.sum() / count
     if penalty is not None:
-        total = total + penalty.sum()
-    if reduction == "sum":
+        loss = loss + penalty
+    if reduction == "none":
+        return loss.reshape(target.shape)
+    total = loss.sum()
+    if num_items_in_batch is None:
         return total
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device).reshape(())

@@ -276,7 +276,10 @@ def _bwd_fake(hidden_states: Tensor, weight: Tensor, targets: Tensor, bias: Tens
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, (temperature, softcap, ignore_index, num_valid, rounded, *_, first, vocab_size, _, _) = inputs[:5], inputs[5:]
+    tensors, (temperature, softcap, ignore_index, num_valid, rounded, *_, first, vocab_size, _, _) = (
+        inputs[:5],
+        inputs[5:],
+    )
     ctx.options = (temperature, softcap, ignore_index, num_valid, rounded, first, vocab_size)
     ctx.mark_non_differentiable(*output[4:])
     ctx.set_materialize_grads(False)
@@ -300,8 +303,8 @@ LINEAR_LOGPROB = Operator(
     fwd_schema="(Tensor hidden_states, Tensor weight, Tensor targets, Tensor? bias, Tensor? class_weight,"
     " float temperature, float softcap, int ignore_index, SymInt? num_valid, bool rounded, bool want_entropy,"
     " bool want_total, int top_k, int first, SymInt vocab_size, int keep_logits_bytes,"
-    " str caller='linear_logprob') -> (Tensor logprob, Tensor logsumexp, Tensor entropy, Tensor total, Tensor top_logprobs, Tensor top_indices,"
-    " Tensor normalizer, Tensor kept)",
+    " str caller='linear_logprob') -> (Tensor logprob, Tensor logsumexp, Tensor entropy, Tensor total,"
+    " Tensor top_logprobs, Tensor top_indices, Tensor normalizer, Tensor kept)",
     bwd_schema="(Tensor hidden_states, Tensor weight, Tensor targets, Tensor? bias, Tensor? class_weight,"
     " Tensor normalizer, Tensor entropy, Tensor kept, Tensor? grad_logprob, Tensor? grad_logsumexp,"
     " Tensor? grad_entropy, Tensor? grad_total, float temperature, float softcap, int ignore_index,"

@@ -42,9 +42,7 @@ def linear_logprob_fwd(
 ) -> tuple[Tensor, ...]:
     """``(logprob, logsumexp, entropy, total, top_logprobs, top_indices, normalizer, kept)``, 0 in ignored rows."""
     count = targets.shape[0]
-    rows = computed_rows(
-        caller, ARGUMENTS[caller], hidden_states, targets, vocab_size, ignore_index, num_valid, True
-    )
+    rows = computed_rows(caller, ARGUMENTS[caller], hidden_states, targets, vocab_size, ignore_index, num_valid, True)
     tokens = rows.target.shape[0]
     state = torch.zeros(states.STATES, tokens, dtype=torch.float32)
     top_values = torch.empty(tokens, top_k, dtype=torch.float32)

@@ -1,9 +1,9 @@
 """A head whose rows are spread evenly over a group: what each rank found of its part, merged.
 
 Each rank knows the log-sum-exp of its own part, in two numbers, and the log-probability of the targets that are there
-within it. These three numbers a row are gathered (one more for the entropy, one for the total, and the likeliest words),
-never logits; the rest is arithmetic on rows, which every rank does alike. Nothing is sent in the backward: every rank has the gradients
-of the merged results, and takes from them those of its own numbers.
+within it. These three numbers a row are gathered (one more for the entropy, one for the total, and the likeliest
+words), never logits; the rest is arithmetic on rows, which every rank does alike. Nothing is sent in the backward:
+every rank has the gradients of the merged results, and takes from them those of its own numbers.
 """
 
 from __future__ import annotations
