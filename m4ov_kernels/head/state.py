@@ -52,7 +52,7 @@ def room_for_logits(
 
 
 def finish(state: Tensor, here: Tensor | None, want_entropy: bool, want_total: bool) -> Results:
-    """``here``: which targets are in this part of the vocabulary (``None``: all); others have a log-probability of 0."""
+    """``here``: which targets are in this part of the vocabulary (all, if ``None``); others have log-probability 0."""
     largest, exponentials, hit, centred, total = state.unbind()
     # An infinite logit: its log-sum-exp is infinite, and nothing has a probability.
     log_sum = exponentials.log()

@@ -130,9 +130,7 @@ def test_an_unknown_group_is_refused():
     hidden, weight = torch.randn(2, 3), torch.randn(5, 3)
     with pytest.raises(ValueError, match="linear_logprob: group_name must be the name of a process group; got 'no'"):
         linear_logprob(hidden, weight, torch.tensor([0, 1]), group_name="no")
-    with pytest.raises(
-        ValueError, match="linear_cross_entropy: group_name must be the name of a process group; got 'n"
-    ):
+    with pytest.raises(ValueError, match="linear_cross_entropy: group_name must be the name of a process"):
         linear_cross_entropy(hidden, weight, torch.tensor([0, 1]), group_name="no")
     with pytest.raises(TypeError, match="linear_logprob: group_name must be the name of a process group; got int 3"):
         linear_logprob(hidden, weight, torch.tensor([0, 1]), group_name=3)

@@ -140,10 +140,9 @@ def _terms(call: Call) -> dict[str, Tensor]:
     else:
         parts = keep.sum() if arguments["z_loss"] else divisor
         terms = {"loss": loss.sum() / torch.minimum(divisor, parts)}
-    # A sum of the hidden dimension past the end of float32 in one order and not in another: capped, it would be a number.
-    sizes = F.linear(
-        *(None if t is None else t.abs() for t in map(flat.get, ("input", "linear_weight", "linear_bias")))
-    )
+    # A sum past the end of float32 in one order and not in another is, if capped, a number in one of them.
+    bias = 0.0 if flat["linear_bias"] is None else flat["linear_bias"].abs()
+    sizes = flat["input"].abs() @ flat["linear_weight"].abs().t() + bias
     if cap is not None and not (sizes[keep] < torch.finfo(torch.float32).max).all():
         terms["loss"] = torch.full_like(terms["loss"], BEYOND)
     if call.wanted:
@@ -153,9 +152,7 @@ def _terms(call: Call) -> dict[str, Tensor]:
         log_p, p = _finite(logits.log_softmax(-1)), _finite(logits.softmax(-1))
         largest = (logits.abs() + before.abs() * slope).amax(-1, keepdim=True)
         shares = p * per_row[:, None] * (1 + largest + log_p.abs())
-        shares += (
-            p * (2 * arguments["z_loss"] / torch.minimum(divisor, keep.sum().clamp(min=1)) * largest[:, 0])[:, None]
-        )
+        shares += p * largest * (2 * arguments["z_loss"] / torch.minimum(divisor, keep.sum().clamp(min=1)))
         shares += F.one_hot(classes, vocab) * (own / divisor)[:, None] + smoothing * weight / vocab / divisor
         if cap is not None:  # 1 - tanh² cancels too
             shares *= slope * (1 + 2 * before.abs() / cap) + 2 * EPS[torch.float32] / EPS[dtype]
