@@ -16,7 +16,7 @@ from m4ov_kernels.head import linear_logprob, native_logprob
 
 from .. import draws
 from ..draws import Draw
-from ..numerics import BEYOND, EPS
+from ..numerics import BEYOND, EPS, logit_terms
 from . import corruptions
 from .case import Call, OperatorCase
 from .options import number, tensor_dtype
@@ -117,7 +117,8 @@ def _terms(call: Call) -> dict[str, Tensor]:
     before, logits = (_finite(tensor) for tensor in _logits(flat, torch.ones_like(keep)))
     vocab, cap = logits.shape[1], arguments["softcap"]
     slope = torch.ones_like(logits) if cap is None else 1 - (logits / cap).square()
-    # What a rounding moves: float32 ones, and those of the dtype where logits are rounded to it.
+    # What roundings move: those of the products' sum, and where logits are rounded to the dtype, of a logit.
+    size = logit_terms(flat["input"], flat["linear_weight"], flat["linear_bias"])
     coarse = EPS[dtype] / EPS[torch.float32] if arguments["numerics"] == "hf" else 1.0
     weight = arguments["weight"]
     weight = torch.ones(vocab).double() if weight is None else weight.double()
@@ -128,7 +129,7 @@ def _terms(call: Call) -> dict[str, Tensor]:
     lost = flushed * (flat["input"].abs().sum(-1) + flat["linear_weight"].abs().sum(-1).max() + 1)
     lost = _finite(lost) / EPS[torch.float32] + math.log(vocab) / 4
     penalty = 2 * arguments["z_loss"] * _finite(logits.logsumexp(-1)).abs()
-    moved = (logits.abs() + coarse * before.abs() * slope).amax(-1) + lost
+    moved = (logits.abs() + (coarse * before.abs() + size) * slope).amax(-1) + lost
     loss = keep * (moved * (own + mass + penalty) + smoothing * (logits.abs() * weight).mean(-1))
     divisor, items = torch.ones(()).double(), arguments["num_items_in_batch"]
     if items is not None:
@@ -150,12 +151,12 @@ def _terms(call: Call) -> dict[str, Tensor]:
         per_row = (own + mass) / divisor
         per_row += penalty / (keep.sum() if arguments["reduction"] == "mean" and items is None else divisor)
         log_p, p = _finite(logits.log_softmax(-1)), _finite(logits.softmax(-1))
-        largest = (logits.abs() + before.abs() * slope).amax(-1, keepdim=True)
+        largest = (logits.abs() + size * slope).amax(-1, keepdim=True)
         shares = p * per_row[:, None] * (1 + largest + log_p.abs())
         shares += p * largest * (2 * arguments["z_loss"] / torch.minimum(divisor, keep.sum().clamp(min=1)))
         shares += F.one_hot(classes, vocab) * (own / divisor)[:, None] + smoothing * weight / vocab / divisor
         if cap is not None:  # 1 - tanh² cancels too
-            shares *= slope * (1 + 2 * before.abs() / cap) + 2 * EPS[torch.float32] / EPS[dtype]
+            shares *= slope * (1 + 2 * size / cap) + 2 * EPS[torch.float32] / EPS[dtype]
         shares = _finite(torch.where(keep[:, None], shares * grad[:, None], 0.0))
         hidden, least = _finite(torch.where(keep[:, None], flat["input"], 0.0)), torch.finfo(dtype).smallest_normal
         least, zero = least + flushed / EPS[dtype], flushed / EPS[dtype]
@@ -308,7 +309,7 @@ def _logprob_terms(call: Call) -> dict[str, Tensor]:
     vocab = weight.shape[0]
     keep = targets != arguments["ignore_index"]
     logits = F.linear(hidden, weight, None if bias is None else bias.double()) / temperature
-    largest = torch.where(keep, _finite(logits).abs().amax(-1), 0.0)
+    largest = torch.where(keep, logit_terms(hidden, weight, bias).amax(-1) / temperature, 0.0)
     if arguments["numerics"] == "hf":
         largest = largest * (EPS[arguments["hidden_states"].dtype] / EPS[torch.float32])
     log_p = _finite(logits.log_softmax(-1))
