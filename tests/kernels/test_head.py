@@ -29,8 +29,8 @@ def run(function, dtype, hidden, weight, target, bias, grad, **options):
     return loss, *gradients(loss, tensors, [grad.to(loss.dtype)])
 
 
-def ours(hidden, weight, target, bias=None, **options):
-    return linear_cross_entropy(hidden, weight, target, linear_bias=bias, reduction="none", **options)
+def ours(hidden, linear_weight, target, bias=None, **options):
+    return linear_cross_entropy(hidden, linear_weight, target, linear_bias=bias, reduction="none", **options)
 
 
 def plain(hidden, weight, target, bias=None, **options):
