@@ -142,9 +142,14 @@ def check(
         return result
     input, weight = input.detach(), weight.detach()
     tensors, vocabulary = (input, weight, target), case.vocabulary
-    options = _forward_options(vocabulary, _kept(case, labelled, weight))
-    found = gate.poisoned(*implementation.fwd(*tensors, *options))
-    implementation.fwd(*tensors, *options, out=found)
+    kept = _kept(case, labelled, weight)
+    options, count = _forward_options(vocabulary, kept), case.rows
+    room = states.room_for_logits(input, weight, None, True, 0.0, kept)
+    *found, normalizer, room = gate.poisoned(
+        *(torch.empty(shape) for shape in ((count,), (count,), (0,), (0,), (count, 0))), torch.empty(2, count), room
+    )
+    found += [torch.empty(count, 0, dtype=torch.int64), normalizer, room]
+    implementation.fwd(*tensors, *options, out=tuple(found))
     out = (*gate.poisoned(input, weight), input.new_empty(0))
     grad_loss = torch.where(target == IGNORE, 0.0, 1.0 / labelled)
     saved = (found[6], found[2], found[7])  # normalizer, entropy, kept logits
