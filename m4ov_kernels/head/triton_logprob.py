@@ -147,7 +147,9 @@ def linear_logprob_bwd(
         if need_hidden:
             _add_product(sums, gradient, weight[begin:end], begin == 0)
     if need_hidden:
-        rows.put_rows(grad_hidden, sums if sums is row_grad else row_grad.copy_(sums))
+        row_grad = sums if sums is row_grad else row_grad.copy_(sums)
+        row_grad.masked_fill_((rows.target < 0)[:, None], 0.0)  # not 0 · inf of an infinite weight
+        rows.put_rows(grad_hidden, row_grad)
     return grad_hidden, grad_weight, grad_bias
 
 
