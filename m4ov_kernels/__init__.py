@@ -6,7 +6,7 @@ from m4ov_kernels.activation import geglu, gelu, gelu_tanh, swiglu
 from m4ov_kernels.attention import varlen_attention
 from m4ov_kernels.device_errors import check
 from m4ov_kernels.dispatch import backend
-from m4ov_kernels.head import linear_cross_entropy, linear_logprob
+from m4ov_kernels.head import linear_cross_entropy, linear_kl, linear_logprob
 from m4ov_kernels.norm import layer_norm, rms_norm
 from m4ov_kernels.packing import PackedBatch, pack_sequences
 from m4ov_kernels.patches import patch, unpatch
@@ -32,6 +32,7 @@ __all__ = [
     "interpolate_position_embeddings",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_kl",
     "linear_logprob",
     "mrope_positions",
     "pack_patches",

@@ -11,6 +11,7 @@ from m4ov_kernels import checks
 from m4ov_kernels.dispatch import Operator
 from m4ov_kernels.head import reference
 from m4ov_kernels.head.chunked import CPU_KEPT_BYTES, GPU_KEPT_BYTES, room_for_logits
+from m4ov_kernels.head.kl import LINEAR_KL, linear_kl
 from m4ov_kernels.head.logprob import LINEAR_LOGPROB, LogprobOutput, linear_logprob
 from m4ov_kernels.head.losses import (
     GroupAdvantages,
@@ -27,6 +28,7 @@ from m4ov_kernels.head.losses import (
 from m4ov_kernels.head.targets import check_target_values
 
 __all__ = [
+    "LINEAR_KL",
     "LINEAR_LOGPROB",
     "GroupAdvantages",
     "LogprobOutput",
@@ -35,6 +37,7 @@ __all__ = [
     "group_advantages",
     "kl_estimate",
     "linear_cross_entropy",
+    "linear_kl",
     "linear_logprob",
     "mpo_loss",
     "overlong_penalty",

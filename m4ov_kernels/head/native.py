@@ -9,6 +9,7 @@ from torch import Tensor
 
 from m4ov_kernels import _C
 from m4ov_kernels.head import chunked
+from m4ov_kernels.head.native_kl import linear_kl_bwd, linear_kl_fwd
 from m4ov_kernels.head.native_logprob import linear_logprob_bwd, linear_logprob_fwd
 from m4ov_kernels.layout import DTYPES
 
@@ -65,7 +66,14 @@ def _add(accumulator: Tensor, addend: Tensor, output: Tensor | None, assign: boo
     )
 
 
-__all__ = ["linear_cross_entropy_bwd", "linear_cross_entropy_fwd", "linear_logprob_bwd", "linear_logprob_fwd"]
+__all__ = [
+    "linear_cross_entropy_bwd",
+    "linear_cross_entropy_fwd",
+    "linear_kl_bwd",
+    "linear_kl_fwd",
+    "linear_logprob_bwd",
+    "linear_logprob_fwd",
+]
 
 EPILOGUE = chunked.Epilogue(_reduce, _differentiate, _add)
 
