@@ -35,6 +35,12 @@ struct TwoHeads {
   }
 };
 
+// `x` where the weight is above 0, else 0: an infinite gap of a word without a probability is nothing.
+M4OV_INLINE V if_any(V weight, V x) {
+  const V zero = set1(0.0f);
+  return where_negative(zero - weight, x, zero);
+}
+
 // log(1 + e) of 0 ≤ e ≤ 1, as 2 artanh(e / (2 + e)).
 M4OV_INLINE V log1p_of_share(V e) {
   const V z = e / (set1(2.0f) + e), square = z * z;

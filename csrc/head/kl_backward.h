@@ -43,15 +43,16 @@ struct KlBackward : Backward<Tile, T> {
       const V scale = of(kScaleOf), offset = of(kOffset);
       for (int64_t i = 0; i < count; ++i) {
         float* at = tile + i * kBlockTokens + j;
-        const V log_p = max(far, load_vector(at) - shift_x - log_sum_x);
-        const V log_q = max(far, load_vector(more + i * kBlockTokens + j) - shift_y - log_sum_y);
+        const V log_p = load_vector(at) - shift_x - log_sum_x;
+        const V log_q = load_vector(more + i * kBlockTokens + j) - shift_y - log_sum_y;
         V g;
         if constexpr (kKind == kKlForward) {
           g = exp_full(log_p) - exp_full(log_q);
         } else if constexpr (kKind == kKlReverse) {
-          g = exp_for<T>(log_p) * ((log_p - log_q) - offset);
+          const V p = exp_for<T>(log_p);
+          g = p * (if_any(p, log_p - log_q) - offset);
         } else {
-          g = exp_for<T>(log_p) * (from_first(halfway(log_p, log_q)) - offset);
+          g = exp_for<T>(log_p) * (from_first(halfway(max(far, log_p), max(far, log_q))) - offset);
         }
         store_vector(at, g * scale);
       }

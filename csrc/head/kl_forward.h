@@ -9,12 +9,6 @@ namespace m4ov {
 namespace M4OV_VARIANT {
 namespace {  // nothing that the linker could share between variants
 
-// `x` where the weight is above 0, else 0: an infinite gap of a word without a probability is nothing.
-M4OV_INLINE V if_any(V weight, V x) {
-  const V zero = set1(0.0f);
-  return where_negative(zero - weight, x, zero);
-}
-
 M4OV_INLINE V bounded(V largest) { return min(max(largest, set1(-__FLT_MAX__)), set1(__FLT_MAX__)); }
 
 // As add_vector of forward.h for both, with the sum of e^(x - largest x) · ((x - largest x) - (y - largest y)), whose

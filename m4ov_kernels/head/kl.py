@@ -32,15 +32,16 @@ def linear_kl(
 ) -> Tensor:
     """The Kullback-Leibler divergence of each row between a policy p and a reference q, exact, logits never in memory.
 
-    With ``p = softmax((hidden_states @ weightᵀ + bias) / temperature)``, q the same of ``ref_``, m their mean, sums over
-    all V words:
+    With ``p = softmax((hidden_states @ weightᵀ + bias) / temperature)``, q the same of ``ref_``, m their mean, and sums
+    over all V words:
 
     - ``"forward"``: ``KL(q ‖ p) = Σ q (log q − log p)``. What distillation minimises (Hinton et al., arXiv 1503.02531):
       cross entropy with the teacher's distribution, less a constant. In ``F.kl_div`` with p's logarithm as input and q
       as target.
     - ``"reverse"``: ``KL(p ‖ q) = Σ p (log p − log q)``. What policy optimisation is held to a reference by, and what
       :func:`kl_estimate` estimates from one word: ``policy_loss(exact_kl=…, kl_kind="exact")``.
-    - ``"jsd"``: ``(KL(p ‖ m) + KL(q ‖ m)) / 2``, Jensen and Shannon's, at most ln 2; GKD's with β = ½ (arXiv 2306.13649).
+    - ``"jsd"``: ``(KL(p ‖ m) + KL(q ‖ m)) / 2``, Jensen and Shannon's, at most ln 2; GKD's with β = ½, arXiv
+      2306.13649.
 
     "Forward" and "reverse" are the distillation literature's names, where the reference is the teacher. The gradient of
     a softened divergence falls with temperature²; Hinton et al. multiply by that. This function does not: do it.
@@ -54,8 +55,9 @@ def linear_kl(
             of a KL rules out makes it infinite (and its gradient NaN, but for that of "forward").
         kind: as above.
         temperature: above 0; of both.
-        mask: bool ``[...]``, True in rows that count. Others may hold anything, cost nothing and are 0: they are dropped
-            before any work (on the CPU always; on a GPU when ``num_valid`` says how many stay). ``None``: all count.
+        mask: bool ``[...]``, True in rows that count. Others may hold anything, cost nothing and are 0: they are
+            dropped before any work (on the CPU always; on a GPU when ``num_valid`` says how many stay). ``None``: all
+            count.
         num_valid: how many rows count, if the caller knows. Rows beyond it are NaN.
         numerics: ``"fp32"``: logits are float32 and never rounded. ``"hf"``: rounded to the dtype of the hidden states,
             once, and again after the division by the temperature, as an unfused model rounds them.
@@ -130,8 +132,10 @@ def _check(
         checks.refuse(ValueError, _OP, "ref_hidden_states", expected, list(ref_hidden_states.shape))
     _check_head("ref_", ref_hidden_states, ref_weight, ref_bias, weight.shape[0])
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype is not torch.bool or mask.layout is not torch.strided:
+        if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
             checks.refuse(TypeError, _OP, "mask", "a bool tensor, True in rows that count", checks.describe(mask))
+        if mask.layout is not torch.strided:
+            checks.refuse(TypeError, _OP, "mask", "a dense (strided) tensor", f"layout {mask.layout}")
         if list(mask.shape) != shape:
             checks.refuse(ValueError, _OP, "mask", f"{shape}, as hidden_states' rows", list(mask.shape))
     constants = {"ref_hidden_states": ref_hidden_states, "ref_weight": ref_weight, "ref_bias": ref_bias}

@@ -1,4 +1,4 @@
-"""``linear_kl`` through the compiled kernels (CPU): both heads' logits in float32, a tile at a time, never in memory."""
+"""``linear_kl`` by the compiled kernels (CPU): both heads' logits in float32, a tile at a time, never in memory."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def linear_kl_bwd(
 
 
 def _arguments(heads: list[_Head], target: Tensor, temperature: float, rounded: bool) -> tuple[list[Any], Any, Any]:
-    """Of the first head all that the kernels take, of the second its addresses and sizes; what must outlive the call."""
+    """All that the kernels take of the first head; addresses and sizes of the second; what must outlive the call."""
     nothing = heads[0][0].new_empty(0)  # no logits are kept
     (first, alive), (second, more_alive) = (
         native_logprob._arguments(hidden, weight, bias, target, None, temperature, 0.0, rounded, 0, nothing)

@@ -13,6 +13,7 @@ from torch import Tensor
 from m4ov_kernels import configs
 from m4ov_kernels.gpu import SIZES, Build, Work, current_device
 from m4ov_kernels.head import chunked
+from m4ov_kernels.head.triton_kl import KERNELS as _LINEAR_KL
 from m4ov_kernels.head.triton_logprob import KERNELS as _LINEAR_LOGPROB
 from m4ov_kernels.head.triton_logprob import linear_logprob_bwd, linear_logprob_fwd
 
@@ -205,4 +206,4 @@ def _declared() -> list[Build]:
     return builds
 
 
-KERNELS = [*_declared(), *_LINEAR_LOGPROB]
+KERNELS = [*_declared(), *_LINEAR_LOGPROB, *_LINEAR_KL]
