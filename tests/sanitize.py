@@ -27,6 +27,7 @@ NAMES = (
     "activation",
     "attention",
     "head",
+    "kl",
     "logprob",
     "pack_patches",
     "packing",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from m4ov_kernels import configs
-from m4ov_kernels.gpu import SIZES, Build, Config, Work
+from m4ov_kernels.gpu import ARCHITECTURES, SIZES, Build, Config, Work
 from m4ov_kernels.head.triton_kl_kernels import (
     _linear_kl_bwd_kernel,
     _linear_kl_fwd_kernel,
@@ -58,8 +58,11 @@ def _declared() -> list[Build]:
 
     def declare(kind: str, dtype: str, note: str, flags: dict[str, Any]) -> None:
         kernel = {"fwd": _linear_kl_fwd_kernel, "bwd": _linear_kl_bwd_kernel}[kind]
-        for row, targets in configs.shipped(table_of(f"linear_kl_{kind}", flags), dtype):
-            served = tuple(target for target in targets if not flags["DESCRIPTORS"] or target in DESCRIPTORS)
+        able = [t for t in ARCHITECTURES if t in DESCRIPTORS or not flags["DESCRIPTORS"]]
+        tables = {t: table_of(f"linear_kl_{kind}", flags, t) for t in able}
+        rows = [(table, *found) for table in sorted(set(tables.values())) for found in configs.shipped(table, dtype)]
+        for table, row, targets in rows:
+            served = tuple(target for target in targets if tables.get(target) == table)
             # AMD's matrix units have float32's precision.
             parts = ([t for t in served if t.startswith("sm")], [t for t in served if not t.startswith("sm")])
             for some, matrix in zip(parts if dtype == "fp32" else (served,), (dtype != "fp32", True), strict=False):

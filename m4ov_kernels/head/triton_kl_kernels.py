@@ -18,6 +18,13 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def _biased(x, bias_ptr, index, HAS_BIAS: tl.constexpr):
+    if HAS_BIAS:  # without a mask, which would be a scalar register for each word on AMD
+        x += tl.load(bias_ptr + index).to(tl.float32)[None, :]
+    return x
+
+
+@triton.jit
 def _two_logits(
     first,
     first_stride,
@@ -47,7 +54,7 @@ def _two_logits(
     BLOCK_D: tl.constexpr,
 ):
     """float32 ``[BLOCK_T, BLOCK_V]`` of each head, tokens from ``row``, words from ``word``."""
-    index = word + tl.arange(0, BLOCK_V)
+    index = tl.minimum(word + tl.arange(0, BLOCK_V), vocab - 1)  # past the end nothing is used
     x = _products(
         first,
         first_stride,
@@ -63,7 +70,8 @@ def _two_logits(
         BLOCK_V,
         BLOCK_D,
     )
-    x = _logits(x, first_bias_ptr, index, vocab, scale, 0.0, dtype, FIRST_BIAS, ROUNDED, SCALED, False)
+    x = _biased(x, first_bias_ptr, index, FIRST_BIAS)
+    x = _logits(x, first_bias_ptr, index, vocab, scale, 0.0, dtype, False, ROUNDED, SCALED, False)
     y = _products(
         second,
         second_stride,
@@ -79,7 +87,8 @@ def _two_logits(
         BLOCK_V,
         BLOCK_D,
     )
-    y = _logits(y, second_bias_ptr, index, vocab, scale, 0.0, dtype, SECOND_BIAS, ROUNDED, SCALED, False)
+    y = _biased(y, second_bias_ptr, index, SECOND_BIAS)
+    y = _logits(y, second_bias_ptr, index, vocab, scale, 0.0, dtype, False, ROUNDED, SCALED, False)
     return x, y
 
 
@@ -99,7 +108,10 @@ def _halfway(log_p, log_q):
     """Of log p and log q, none below ``_FAR``: log q - log p within ±200, e^-|that|, and log(1 + e^-|that|)."""
     gap = tl.minimum(tl.maximum(log_q - log_p, -200.0), 200.0)
     share = tl.exp(-tl.abs(gap))
-    return gap, share, tl.log(1.0 + share)
+    # Minimax to 2e-8: tl.log looks for denormal numbers, a mask each.
+    log = 0.07836166769 + share * (-0.02958850749 + share * 0.005253457930)
+    log = 0.3331927061 + share * (-0.2484436929 + share * (0.1911143064 + share * (-0.1367477030 + share * log)))
+    return gap, share, share * (1.0 + share * (-0.4999950230 + share * log))
 
 
 @triton.jit
@@ -109,7 +121,8 @@ def _from_both(gap, share, log):
     series = -0.0472222222 + square * (0.0196825397 + square * -0.00812463257)
     series = square * (0.5 + square * (-0.25 + square * (0.111111111 + square * series)))
     whole = _LN2 - tl.abs(gap) * (share / (1.0 + share)) - log
-    return tl.where(tl.abs(gap) < 0.7, series, whole)
+    near = tl.minimum(tl.maximum((0.7 - tl.abs(gap)) * 1e8, 0.0), 1.0)  # a number, where a mask takes more registers
+    return whole + near * (series - whole)
 
 
 @triton.jit(do_not_specialize=_FREE)
@@ -193,7 +206,7 @@ def _linear_kl_fwd_kernel(
             BLOCK_V,
             BLOCK_D,
         )
-        # A vector, where a mask would be a scalar register for each word on AMD. (NaN of an infinite logit is one.)
+        # As above. (Plus an infinite logit it is NaN, and so is what comes of an infinite logit.)
         nothing = tl.where(word + tl.arange(0, BLOCK_V) < vocab, 0.0, float("-inf"))[None, :]
         x += nothing
         y += nothing
@@ -210,9 +223,11 @@ def _linear_kl_fwd_kernel(
             log_y = tl.load(at + 3 * step, mask=there, other=0.0)
             log_p = tl.maximum(x - shift_x[:, None] - log_x[:, None], _FAR)
             log_q = tl.maximum(y - shift_y[:, None] - log_y[:, None], _FAR)
-            p = tl.exp(log_p)
+            larger = tl.exp(tl.maximum(log_p, log_q))
             gap, share, log = _halfway(log_p, log_q)
-            sum_x += tl.sum(0.5 * (p + tl.exp(log_q)) * _from_both(gap, share, log), axis=1)
+            sum_x += tl.sum(0.5 * larger * (1.0 + share) * _from_both(gap, share, log), axis=1)
+            lower = tl.minimum(tl.maximum(gap * 1e30, 0.0), 1.0)  # 1 where q is larger, else 0
+            p = larger * (lower * share + (1.0 - lower))
             sum_y += tl.sum(p * (_LN2 - tl.maximum(gap, 0.0) - log), axis=1)
         else:
             largest_x = tl.where(fresh, float("-inf"), largest_x)

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from m4ov_kernels import configs
+from m4ov_kernels import configs, gpu
 from m4ov_kernels.gpu import Config, current_device
 from m4ov_kernels.head import kl_state as states
 from m4ov_kernels.head import triton_logprob_launches as logprob
@@ -21,10 +21,14 @@ from m4ov_kernels.head.triton_kl_kernels import (
 )
 
 
-def table_of(kernel: str, flags: dict[str, Any]) -> str:
-    """Two tiles of 128 × 128 logits fit into the registers of eight warps, if little else happens to a logit."""
+def table_of(kernel: str, flags: dict[str, Any], architecture: str) -> str:
+    """Two tiles of 128 × 128 logits fit into the registers of eight warps, if little else happens to a logit; not where
+    sm_100's forward loads by descriptors. AMD's masks are scalar registers, and run short in other tiles."""
     light = not (flags["FIRST_BIAS"] or flags["SECOND_BIAS"] or flags["ROUNDED"])
     light = light and not flags.get("JSD") and flags.get("KIND") != states.KINDS.index("jsd")
+    light = light and not (flags["DESCRIPTORS"] and kernel.endswith("fwd") and architecture not in logprob.WIDE)
+    if architecture.startswith("gfx"):
+        return kernel + ("_wide" if light else "_gfx")
     return kernel + "_descriptors" * flags["DESCRIPTORS"] + "_wide" * light
 
 
@@ -126,7 +130,8 @@ class Call:
         return parts
 
     def _config(self, kernel: str, flags: dict[str, Any]) -> Config:
-        return configs.get(table_of(kernel, flags), self.policy.hidden)
+        architecture = gpu.architecture(self.policy.hidden.device)
+        return configs.get(table_of(kernel, flags, architecture), self.policy.hidden)
 
     def _operands(self, config: Config, first: Head, second: Head) -> list[Any]:
         return [*first.operands(config, self.descriptors), *second.operands(config, self.descriptors)]

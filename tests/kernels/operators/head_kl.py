@@ -83,7 +83,7 @@ def terms(call: Call) -> dict[str, Tensor]:
         hidden, weight = hidden.double().reshape(rows, hidden.shape[-1]), weight.double()
         bias = None if bias is None else bias.double()
         logits = F.linear(hidden, weight, bias) / temperature
-        largest = torch.maximum(largest, logit_terms(hidden, weight, bias) / temperature)
+        largest = torch.maximum(largest, logit_terms(hidden, weight, bias).amax(-1) / temperature)
         lost += _finite(flushed * (hidden.abs().sum(-1) + weight.abs().sum(-1).max() + 1) / EPS[torch.float32])
         logs.append(logits.log_softmax(-1))
         endless = endless or bool((logits[keep] == math.inf).any())
