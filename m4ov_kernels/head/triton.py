@@ -14,6 +14,7 @@ from m4ov_kernels import configs
 from m4ov_kernels.gpu import SIZES, Build, Work, current_device
 from m4ov_kernels.head import chunked
 from m4ov_kernels.head.triton_kl import KERNELS as _LINEAR_KL
+from m4ov_kernels.head.triton_kl import linear_kl_bwd, linear_kl_fwd
 from m4ov_kernels.head.triton_logprob import KERNELS as _LINEAR_LOGPROB
 from m4ov_kernels.head.triton_logprob import linear_logprob_bwd, linear_logprob_fwd
 
@@ -22,6 +23,8 @@ __all__ = [
     "KERNELS",
     "linear_cross_entropy_bwd",
     "linear_cross_entropy_fwd",
+    "linear_kl_bwd",
+    "linear_kl_fwd",
     "linear_logprob_bwd",
     "linear_logprob_fwd",
 ]

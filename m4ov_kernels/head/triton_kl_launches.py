@@ -28,7 +28,7 @@ def table_of(kernel: str, flags: dict[str, Any], architecture: str) -> str:
     light = light and not flags.get("JSD") and flags.get("KIND") != states.KINDS.index("jsd")
     light = light and not (flags["DESCRIPTORS"] and kernel.endswith("fwd") and architecture not in logprob.WIDE)
     if architecture.startswith("gfx"):
-        return kernel + ("_wide" if light else "_gfx")
+        return kernel + ("_wide" if light and not flags["SCALED"] else "_gfx")
     return kernel + "_descriptors" * flags["DESCRIPTORS"] + "_wide" * light
 
 
