@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m4ov_kernels import linear_kl
-from m4ov_kernels.head import reference_kl
+from m4ov_kernels.head import reference
 
 
 def ours(kind: str, *heads: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def ours(kind: str, *heads: Tensor) -> Tensor:
 
 def definition(kind: str, *heads: Tensor) -> Tensor:
     """In plain PyTorch, with float32 logits (float64 of float64)."""
-    return reference_kl.linear_kl(*heads, None, None, None, kind, 1.0, False).mean()
+    return reference.linear_kl(*heads, None, None, None, kind, 1.0, False).mean()
 
 
 def eager(kind: str, hidden_states: Tensor, weight: Tensor, ref_hidden_states: Tensor, ref_weight: Tensor) -> Tensor:

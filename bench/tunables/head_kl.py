@@ -9,7 +9,7 @@ from torch import Tensor
 
 from m4ov_bench.tunables.problem import Problem, Size, Tunable, poison, randn, tiles
 from m4ov_kernels.gpu import Config
-from m4ov_kernels.head import kl_state, reference_kl
+from m4ov_kernels.head import kl_state, reference
 from m4ov_kernels.head.kl_state import rows_of
 from m4ov_kernels.head.triton_kl_launches import Call, Head
 
@@ -34,7 +34,7 @@ def _tensors(call: Call, dtype: torch.dtype) -> list[Tensor | None]:
 
 
 def _divergence(call: Call, dtype: torch.dtype) -> Tensor:
-    return reference_kl.linear_kl(*_tensors(call, dtype), None, "reverse", 1.0, False)  # type: ignore[arg-type]
+    return reference.linear_kl(*_tensors(call, dtype), None, "reverse", 1.0, False)  # type: ignore[arg-type]
 
 
 def _fwd(name: str) -> Callable[[int, torch.dtype, torch.device, Size], Problem]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from m4ov_kernels import checks
 from m4ov_kernels.dispatch import Operator
-from m4ov_kernels.head import reference_kl
+from m4ov_kernels.head import reference
 from m4ov_kernels.head.kl_state import KINDS, NORMALIZERS
 
 _OP = "linear_kl"
@@ -92,7 +92,7 @@ def linear_kl(
     if implementation is None:
         options = (flat_mask, kind, temperature, numerics == "hf")
         with torch.autocast(flat.device.type, enabled=False):  # in the dtypes that came
-            return reference_kl.linear_kl(flat, weight, ref_flat, ref_weight, bias, ref_bias, *options).view(shape)
+            return reference.linear_kl(flat, weight, ref_flat, ref_weight, bias, ref_bias, *options).view(shape)
     found = LINEAR_KL(
         implementation,
         flat,

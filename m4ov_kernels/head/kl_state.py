@@ -52,14 +52,15 @@ def finish(kind: str, state: Tensor, sums_of_jsd: Callable[[Tensor], Tensor]) ->
     mean = gap / exponentials - (log_sum - other_log_sum)
     # Of an infinite logit nothing has a probability.
     log_sum, other_log_sum = (x.masked_fill(x == math.inf, math.nan) for x in (log_sum, other_log_sum))
-    mean = mean + 0.0 * (log_sum + other_log_sum)
+    nothing = 0.0 * (log_sum + other_log_sum)  # or NaN
+    mean = mean + nothing
     parts = [largest, log_sum, other_largest, other_log_sum]
     if reference_first(kind):
         parts = [*parts[2:], *parts[:2]]
     both = torch.stack(parts)
     if kind != "jsd":
         return mean.clamp_min(0.0), torch.cat((both, mean[None]))
-    divergence, offset = sums_of_jsd(both)
+    divergence, offset = sums_of_jsd(both) + nothing
     return divergence, torch.cat((both, offset[None]))
 
 

@@ -8,6 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m4ov_kernels.head.reference_kl import linear_kl
+
+__all__ = ["linear_cross_entropy", "linear_kl", "linear_logprob"]
+
 
 def linear_cross_entropy(
     input: Tensor,

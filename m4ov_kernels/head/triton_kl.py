@@ -111,6 +111,7 @@ def linear_kl_bwd(
         if need_hidden:
             _add_product(sums, gradient, weight[begin:end], begin == 0)
     if need_hidden:
+        sums.masked_fill_(ignored, 0.0)  # of an infinite weight 0 · inf stands there
         rows.put_rows(grad_hidden, sums if sums is row_grad else row_grad.copy_(sums))
     return grad_hidden, grad_weight, grad_bias
 

@@ -26,7 +26,9 @@ from m4ov_kernels import (
     vision_rope,
 )
 from m4ov_kernels.dispatch import OPERATORS, Operator
-from m4ov_kernels.head import linear_kl, linear_logprob
+from m4ov_kernels.head import linear_logprob
+
+from . import kl_samples
 
 
 def norm_case(dtype=torch.float32):
@@ -65,21 +67,6 @@ def logprob_case(dtype=torch.float32):
     def function(h, w, b):
         found = linear_logprob(h, w, targets, bias=b, temperature=0.7, entropy=True)
         return torch.stack((found.logprob, found.logsumexp, found.entropy)) / 4
-
-    return function, tensors
-
-
-KINDS = ("forward", "reverse", "jsd")
-
-
-def kl_case(dtype=torch.float32):
-    tensors = [torch.randn(*shape, dtype=dtype) * 0.3 for shape in ((6, 16), (11, 16), (11,))]
-    other, other_weight = torch.randn(6, 8, dtype=dtype), torch.randn(11, 8, dtype=dtype)
-    mask = torch.tensor([True, True, False, True, True, True])
-
-    def function(h, w, b):
-        kinds = (linear_kl(h, w, other, other_weight, bias=b, kind=kind, temperature=0.7, mask=mask) for kind in KINDS)
-        return torch.stack(list(kinds))
 
     return function, tensors
 
@@ -130,7 +117,7 @@ CASES = {
     "swiglu": swiglu_case,
     "linear_cross_entropy": head_case,
     "linear_logprob": logprob_case,
-    "linear_kl": kl_case,
+    "linear_kl": kl_samples.case,
     "varlen_attention": attention_case,
     "qk_norm_mrope": rope_case,
     "vision_rope": vision_rope_case,
@@ -218,7 +205,6 @@ ONE_EACH = (torch.tensor([[1, 2, 2]]), torch.tensor([[1, 2, 4]]))
 PLACES, GRIDS = torch.tensor([4, 0]), torch.tensor([[1, 2, 4], [2, 2, 2]])
 BACK = (1.0, 0.0, -100, None, False, 0, 7, True, True, False)
 ENTROPY_BACK = (0.5, 3.0, 2, 4, True, 0, 7, True, False, True)
-TWO_HEADS = (torch.randn(5, 8), torch.randn(7, 8), torch.randn(5, 3), torch.randn(7, 3))
 HEAD = (torch.randn(5, 8), torch.randn(7, 8), torch.tensor([1, 6, 0, 2, 3]))
 RAW_SAMPLES = {
     **{
@@ -256,60 +242,7 @@ RAW_SAMPLES = {
             *ENTROPY_BACK,
         ),
     ],
-    "linear_kl_fwd": [
-        (*TWO_HEADS, None, None, None, "forward", 1.0, None, False),
-        (
-            *TWO_HEADS,
-            torch.randn(7),
-            torch.randn(7),
-            torch.tensor([True, False, True, True, False]),
-            "jsd",
-            0.5,
-            3,
-            True,
-        ),
-        (*(tensor.bfloat16() for tensor in TWO_HEADS), None, torch.randn(7).bfloat16(), None, "reverse", 2.0, 5, False),
-    ],
-    "linear_kl_bwd": [
-        (
-            torch.randn(5),
-            *TWO_HEADS,
-            None,
-            None,
-            None,
-            torch.rand(5, 5),
-            "forward",
-            1.0,
-            None,
-            False,
-            True,
-            True,
-            False,
-        ),
-        (
-            torch.randn(5),
-            *TWO_HEADS,
-            *torch.randn(2, 7),
-            torch.tensor([True, False, True, True, False]),
-            torch.rand(5, 5),
-            *("jsd", 0.5, 3, True, True, False, True),
-        ),
-        (
-            torch.randn(5),
-            *TWO_HEADS,
-            None,
-            None,
-            None,
-            torch.rand(5, 5),
-            "reverse",
-            1.0,
-            None,
-            False,
-            False,
-            True,
-            True,
-        ),
-    ],
+    **kl_samples.RAW,
     "varlen_attention_fwd": [
         (*QKV, torch.tensor([0, 2, 6]), None, 4, 4, True, 0.5),
         (*DECODE, *BOUNDS, 2, 4, False, 0.5),

@@ -14,7 +14,7 @@ from m4ov_bench.gpu.example import Example, Maker
 from m4ov_bench.gpu.operators.head import extra_memory, matrix_products
 from m4ov_bench.peers.base import Absent, compiled_peer
 from m4ov_bench.session import OURS, Kernel, Session, Subject, as_called, implementation_name
-from m4ov_kernels.head import LINEAR_KL, linear_kl, reference_kl
+from m4ov_kernels.head import LINEAR_KL, linear_kl, reference
 
 # rows, widths, vocabulary, share of rows that count, kind, temperature, numerics, biases, is num_valid given, layout
 _EXAMPLES = (
@@ -88,7 +88,7 @@ def _example(
     def definition(hidden: Tensor, weight: Tensor, other: Tensor, other_weight: Tensor, *biases: Tensor) -> Tensor:
         own, others = biases or (None, None)
         options = (own, others, mask, kind, temperature, numerics == "hf")
-        return reference_kl.linear_kl(hidden, weight, other, other_weight, *options)
+        return reference.linear_kl(hidden, weight, other, other_weight, *options)
 
     title = f"M {rows}, D {width}, Dr {ref_width}, V {vocabulary}, {share:.0%} count, {layout}, {kind}, {numerics}"
     title += f", temperature {temperature}" * (temperature != 1) + ", bias" * bias + ", num_valid" * known
