@@ -40,6 +40,8 @@ def _arguments(draw: Draw) -> dict[str, Any]:
         made["ref_weight"], made["ref_bias"] = made["weight"], made["bias"]
         if draw.boolean():
             made["ref_hidden_states"] = made["hidden_states"]
+    for prefix in HEADS:
+        _flush(made[f"{prefix}hidden_states"], made[f"{prefix}weight"])
     mask = None
     if draw.boolean():
         generator = torch.Generator().manual_seed(draw.integer(0, 2**32 - 1))
@@ -54,6 +56,15 @@ def _arguments(draw: Draw) -> dict[str, Any]:
         "temperature": draw.choice((1.0, 1.0, 0.5, 3, 0.01, 100.0)),
         "numerics": draw.choice(("fp32", "fp32", "hf")),
     }
+
+
+def _flush(*pair: Tensor) -> None:
+    """VDPBF16PS takes what is below the normal range for 0, which times infinity is NaN and not infinite. In place,
+    whatever the strides."""
+    if pair[0].dtype is torch.bfloat16 and any(x.isinf().any() for x in pair):
+        for x in pair:
+            everything = x.new_empty(0).set_(x.untyped_storage())
+            everything.masked_fill_(everything.abs() < torch.finfo(torch.float32).tiny, 0.0)
 
 
 def _results(hidden_states: Tensor, **_: Any) -> Any:
@@ -97,7 +108,10 @@ def terms(call: Call) -> dict[str, Tensor]:
     over = {"forward": q, "reverse": p, "jsd": p + q}[arguments["kind"]]
     mean = (over * gap).sum(-1)
     log_vocab = math.log(p.shape[-1]) / 4
+    # The mean is a sum over words that is divided at last by that of exponentials, at most V.
+    beyond = keep & (mean * len(p.T) > torch.finfo(torch.float32).max) & (arguments["kind"] != "jsd")
     found = {"divergence": (keep * (largest * (1 + mean) + mean + log_vocab)).reshape(shape[:-1])}
+    found["divergence"][beyond.reshape(shape[:-1])] = BEYOND
     if call.wanted:
         grad = _finite(call.grads["divergence"].double()).reshape(rows).abs()
         shares = p + q if arguments["kind"] == "forward" else p * (1 + gap + mean[:, None])
@@ -110,7 +124,9 @@ def terms(call: Call) -> dict[str, Tensor]:
         found["grad_hidden_states"] = (shares_of @ (_finite(weight).abs() + each) + least).reshape(shape)
         found["grad_weight"] = shares_of.t() @ (hidden + each) + least
         found["grad_bias"] = shares.sum(0) + rows * least
-        if endless:  # nothing has a probability there, and so no gradient is one
+        if endless or (
+            beyond.any() and arguments["kind"] == "reverse"
+        ):  # nothing has a probability there, and so no gradient is one
             found |= {name: torch.full_like(term, BEYOND) for name, term in found.items() if name.startswith("grad_")}
     return found
 
