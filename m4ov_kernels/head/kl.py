@@ -44,7 +44,7 @@ def linear_kl(
       2306.13649.
 
     "Forward" and "reverse" are the distillation literature's names, where the reference is the teacher. The gradient of
-    a softened divergence falls with temperature²; Hinton et al. multiply by that. This function does not: do it.
+    a softened divergence falls with temperature²; Hinton et al. multiply by that, this function leaves it to you.
 
     Args:
         hidden_states: ``[..., D]``, bfloat16, float16, float32 or float64; of the policy.
