@@ -17,7 +17,7 @@ from m4ov_kernels.head.triton_kl_launches import Call, Head
 def _call(width: int, dtype: torch.dtype, device: torch.device, size: Size, name: str) -> Call:
     """A call that is served by the tiles of this name: a bias takes narrow ones, odd rows take pointers."""
     width = min(width, 4096)
-    rows, vocab = max(2, size.elements // width), 8 * width
+    rows, vocab = max(2, size.elements // width), 2 * width
     heads = []
     for _ in range(2):
         hidden, weight = randn((rows, width + 1), dtype, device)[:, :width], randn((vocab, width), dtype, device)
@@ -97,11 +97,10 @@ def _matrix_tiles(forward: bool, *shapes: tuple[int, int, int, int, int]) -> Cal
 
     def candidates(_: int | None) -> Iterator[Config]:
         for tokens, words, columns, warps, stages in shapes:
-            for group in (16, 8):
-                sizes = {"BLOCK_T": tokens, "BLOCK_V": words, "BLOCK_D": columns}
-                if forward:
-                    sizes["TILES"] = 1024 // words
-                yield Config({**sizes, "GROUP": group}, warps, stages)
+            sizes = {"BLOCK_T": tokens, "BLOCK_V": words, "BLOCK_D": columns}
+            if forward:
+                sizes["TILES"] = 1024 // words
+            yield Config({**sizes, "GROUP": 16}, warps, stages)
 
     return candidates
 
@@ -126,7 +125,7 @@ TUNABLES = (
     ),
     Tunable(
         "linear_kl_merge",
-        tiles("BLOCK_SPLITS", "BLOCK_T", (32, 32), (64, 16), (16, 64), (32, 64)),
+        tiles("BLOCK_SPLITS", "BLOCK_T", (32, 32), (16, 64)),
         _fwd("descriptors_wide"),
     ),
 )

@@ -53,7 +53,7 @@ def _judge(heads, **options):
 @pytest.mark.parametrize("dtype", strategies.HALF_AND_SINGLE)
 @pytest.mark.parametrize(
     ("rows", "width", "ref_width", "vocab"),
-    [(5, 8, 8, 30), (1, 64, 3, 97), (70, 33, 16, 500), (66, 600, 130, 193), (3, 1, 2, 1)],
+    [(5, 8, 8, 30), (70, 33, 16, 500), (66, 600, 130, 193), (3, 1, 2, 1)],
 )
 def test_against_float64(isa, rows, width, ref_width, vocab, dtype, bias, kind):
     heads = inputs(rows, width, ref_width, vocab, dtype, bias)
@@ -61,8 +61,10 @@ def test_against_float64(isa, rows, width, ref_width, vocab, dtype, bias, kind):
     _judge(heads, kind=kind, mask=mask, temperature=0.6 if bias else 1.0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", strategies.HALF_AND_SINGLE)
+BITS = [(torch.bfloat16, kind) for kind in KINDS] + [(torch.float32, "reverse"), (torch.float16, "forward")]
+
+
+@pytest.mark.parametrize(("dtype", "kind"), BITS)
 def test_a_row_keeps_its_bits(isa, dtype, kind, monkeypatch):
     """In any company, at any place, on any number of threads, in chunks of any size: forward and hidden gradient."""
     heads = inputs(150, 72, 40, 2000, dtype, bias=True)
@@ -70,7 +72,7 @@ def test_a_row_keeps_its_bits(isa, dtype, kind, monkeypatch):
     whole = run(heads, grad, kind=kind)
     threads = torch.get_num_threads()
     try:
-        for count, budget, some in ((1, 1, 150), (2, 1 << 30, 1), (3, 1, 7), (2, 1, 64), (1, 1 << 30, 65), (2, 1, 149)):
+        for count, budget, some in ((1, 1, 150), (2, 1 << 30, 1), (3, 1, 65), (2, 1 << 30, 149)):
             torch.set_num_threads(count)
             monkeypatch.setattr(native_logprob, "CHUNK_BYTES", budget)
             chosen = torch.randperm(150)[:some]

@@ -53,7 +53,7 @@ def poison(*shape, dtype):
     kind=st.sampled_from(KINDS),
     known=st.booleans(),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_against_float64(rows, width, ref_width, vocab, dtype, layout, bias, kept, temperature, kind, known):
     """Into memory full of NaN, in several chunks."""
     tensors = inputs(rows, width, ref_width, vocab, dtype, layout, bias)
@@ -93,7 +93,7 @@ LARGE = [
 
 
 @given(data=st.data())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_the_shared_cases(data):
     """As they draw and judge them for every implementation, infinite and huge values too."""
     call = data.draw(strategies.drawn(LINEAR_KL.call))
