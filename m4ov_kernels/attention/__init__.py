@@ -10,7 +10,7 @@ from torch import Tensor
 
 from m4ov_kernels import checks
 from m4ov_kernels.attention import reference
-from m4ov_kernels.dispatch import Operator
+from m4ov_kernels.dispatch import Operator, invariance_requested
 
 __all__ = ["varlen_attention"]
 
@@ -69,7 +69,7 @@ def varlen_attention(
     max_seqlen = q.shape[0] if max_seqlen is None else max_seqlen
     max_seqlen_k = max_seqlen_k if max_seqlen_k is not None else max_seqlen if cu_seqlens_k is None else k.shape[0]
     implementation = VARLEN_ATTENTION.select(q.device, q.dtype)
-    if invariant and (implementation is None or implementation.backend != "native"):
+    if (invariant or invariance_requested()) and (implementation is None or implementation.backend != "native"):
         raise RuntimeError(
             f"{_OP}: invariant=True is kept by the compiled CPU kernels only; here "
             f"{'reference' if implementation is None else implementation.backend} serves {q.dtype} on {q.device}"

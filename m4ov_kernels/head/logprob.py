@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from m4ov_kernels import checks
-from m4ov_kernels.dispatch import Operator
+from m4ov_kernels.dispatch import Operator, invariance_requested
 from m4ov_kernels.head import reference, vocab_parallel
 from m4ov_kernels.head import state as states
 from m4ov_kernels.head.targets import check_target_values
@@ -149,6 +149,7 @@ def raw(
     ``softcap``: logits become ``softcap · tanh(logits / softcap)`` (0: they do not). ``total``: also the sum of each
     row's logits, each times its ``class_weight`` ``[V]``.
     """
+    invariant = invariant or invariance_requested()
     rows = targets.shape.numel()
     flat, flat_targets = hidden_states.reshape(rows, hidden_states.shape[-1]), targets.reshape(rows)
     dtype = flat.dtype

@@ -1,0 +1,92 @@
+"""``invariant``: a whole model whose rows keep their bits, whatever else is in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from m4ov_kernels.dispatch import requesting_invariance
+from m4ov_kernels.gemm import invariant_linear
+from m4ov_kernels.invariance.attention import scaled_dot_product_attention
+
+__all__ = ["invariant"]
+
+
+@contextmanager
+def invariant() -> Iterator[None]:
+    """In this block, on this thread: a row's bits depend on the row, the rows that it attends to and the weights alone,
+    so that sampling and training, a batch and its parts, padded or packed, compute the same log-probabilities.
+
+    ``F.linear`` (and so every ``nn.Linear``, a patch embedding, LoRA's layers) is
+    :func:`m4ov_kernels.gemm.invariant_linear`; ``F.scaled_dot_product_attention`` is
+    :func:`m4ov_kernels.varlen_attention` over the tokens that its mask shows; our operators are asked for
+    ``invariant=True``. Any other product of matrices is refused: attention and dropout that these two cannot express,
+    ``matmul``, convolutions, ``torch.compile``, float64, a GPU.
+
+    For the CPU. What stays PyTorch's own is elementwise or a gather; its norms, softmax and reductions over a row are
+    left to it, and no promise of ours: patch the model (:func:`m4ov_kernels.patch`). A row's positions are part of the
+    row: a model that counts padding as positions gives another row.
+
+    Backward: also inside the block where activations are recomputed (gradient checkpointing). The gradients of hidden
+    states keep their bits; those of parameters are sums over the batch.
+
+    Raises:
+        RuntimeError: from the call that cannot be served, naming it.
+    """
+    with requesting_invariance(), _Invariant():
+        yield
+
+
+class _Invariant(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        handler = _HANDLERS.get(func)
+        if handler is None:
+            return func(*args, **(kwargs or {}))
+        return handler(func, *args, **(kwargs or {}))
+
+
+def _linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    device = input.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return invariant_linear(input, weight, bias)
+
+
+def _attention(func: Any, *args: Any, **kwargs: Any) -> Tensor:
+    return scaled_dot_product_attention(*args, **kwargs)
+
+
+def _product(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """A matrix product: only one in which nothing is summed, as in an outer product of positions and frequencies."""
+    matrices = [value for value in args if isinstance(value, Tensor)]
+    name = getattr(func, "__name__", str(func))
+    if name in ("matmul", "mm", "bmm", "__matmul__") and len(matrices) == 2 and matrices[0].shape[-1:] == (1,):
+        return func(*args, **kwargs)
+    raise RuntimeError(
+        f"invariant(): {name} of {', '.join(str(list(value.shape)) for value in matrices)} is PyTorch's, whose bits "
+        "depend on the batch; use F.linear or F.scaled_dot_product_attention"
+    )
+
+
+_PRODUCTS: tuple[Any, ...] = (
+    *(torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.addbmm, torch.mv, torch.addmv),
+    *(torch.einsum, torch.tensordot, torch.inner, torch.dot, torch.chain_matmul),
+    *(torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.addmm, torch.Tensor.baddbmm),
+    *(torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.Tensor.mv, torch.Tensor.inner, torch.Tensor.dot),
+    *(torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d),
+    *(torch.conv_transpose3d, F.bilinear, F.multi_head_attention_forward),
+)
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(_PRODUCTS, _product),
+    F.linear: _linear,
+    F.scaled_dot_product_attention: _attention,
+}
