@@ -56,6 +56,11 @@ def varlen_attention(
     the CPU its two parts, ``[2, H, T]``). On the CPU the gradients are summed in a fixed order: their bits do not
     depend on the number of threads.
 
+    Invariance: by the compiled CPU kernels a row's output depends on its query and the keys it sees alone: decoding
+    with a cache, prefilling in one go or in chunks, alone or packed among others, on any number of threads, in any
+    strides: the same bits. The gradients of a sequence depend on that sequence alone. Kernels of other packages, on a
+    GPU, promise neither.
+
     Raises:
         TypeError: a tensor argument is not a dense floating-point tensor, dtypes differ, or bounds are not integers.
         ValueError: a shape, device, ``scale`` or maximum does not fit; bounds whose values are wrong, with the position

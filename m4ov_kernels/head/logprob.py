@@ -80,6 +80,9 @@ def linear_logprob(
     vocabulary; the gradient of ``hidden_states`` is summed in float32, that of ``weight`` written once; it computes
     nothing for a frozen tensor.
 
+    Invariance: as ``invariant`` says; the gradients of ``weight`` and ``bias`` are sums over the batch, the same bits
+    on any number of threads.
+
     Raises:
         TypeError: an argument is not of the kind above.
         ValueError: shapes, devices or options do not fit, or (CPU) a target is out of range: names the first. On a GPU

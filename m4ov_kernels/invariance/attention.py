@@ -40,8 +40,10 @@ def scaled_dot_product_attention(
         RuntimeError: dropout, other shapes, or any other mask.
     """
     if dropout_p or query.ndim != 4 or query.shape[-1] != value.shape[-1]:
-        raise RuntimeError(f"{_OP}: [B, H, Q, D] without dropout is what is served; got dropout {dropout_p}, "
-                           f"query {list(query.shape)}, value {list(value.shape)}")
+        raise RuntimeError(
+            f"{_OP}: [B, H, Q, D] without dropout is what is served; got dropout {dropout_p}, "
+            f"query {list(query.shape)}, value {list(value.shape)}"
+        )
     if key.shape[1] != query.shape[1] and not enable_gqa:
         raise RuntimeError(f"{_OP}: {key.shape[1]} heads of keys for {query.shape[1]} of queries without enable_gqa")
     if torch.is_autocast_enabled(query.device.type):
