@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from m4ov_kernels.dispatch import requesting_invariance
 from m4ov_kernels.gemm import invariant_linear
 from m4ov_kernels.invariance.attention import scaled_dot_product_attention
 
-__all__ = ["invariant"]
+__all__ = ["checkpoint_contexts", "invariant"]
 
 
 @contextmanager
@@ -33,14 +33,21 @@ def invariant() -> Iterator[None]:
     left to it, and no promise of ours: patch the model (:func:`m4ov_kernels.patch`). A row's positions are part of the
     row: a model that counts padding as positions gives another row.
 
-    Backward: also inside the block where activations are recomputed (gradient checkpointing). The gradients of hidden
-    states keep their bits; those of parameters are sums over the batch.
+    The backward may run outside. Where it computes activations again, they need the block too, which PyTorch leaves then:
+    give ``torch.utils.checkpoint`` (or ``gradient_checkpointing_kwargs``) ``context_fn=checkpoint_contexts``; without it
+    PyTorch raises, because other tensors are saved. The gradients of hidden states keep their bits; those of parameters
+    are sums over the batch.
 
     Raises:
         RuntimeError: from the call that cannot be served, naming it.
     """
     with requesting_invariance(), _Invariant():
         yield
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """``context_fn`` of ``torch.utils.checkpoint`` inside :func:`invariant`: for the forward, and for when it runs again."""
+    return nullcontext(), invariant()
 
 
 class _Invariant(TorchFunctionMode):
