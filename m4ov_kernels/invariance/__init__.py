@@ -33,10 +33,10 @@ def invariant() -> Iterator[None]:
     left to it, and no promise of ours: patch the model (:func:`m4ov_kernels.patch`). A row's positions are part of the
     row: a model that counts padding as positions gives another row.
 
-    The backward may run outside. Where it computes activations again, they need the block too, which PyTorch leaves then:
-    give ``torch.utils.checkpoint`` (or ``gradient_checkpointing_kwargs``) ``context_fn=checkpoint_contexts``; without it
-    PyTorch raises, because other tensors are saved. The gradients of hidden states keep their bits; those of parameters
-    are sums over the batch.
+    The backward may run outside. Where it computes activations again they need the block too, which PyTorch leaves
+    then: give ``torch.utils.checkpoint`` (or ``gradient_checkpointing_kwargs``) ``context_fn=checkpoint_contexts``;
+    without it PyTorch raises, because other tensors are saved. The gradients of hidden states keep their bits; those of
+    parameters are sums over the batch.
 
     Raises:
         RuntimeError: from the call that cannot be served, naming it.
@@ -46,7 +46,8 @@ def invariant() -> Iterator[None]:
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """``context_fn`` of ``torch.utils.checkpoint`` inside :func:`invariant`: for the forward, and for when it runs again."""
+    """``context_fn`` of ``torch.utils.checkpoint`` inside :func:`invariant`: for the forward, and for when it runs
+    again."""
     return nullcontext(), invariant()
 
 

@@ -7,7 +7,6 @@ trainer that scores the same tokens in training mode, packed or padded, in chang
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import random
 
 import pytest
@@ -182,45 +181,6 @@ def test_generate_samples_what_is_trained(dtype):
         for padded in (False, True):
             trained = score(owner, parts, padded).detach()
             assert torch.equal(trained, sampled.flatten())
-
-
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed: pip install 'm4ov[trl]'")
-def test_grpo_of_trl_at_rate_zero(tmp_path, monkeypatch):
-    """Scored in one batch with the samples of a whole step; trained in micro-batches, 20 steps."""
-    from m4ov_kernels.integrations import trl as ours
-
-    from . import test_trl
-
-    data = [{"prompt": test_trl.sentence(length)} for length in (4, 7, 2, 5)]
-    options = {"max_steps": STEPS, "learning_rate": 0.0, "num_iterations": 2, "gradient_accumulation_steps": 2}
-    trainer = test_trl.grpo(tmp_path, test_trl.model(), data, temperature=0.8, **options)
-    scores, ratios = [], []
-    scorer, loss = trainer._get_per_token_logps_and_entropies, trainer._compute_loss
-
-    def remember(*args, **kwargs):
-        found = scorer(*args, **kwargs)
-        scores.append(found[0].detach())
-        return found
-
-    def compare(unwrapped, batch):
-        result = loss(unwrapped, batch)
-        mask = batch["completion_mask"].bool()
-        ratios.append((scores[-1] - batch["old_per_token_logps"]).exp()[mask])
-        return result
-
-    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", remember)
-    monkeypatch.setattr(trainer, "_compute_loss", compare)
-    ours.install(invariant=True)
-    try:
-        with invariant():
-            trainer.train()
-    finally:
-        ours.remove()
-    assert len(ratios) == 2 * STEPS
-    assert len({tuple(one.shape) for one in scores}) > 1, "scored and trained in the same batches"
-    assert all((ratio == 1.0).all() for ratio in ratios)
-    clipped = [entry["clip_ratio/region_mean"] for entry in trainer.state.log_history if "loss" in entry]
-    assert clipped == [0.0] * STEPS
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
