@@ -451,6 +451,7 @@ def targets(
     return target
 
 
+TINY_LINEAR = (LinearCase(5, 32, 24, backward=True),)
 LINEAR = (
     LinearCase(1, 2048, 2048, quick=True),
     LinearCase(16, 2048, 2048),

@@ -1,4 +1,4 @@
-"""What invariance costs: ``invariant_linear`` against ``F.linear``; the limit is the same product by ``torch.mm``.
+"""What invariance costs: ``invariant_linear`` against ``F.linear`` (eager); the limit is ``torch.mm`` of the same.
 
 Attention and the head have no row here: their compiled CPU kernels always keep a row's bits, so that asking for it is
 free (their own rows have PyTorch's attention and unfused heads beside them).
@@ -63,7 +63,7 @@ def subject(case: cases.LinearCase) -> Subject:
         implementation=f"native {native_extension()[0].isa()}",
         gate=judged,
         ours=invariant_linear,
-        peers={"F.linear": F.linear},
+        peers={"eager": F.linear},
         inputs=inputs,
         grads=grads,
         definition=F.linear,

@@ -266,7 +266,8 @@ def test_grpo(tmp_path, spy, kind):
 
 
 def test_grpo_of_trl_at_rate_zero(tmp_path, monkeypatch):
-    """Inside ``invariant()`` the ratio is 1, to the bit: scored in one batch with the samples of a whole step; trained in micro-batches, 20 steps."""
+    """Inside ``invariant()`` the ratio is 1 to the bit for 20 steps: scored in one batch with the samples of a whole
+    step, trained in micro-batches."""
     data = [{"prompt": sentence(length)} for length in (4, 7, 2, 5)]
     options = {"max_steps": 20, "learning_rate": 0.0, "num_iterations": 2, "gradient_accumulation_steps": 2}
     options["gradient_checkpointing_kwargs"] = {"use_reentrant": False, "context_fn": checkpoint_contexts}
