@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from m4ov_bench import cases, gate
+from m4ov_bench import cases, gate, invariant_model
 from m4ov_bench.row import Row
 from m4ov_bench.session import Kernel, Session, Subject, rows
 from m4ov_kernels import invariant_linear
@@ -25,6 +25,8 @@ def benchmark(session: Session) -> Iterator[Row]:
     for case in cases.LINEAR:
         if session.wants(case) and unavailable("cpu", case.dtype) is None:
             yield from rows(session, subject(case))
+    if not session.quick and not session.only and unavailable("cpu", torch.bfloat16) is None:
+        yield from invariant_model.benchmark(session)
 
 
 def subject(case: cases.LinearCase) -> Subject:

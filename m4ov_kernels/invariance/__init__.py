@@ -29,9 +29,10 @@ def invariant() -> Iterator[None]:
     ``invariant=True``. Any other product of matrices is refused: attention and dropout that these two cannot express,
     ``matmul``, convolutions, ``torch.compile``, float64, a GPU.
 
-    For the CPU. What stays PyTorch's own is elementwise or a gather; its norms, softmax and reductions over a row are
-    left to it, and no promise of ours: patch the model (:func:`m4ov_kernels.patch`). A row's positions are part of the
-    row: a model that counts padding as positions gives another row.
+    For the CPU. Kernels of other packages are not seen. What stays PyTorch's own is elementwise or a gather; its norms,
+    softmax and reductions over a row are left to it, and no promise of ours: patch the model
+    (:func:`m4ov_kernels.patch`). A row's positions are part of the row: a model that counts padding as positions gives
+    another row.
 
     The backward may run outside. Where it computes activations again they need the block too, which PyTorch leaves
     then: give ``torch.utils.checkpoint`` (or ``gradient_checkpointing_kwargs``) ``context_fn=checkpoint_contexts``;
@@ -85,14 +86,40 @@ def _product(func: Any, *args: Any, **kwargs: Any) -> Any:
     )
 
 
-_PRODUCTS: tuple[Any, ...] = (
-    *(torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.addbmm, torch.mv, torch.addmv),
-    *(torch.einsum, torch.tensordot, torch.inner, torch.dot, torch.chain_matmul),
-    *(torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.addmm, torch.Tensor.baddbmm),
-    *(torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.Tensor.mv, torch.Tensor.inner, torch.Tensor.dot),
-    *(torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d),
-    *(torch.conv_transpose3d, F.bilinear, F.multi_head_attention_forward),
-)
+# Under every name that it has.
+_PRODUCTS = [
+    getattr(place, name)
+    for place in (torch, torch.Tensor, torch.linalg, F)
+    for name in (
+        *(
+            "matmul",
+            "__matmul__",
+            "__rmatmul__",
+            "mm",
+            "bmm",
+            "addmm",
+            "baddbmm",
+            "addbmm",
+            "mv",
+            "addmv",
+            "dot",
+            "vdot",
+        ),
+        *("inner", "vecdot", "einsum", "tensordot", "chain_matmul", "multi_dot", "bilinear", "cdist"),
+        *(
+            "grouped_mm",
+            "_grouped_mm",
+            "scaled_mm",
+            "_scaled_mm",
+            "_scaled_grouped_mm",
+            "_int_mm",
+            "_weight_int4pack_mm",
+        ),
+        *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution"),
+        *("lstm", "gru", "rnn_tanh", "rnn_relu", "multi_head_attention_forward"),
+    )
+    if hasattr(place, name)
+]
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_PRODUCTS, _product),
     F.linear: _linear,

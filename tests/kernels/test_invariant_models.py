@@ -211,6 +211,8 @@ def test_gradients_of_hidden_states_keep_their_bits(dtype, checkpointing):
         (lambda x: x @ x.mT, r"matmul of \[1, 2, 4, 8\], \[1, 2, 8, 4\] is PyTorch's"),
         (lambda x: torch.bmm(x[0], x[0].mT), "bmm of"),
         (lambda x: torch.einsum("bhqd,bhkd->bhqk", x, x), "einsum of"),
+        (lambda x: torch.linalg.matmul(x, x.mT), "matmul of"),
+        (lambda x: torch.compile(F.linear, backend="eager", fullgraph=True)(x, x[0, 0]), "compile"),
         (lambda x: F.conv1d(x[0], x[0][..., :3]), "conv1d of"),
         (lambda x: F.linear(x.double(), x[0, 0].double()), "got torch.float64 on cpu"),
         (lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1), "without dropout"),
