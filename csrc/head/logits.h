@@ -22,7 +22,7 @@ constexpr float kFarBelow = -1e30f;
 // Sums over the hidden dimension are taken in parts: a part of a block of tokens (64 KiB of bf16) stays in L2 while all
 // rows of a tile pass by, and fp32 loses less than in one long sum.
 template <typename T>
-constexpr int64_t kHiddenPart = kSame<T, float> ? 64 : 512;
+constexpr int64_t kHiddenPart = kSame<T, float> ? 32 : 512;
 
 // The fp32 hyperbolic tangent, to about two units in the last place.
 M4OV_INLINE V tanh_full(V x) {

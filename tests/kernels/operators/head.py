@@ -16,7 +16,7 @@ from m4ov_kernels.head import chunked, linear_logprob
 
 from .. import draws
 from ..draws import Draw
-from ..numerics import BEYOND, EPS
+from ..numerics import BEYOND, EPS, logit_terms
 from . import corruptions
 from .case import Call, OperatorCase
 from .options import number, tensor_dtype
@@ -73,7 +73,7 @@ def _terms(call: Call) -> dict[str, Tensor]:
     target = arguments["target"].reshape(-1)
     keep = target != arguments["ignore_index"]
     logits = F.linear(hidden, weight, None if bias is None else bias.double())
-    largest = torch.where(keep, _finite(logits).abs().amax(-1), 0.0)
+    largest = torch.where(keep, logit_terms(hidden, weight, bias).amax(-1), 0.0)
     # Of the loss; and one float32 rounding more than PyTorch's of the log of a sum of V exponentials.
     loss = largest + keep * (math.log(vocab) / 4)
     divisor = 1.0
@@ -234,7 +234,7 @@ def _logprob_terms(call: Call) -> dict[str, Tensor]:
     vocab = weight.shape[0]
     keep = targets != arguments["ignore_index"]
     logits = F.linear(hidden, weight, None if bias is None else bias.double()) / temperature
-    largest = torch.where(keep, _finite(logits).abs().amax(-1), 0.0)
+    largest = torch.where(keep, logit_terms(hidden, weight, bias).amax(-1) / temperature, 0.0)
     if arguments["numerics"] == "hf":
         largest = largest * (EPS[arguments["hidden_states"].dtype] / EPS[torch.float32])
     log_p = _finite(logits.log_softmax(-1))
