@@ -39,8 +39,8 @@ def invariant_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) 
     Raises:
         TypeError: an argument is not a dense floating-point tensor, or dtypes differ.
         ValueError: shapes or devices do not fit.
-        RuntimeError: the compiled CPU kernel cannot serve the call (a GPU, float64, an install without it,
-            ``torch.compile``), or a double backward is asked for.
+        RuntimeError: the compiled CPU kernel cannot serve the call (a GPU, float64, a subclass of tensors, an install
+            without it, ``torch.compile``, ``torch.func``), or a double backward is asked for.
 
     Source: the problem, and its cure by one order of summation: He et al., "Defeating Nondeterminism in LLM Inference",
     Thinking Machines Lab 2025.
@@ -96,6 +96,10 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         if tensor is not None and tensor.device != input.device:
             checks.refuse(ValueError, _OP, name, f"on {input.device}, as input", f"one on {tensor.device}")
     reason = unavailable(input.device.type, input.dtype)
+    if any(type(x) not in (Tensor, torch.nn.Parameter, type(None)) for x in (input, weight, bias)):
+        reason = "its kernel is for plain tensors, not for subclasses"
+    if torch._C._are_functorch_transforms_active():
+        reason = "it is not for torch.func transforms"
     if reason is not None:
         raise RuntimeError(f"{_OP}: {reason}")
 

@@ -142,3 +142,8 @@ def test_what_cannot_be_kept_is_refused():
     x = torch.ones(2, 8, device="meta")
     with pytest.raises(RuntimeError, match=r"got torch\.float32 on meta"):
         invariant_linear(x, x)
+    x = torch.ones(2, 8)
+    with pytest.raises(RuntimeError, match=r"is for plain tensors"):
+        invariant_linear(x.as_subclass(type("Other", (torch.Tensor,), {})), x)
+    with pytest.raises(RuntimeError, match=r"not for torch\.func transforms"):
+        torch.func.vmap(invariant_linear, (0, None))(x[None], x)

@@ -208,7 +208,7 @@ def _shuffled(values: list[int], draw: Draw) -> list[int]:
 
 
 @given(data=st.data())
-@settings(max_examples=15)
+@settings(max_examples=8)
 @pytest.mark.parametrize("name", COMPANIES)
 def test_a_row_keeps_its_bits(name, isa, data):
     data.draw(strategies.drawn(lambda draw: hold(name, draw)))
@@ -221,14 +221,14 @@ def test_a_row_keeps_its_bits_in_triton(name):
         pytest.skip("the interpreter is for where there is no GPU")
     held, index = 0, 0
     with m4ov_kernels.backend("triton"):
-        while held < 3 and index < 3000:
+        while held < 2 and index < 3000:
             index += 1
             call = CASES[name].call(Seeded(SEED, index))
             small = sum(value.numel() for value in call.arguments.values() if isinstance(value, Tensor)) < 600
             if small and CASES[name].kernel_dtype(call.arguments) is not None:
                 hold(name, Seeded(SEED, index))
                 held += 1
-    assert held == 3
+    assert held == 2
 
 
 LARGE = {
@@ -240,11 +240,10 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("width", [2053, 4096])
 @pytest.mark.parametrize("name", LARGE)
-def test_of_a_batch_larger_than_the_caches(name, isa, width):
+def test_of_a_batch_larger_than_the_caches(name, isa):
     """Such outputs are written past them, by other instructions."""
-    function, rows, dtype = LARGE[name], 2100, torch.bfloat16
+    function, rows, width, dtype = LARGE[name], 2100, 4096, torch.bfloat16
     x, y, g = (torch.randn(rows, width).to(dtype) for _ in range(3))
     w = torch.randn(width).to(dtype).requires_grad_()
 
@@ -265,7 +264,7 @@ def test_of_a_batch_larger_than_the_caches(name, isa, width):
 
 
 @given(data=st.data())
-@settings(max_examples=12)
+@settings(max_examples=8)
 @pytest.mark.parametrize("dtype", draws.DTYPES)
 def test_decoding_chunks_and_prefilling_are_one(dtype, isa, data):
     """A sequence in one call; cut into chunks, each with the keys so far; row by row; and with others beside it."""

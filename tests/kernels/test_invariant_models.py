@@ -20,6 +20,7 @@ from m4ov_kernels.invariance import checkpoint_contexts
 from m4ov_kernels.numerics import certify
 
 from . import tiny_models as tiny
+from .numerics import assert_accurate
 
 NEW = 6  # tokens that a rollout samples
 STEPS = 20
@@ -243,18 +244,15 @@ def test_attention_by_masks_is_pytorchs(dtype):
     room = (torch.arange(9) < 5)[None, None, None, :].expand(3, 1, 1, 9)
     for mask, last in ((padded, 9), (additive, 9), (room, 1), (valid[:, None, None, :].expand(3, 1, 9, 9), 9)):
         query = q[:, :, -last:]
+        exact_mask = mask if mask.dtype is torch.bool else mask.double()
         plain = F.scaled_dot_product_attention(query, k, v, mask, enable_gqa=True)
+        exact = F.scaled_dot_product_attention(*(x.double() for x in (query, k, v)), exact_mask, enable_gqa=True)
         with invariant():
             found = F.scaled_dot_product_attention(query, k, v, mask, enable_gqa=True)
-        sees = mask[:, 0].any(-1) if mask.dtype is torch.bool else (mask[:, 0] == 0).any(-1)
-        for got, expected, kept in zip(found.transpose(1, 2), plain.transpose(1, 2), sees, strict=True):
-            torch.testing.assert_close(
-                got[kept],
-                expected[kept],
-                rtol=2e-2 if dtype is torch.bfloat16 else 1e-5,
-                atol=1e-2 if dtype is torch.bfloat16 else 1e-6,
-            )
-            assert not got[~kept].any()
+        sees = (mask if mask.dtype is torch.bool else mask == 0)[:, 0].any(-1)
+        got, theirs, truth = (x.transpose(1, 2)[sees] for x in (found, plain, exact))
+        assert_accurate("attended", got, theirs, truth)
+        assert not found.transpose(1, 2)[~sees].any()
     with invariant():
         alone = F.scaled_dot_product_attention(
             q[:1, :, 4:], k[:1, :, 4:], v[:1, :, 4:], is_causal=True, enable_gqa=True
