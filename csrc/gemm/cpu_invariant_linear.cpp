@@ -42,11 +42,22 @@ struct Linear {
     return {mine.rows, width};
   }
 
+  // The head's tile. For few tokens, whose time goes into reading the weight, a few of its rows at a time to their end:
+  // the same sums, and memory is read in order.
+  void make(float* tile, const typename WideRows<Tile, T>::View& rows, int64_t first, int64_t count, int64_t block) const {
+    if (logits.vectors(block) > 1) return logits.make(tile, rows, first, count, block);
+    for (int64_t i = 0; i < count; i += kTileRows) {
+      const typename WideRows<Tile, T>::View some{rows.rows + i * rows.stride, rows.stride};
+      logits.multiply_block(tile + i * kBlockTokens, some, smaller(kTileRows, count - i), block);
+    }
+    logits.finish(tile, first, count, block);
+  }
+
   void run_tile(int64_t first, int64_t begin, int64_t end, const Mine& mine) const {
     const int64_t count = smaller(kTileWords, a.columns - first);
     const auto rows = left(mine, first, count);
     for (int64_t block = begin; block < end; ++block) {
-      logits.make(mine.tile, rows, first, count, block);
+      make(mine.tile, rows, first, count, block);
       unpack_columns(mine.by_token, kTileWords, mine.tile, kBlockTokens, logits.lanes(block), count);
       T* to = static_cast<T*>(a.output) + block * kBlockTokens * a.columns + first;
       for (int64_t i = 0; i < logits.lanes(block); ++i) {
