@@ -56,6 +56,10 @@ def scaled_dot_product_attention(
         spans = [_Span(row, 0, queries, (0, keys), is_causal) for row in range(rows)]
     else:
         spans = _spans(_visible(attn_mask, rows, queries, keys, is_causal))
+    if (
+        rows == len(spans) == 1 and spans[0].first == 0 and spans[0].last == queries
+    ):  # as in decoding: nothing is copied
+        return _attend(query, key, value, spans, spans[0].causal, scale)[None].transpose(1, 2)
     output = torch.zeros_like(query.transpose(1, 2), memory_format=torch.contiguous_format)  # [B, Q, H, D]
     for causal in (False, True):
         of_kind = [span for span in spans if span.causal is causal and span.first < span.last]
@@ -65,11 +69,16 @@ def scaled_dot_product_attention(
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, spans: list[_Span], causal: bool, scale: float | None) -> Tensor:
-    q = torch.cat([query[span.row, :, span.first : span.last].transpose(0, 1) for span in spans])
-    k, v = (torch.cat([x[span.row, :, slice(*span.keys)].transpose(0, 1) for span in spans]) for x in (key, value))
+    q = _joined([query[span.row, :, span.first : span.last] for span in spans])
+    k, v = (_joined([x[span.row, :, slice(*span.keys)] for span in spans]) for x in (key, value))
     bounds = torch.tensor([0, *(span.last - span.first for span in spans)]).cumsum(0)
     bounds_k = torch.tensor([0, *(span.keys[1] - span.keys[0] for span in spans)]).cumsum(0)
     return varlen_attention(q, k, v, bounds, cu_seqlens_k=bounds_k, causal=causal, scale=scale, invariant=True)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """``[H, T, D]`` each → ``[T, H, D]``, one after the other."""
+    return parts[0].transpose(0, 1) if len(parts) == 1 else torch.cat([part.transpose(0, 1) for part in parts])
 
 
 def _put(output: Tensor, spans: list[_Span], attended: Tensor) -> Tensor:
