@@ -26,6 +26,7 @@ NAMES = (
     "norm",
     "activation",
     "attention",
+    "gemm",
     "head",
     "kl",
     "logprob",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from m4ov_kernels import checks
-from m4ov_kernels.dispatch import Operator
+from m4ov_kernels.dispatch import Operator, invariance_requested
 from m4ov_kernels.head import reference
 from m4ov_kernels.head.kl_state import KINDS, NORMALIZERS
 
@@ -69,8 +69,11 @@ def linear_kl(
     Saves for backward: the inputs, and five float32 a row. The backward makes both heads' logits again, by chunks of
     the vocabulary; the gradient of ``hidden_states`` is summed in float32, that of ``weight`` written once; it computes
     nothing for a frozen tensor. Costs two products forward (four for "jsd", whose sum takes both normalisers) and four
-    backward. Deterministic; from the compiled CPU kernels a row's bits, forward and in the gradient of
-    ``hidden_states``, do not depend on other rows, chunks or threads.
+    backward. Deterministic.
+
+    Invariance: from the compiled CPU kernels a row's bits, forward and in the gradient of ``hidden_states``, do not
+    depend on other rows, chunks or threads; the gradients of ``weight`` and ``bias`` are sums over the batch, the same
+    bits on any number of threads. Inside :func:`m4ov_kernels.invariant` another implementation raises ``RuntimeError``.
 
     Raises:
         TypeError: an argument is not of the kind above.
@@ -89,6 +92,9 @@ def linear_kl(
     others = (weight, ref_flat, ref_weight, bias, ref_bias)
     same = all(tensor is None or tensor.dtype is dtype for tensor in others)
     implementation = LINEAR_KL.select(flat.device, dtype if same else None)
+    if invariance_requested() and (implementation is None or implementation.backend not in ("native", "registered")):
+        backend = "reference" if implementation is None else implementation.backend
+        raise RuntimeError(f"{_OP}: invariance was asked for, but backend {backend!r} is not invariant")
     if implementation is None:
         options = (flat_mask, kind, temperature, numerics == "hf")
         with torch.autocast(flat.device.type, enabled=False):  # in the dtypes that came
