@@ -136,6 +136,7 @@ class Operator:
         backward: ``(ctx, needs, bwd, *grad_results)`` → one gradient (or ``None``) per forward input; ``needs`` says
             which inputs want one. ``grad_results`` may be followed by gradients of the other outputs, to be ignored.
         native: devices for which ``native.py`` has kernels.
+        serves: other public functions, by name, that are made of this one and have no kernels of their own.
         backends: the modules that the family has besides its reference. A ``library.py`` also defines
             ``unavailable(device_type, dtype)``: why it cannot serve such tensors, or ``None``.
     """
@@ -153,6 +154,7 @@ class Operator:
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
         native: tuple[str, ...] = ("cpu",),
+        serves: tuple[str, ...] = (),
         backends: tuple[str, ...] = ("native", "triton"),
         dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES,
     ) -> None:
@@ -173,6 +175,7 @@ class Operator:
                 lib=_library,
             )
         OPERATORS[name] = self
+        FUNCTIONS.update(dict.fromkeys((name, *serves), self))
 
     def _register(self, kind: str, schema: str, fake: Callable[..., Any]) -> Any:
         raw = f"{self.name}_{kind}"
@@ -273,6 +276,7 @@ class Operator:
 
 
 OPERATORS: dict[str, Operator] = {}
+FUNCTIONS: dict[str, Operator] = {}  # every public function that has kernels, by name, and the operator that serves it
 
 
 def _never_called(*_: Any, **__: Any) -> Any:

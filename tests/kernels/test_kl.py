@@ -74,7 +74,7 @@ def test_a_row_keeps_its_bits(isa, dtype, kind, monkeypatch):
     try:
         for count, budget, some in ((1, 1, 150), (2, 1 << 30, 1), (3, 1, 65), (2, 1 << 30, 149)):
             torch.set_num_threads(count)
-            monkeypatch.setattr(native_logprob, "CHUNK_BYTES", budget)
+            monkeypatch.setattr(native_logprob, "SCRATCH_BYTES", budget)
             chosen = torch.randperm(150)[:some]
             part = {name: x[chosen] if name.endswith("hidden_states") else x for name, x in heads.items()}
             got = run(part, grad[chosen], kind=kind)
