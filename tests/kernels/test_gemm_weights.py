@@ -260,3 +260,15 @@ def test_a_field_that_is_wrong_is_named(make, argument, value):
 def test_frozen(make):
     with pytest.raises(dataclasses.FrozenInstanceError):
         make().scales = torch.ones(1)
+
+
+def test_bytes_that_begin_anywhere():
+    """What PyTorch calls contiguous may begin at any byte and have any stride where a size is 1."""
+    w = Int4Weight.from_codes(torch.arange(16).byte().view(1, 16), torch.ones(1, 1), group_size=32)
+    for offset in range(4):
+        room = torch.zeros(1, 13, dtype=torch.uint8)
+        odd = room[:, offset : offset + 8]
+        odd.copy_(w.packed)
+        moved = dataclasses.replace(w, packed=odd)
+        assert moved.equal(w)
+        assert Int4Weight.from_state_dict(moved.state_dict()).equal(w)

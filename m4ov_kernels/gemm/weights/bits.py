@@ -26,13 +26,22 @@ def unpack(packed: Tensor, columns: int) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)[:, :columns].contiguous()
 
 
+def dense(value: Tensor) -> Tensor:
+    """Contiguous, and so that its bytes can be seen as another dtype: what PyTorch calls contiguous may still have any
+    stride where a size is 1, and begin anywhere."""
+    value = value.contiguous()
+    natural = tuple(value.shape[i + 1 :].numel() for i in range(value.dim()))
+    aligned = value.storage_offset() * value.element_size() % 4 == 0
+    return value if aligned and value.stride() == natural else value.clone(memory_format=torch.contiguous_format)
+
+
 def to_words(packed: Tensor) -> Tensor:
     """The same bytes as little-endian int32 words, lowest nibble first (as safetensors stores them)."""
-    return packed.contiguous().view(torch.int32)
+    return dense(packed).view(torch.int32)
 
 
 def from_words(words: Tensor) -> Tensor:
-    return words.contiguous().view(torch.uint8)
+    return dense(words).view(torch.uint8)
 
 
 def pack_words(codes: Tensor) -> Tensor:
@@ -50,4 +59,4 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
         return a is b
     if a.dtype != b.dtype or a.shape != b.shape or a.device != b.device:
         return False
-    return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
+    return torch.equal(dense(a).flatten().view(torch.uint8), dense(b).flatten().view(torch.uint8))

@@ -193,8 +193,8 @@ def gptqmodel() -> None:
             pack_dtype=torch.int32, register_buffers=True,
         )  # fmt: skip
         made.pack_block(linear, scales, zeros.float(), g_idx)
+        made.optimized = True  # no torch.compile
         made.post_init()
-        made.optimize = None
         expected = made.dequantize_weight().t()
         settings = QuantizeConfig(bits=4, group_size=group, desc_act=act_order, sym=symmetric, format=form)
         if form == "gptq":

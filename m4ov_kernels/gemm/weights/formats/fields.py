@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from m4ov_kernels.checks import describe, refuse
+from m4ov_kernels.gemm.weights import bits
 from m4ov_kernels.gemm.weights.fp8 import Fp8Weight
 from m4ov_kernels.gemm.weights.int4 import GROUP_SIZES, WHOLE_ROW, Int4Weight
 from m4ov_kernels.gemm.weights.int8 import Int8Weight
@@ -65,7 +66,7 @@ class Leaves:
         )
         if not fits:
             self.refuse(leaf, expected, value)
-        return value.detach().contiguous()
+        return bits.dense(value.detach())
 
     def scales(self, leaf: str, sizes: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...] = SCALE_DTYPES) -> Tensor:
         value = self.take(leaf, dtypes, sizes)
