@@ -84,7 +84,7 @@ def test_a_tensor_that_is_wrong_is_named(name):
     seen = set()
 
     @given(st.data())
-    @settings(max_examples=80)
+    @settings(max_examples=60)
     def check(data):
         tensors, config = written(name, data.draw(EXPRESSIBLE[name]))
         key = data.draw(st.sampled_from(sorted(tensors)))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m4ov_kernels.checks import refuse
+from m4ov_kernels.checks import describe, refuse
 from m4ov_kernels.gemm.weights import bits, validate
 
 GROUP_SIZES = (32, 64, 128)
@@ -165,7 +165,7 @@ class Int4Weight:
     def from_codes(cls, codes: Tensor, scales: Tensor, *, group_size: int, **rest: Any) -> Int4Weight:
         """From codes one a byte: uint8 [N, K] of 0..15."""
         if not isinstance(codes, Tensor) or codes.dtype is not torch.uint8 or codes.dim() != 2:
-            refuse(TypeError, _NAME, "codes", "a uint8 tensor [N, K]", codes)
+            refuse(TypeError, _NAME, "codes", "a uint8 tensor [N, K]", describe(codes))
         if codes.device.type == "cpu" and codes.numel() and int(codes.max()) > 15:
             refuse(ValueError, _NAME, "codes", "of 0..15", int(codes.max()))
         return cls(bits.pack(codes), scales.contiguous(), codes.shape[1], group_size, **rest)

@@ -148,6 +148,7 @@ def modelopt() -> None:
 
 
 def autoawq() -> None:
+    from awq.models._config import AwqConfig
     from awq.modules.linear.gemm import WQLinear_GEMM
     from awq.utils.packing_utils import dequantize_gemm
 
@@ -163,7 +164,7 @@ def autoawq() -> None:
         linear.weight.data = ((codes - zeros[..., None]) * scales[..., None].float()).flatten(1).half()
         size = K if group == -1 else group
         made = WQLinear_GEMM.from_linear(linear, 4, size, scales=scales.t().contiguous(), zeros=zeros.t().contiguous())
-        config = {"quant_method": "awq", "zero_point": True, "group_size": group, "bits": 4, "version": "gemm"}
+        config = AwqConfig(q_group_size=group).to_transformers_dict()
         expected = dequantize_gemm(made.qweight, made.qzeros, made.scales, 4, size).t()
         save("autoawq", f"autoawq-{case}", dict(made.state_dict()), config, expected)
 
@@ -200,15 +201,9 @@ def gptqmodel() -> None:
         if form == "gptq":
             convert_gptq_v2_to_v1_format_module(made, settings)
         names = ("qweight", "qzeros", "scales", "g_idx")
-        config = {
-            "quant_method": "gptq",
-            "bits": 4,
-            "group_size": group,
-            "desc_act": act_order,
-            "sym": symmetric,
-            "checkpoint_format": form,
-            "meta": {"quantizer": [f"gptqmodel:{version('gptqmodel')}"]},
-        }
+        settings.meta_set_versionable("quantizer", [f"gptqmodel:{version('gptqmodel')}"])  # as its writer does
+        config = settings.to_dict()
+        config["meta"].pop("offload_to_disk_path", None)  # a folder of the machine that made it
         save("gptqmodel", f"gptqmodel-{case}", {n: getattr(made, n) for n in names}, config, expected)
 
 

@@ -19,8 +19,8 @@ def read(tensors: Tensors, config: Config, prefix: str) -> Fp8Weight:
     weights = compressed_tensors.weights_of(config, prefix, NAME, bits=8, kind="float")
     weights.get("symmetric", (True,), True)
     granularity = weights.get("strategy", GRANULARITIES)
-    if granularity == "block" and list(weights.values.get("block_structure") or []) != [BLOCK, BLOCK]:
-        weights.refuse("block_structure", f"[{BLOCK}, {BLOCK}]", weights.values.get("block_structure"))
+    if granularity == "block":  # older versions wrote it as a string
+        weights.get("block_structure", ([BLOCK, BLOCK], f"{BLOCK}x{BLOCK}"))
     scheme = compressed_tensors.scheme_of(config, prefix)
     static = False
     if scheme.values.get("input_activations") is not None:

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from m4ov_kernels.gemm.weights.formats import modelopt
-from m4ov_kernels.gemm.weights.formats.fields import SCALE_DTYPES, Config, Leaves, Tensors, Weight, cannot, named
+from m4ov_kernels.gemm.weights.formats.fields import (
+    SCALE_DTYPES,
+    Config,
+    Leaves,
+    Settings,
+    Tensors,
+    Weight,
+    cannot,
+    named,
+)
 from m4ov_kernels.gemm.weights.int4 import SYMMETRIC_ZERO, WHOLE_ROW, Int4Weight
 
 NAME = "modelopt-w4a16-awq"
@@ -18,15 +27,17 @@ ALGORITHM = "W4A16_AWQ"
 
 def read(tensors: Tensors, config: Config, prefix: str) -> Int4Weight:
     settings = modelopt.settings_of(config, prefix)
-    group_size = settings.group_size()
-    if group_size == WHOLE_ROW:
-        settings.refuse("group_size", "32, 64 or 128", group_size)
     settings.get("has_zero_point", (False,), False)
-
     leaves = Leaves(NAME, tensors, prefix)
     leaves.only("weight", "weight_scale", "pre_quant_scale")
     packed = leaves.take("weight", (torch.uint8,), ("N/2", "K"))
     N, K = 2 * packed.shape[0], packed.shape[1]
+    if settings.values.get("group_size") is None:  # config.json does not say it; groups are whole, so the shapes do
+        G = leaves.scales("weight_scale", (N, "G"), (torch.float32,)).shape[1]
+        settings = Settings(NAME, {"group_size": K // G}, "the groups that weight_scale tells:")
+    group_size = settings.group_size()
+    if group_size == WHOLE_ROW:
+        settings.refuse("group_size", "32, 64 or 128", group_size)
     if K % group_size:
         leaves.refuse("weight", f"[N/2, K] with K a multiple of the group size {group_size}", packed)
     scales = leaves.scales("weight_scale", (N, K // group_size), (torch.float32,))
