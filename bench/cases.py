@@ -80,6 +80,21 @@ class GeluCase:
 
 
 @dataclass(frozen=True)
+class LinearCase:
+    """``backward``: measured too."""
+
+    rows: int
+    width: int
+    columns: int
+    dtype: torch.dtype = torch.bfloat16
+    backward: bool = False
+    quick: bool = False
+
+    def __str__(self) -> str:
+        return f"M {self.rows}, K {self.width}, N {self.columns} {_dtype_name(self.dtype)}"
+
+
+@dataclass(frozen=True)
 class LogprobCase:
     """As :class:`HeadCase`; ``entropy``: of each row too."""
 
@@ -434,3 +449,13 @@ def targets(
     unlabelled = torch.randperm(case.rows, generator=generator)[round(case.rows * case.labelled) :]
     target[unlabelled] = ignore_index
     return target
+
+
+TINY_LINEAR = (LinearCase(5, 32, 24, backward=True),)
+LINEAR = (
+    LinearCase(1, 2048, 2048, quick=True),
+    LinearCase(16, 2048, 2048),
+    LinearCase(1024, 2048, 2048, backward=True, quick=True),
+    LinearCase(1, 2048, 2048, torch.float32),
+    LinearCase(512, 2048, 2048, torch.float32, backward=True),
+)

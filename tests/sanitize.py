@@ -26,6 +26,7 @@ NAMES = (
     "norm",
     "activation",
     "attention",
+    "gemm",
     "head",
     "logprob",
     "pack_patches",
