@@ -142,7 +142,6 @@ COMPANIES = {
     ),
 }
 EXEMPT = {
-    "linear_cross_entropy": "returns a sum over the batch; its log-probabilities are those of linear_logprob",
     "mrope_positions": "makes integers, which are compared as they are in test_rope_positions.py",
     "scatter_vision": "copies rows",
     "deepstack_add": "adds two numbers to each result",
