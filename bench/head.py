@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m4ov_bench import cases, gate, logprob, memory, peers, plots
+from m4ov_bench import cases, gate, kl, logprob, memory, peers, plots
 from m4ov_bench.products import fastest_chunk, products
 from m4ov_bench.row import Peer, Row
 from m4ov_bench.runtimes import Inference
@@ -34,6 +34,7 @@ def benchmark(session: Session) -> Iterator[Row]:
         if session.wants(case):
             yield from rows(session, subject(session, case))
     yield from logprob.benchmark(session)
+    yield from kl.benchmark(session)
     if not session.quick:
         yield from _memory_by_tokens(session)
 

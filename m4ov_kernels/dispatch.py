@@ -56,6 +56,7 @@ _DEFAULT_BACKEND = _checked_backend(os.environ.get("M4OV_BACKEND") or None, "M4O
 
 class _ThreadState(threading.local):  # torch.compile can trace and guard this; a ContextVar breaks the graph
     override: str | None
+    invariant: bool = False  # inside m4ov_kernels.invariant()
 
     def __init__(self) -> None:  # in each thread; Dynamo's guards do not see a default that the class holds
         self.override = _DEFAULT_BACKEND
@@ -83,6 +84,21 @@ def backend(name: str | None) -> Iterator[None]:
 def requested() -> str | None:
     """The implementation that :func:`backend` or ``M4OV_BACKEND`` asks for on this thread, for host functions."""
     return _thread.override
+
+
+def invariance_requested() -> bool:
+    """Whether this thread is inside :func:`m4ov_kernels.invariant`, for operators with an ``invariant`` option."""
+    return _thread.invariant
+
+
+@contextmanager
+def requesting_invariance() -> Iterator[None]:
+    """Only the operators' half of :func:`m4ov_kernels.invariant`."""
+    previous, _thread.invariant = _thread.invariant, True
+    try:
+        yield
+    finally:
+        _thread.invariant = previous
 
 
 @cache

@@ -40,6 +40,24 @@ void bind_head(py::module_& m) {
         linear_logprob(inputs, sizes, temperature, softcap, rounded, dtype, threads), at<float>(coefficients),
         at<void>(grad_hidden), at<void>(grad_weight), at<void>(grad_bias), columns});
   });
+  m.def("linear_kl_fwd", [](const HeadAddresses& inputs, const HeadSizes& sizes, float temperature, float softcap,
+                            bool rounded, int dtype, int threads, const HeadAddresses& others,
+                            const HeadSizes& other_sizes, Address normalizer, Address state) {
+    return run<&Kernels::linear_kl_fwd>(
+        LinearKlFwd{linear_logprob(inputs, sizes, temperature, softcap, rounded, dtype, threads),
+                    linear_logprob(others, other_sizes, temperature, softcap, rounded, dtype, threads),
+                    at<float>(normalizer), at<float>(state)});
+  });
+  m.def("linear_kl_bwd", [](const HeadAddresses& inputs, const HeadSizes& sizes, float temperature, float softcap,
+                            bool rounded, int dtype, int threads, const HeadAddresses& others,
+                            const HeadSizes& other_sizes, int kind, Address coefficients, Address grad_hidden,
+                            Address grad_weight, Address grad_bias, int64_t columns) {
+    return run<&Kernels::linear_kl_bwd>(LinearKlBwd{
+        {linear_logprob(inputs, sizes, temperature, softcap, rounded, dtype, threads), at<float>(coefficients),
+         at<void>(grad_hidden), at<void>(grad_weight), at<void>(grad_bias), columns},
+        linear_logprob(others, other_sizes, temperature, softcap, rounded, dtype, threads),
+        kind});
+  });
 }
 
 }  // namespace

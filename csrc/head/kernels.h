@@ -49,8 +49,40 @@ struct LinearLogprobBwd {
   int64_t columns;  // of the vocabulary at a time; a multiple of kHeadColumns
 };
 
+// What lies between the distributions of two heads, whose targets, class weights and kept logits are not read; tokens,
+// vocabulary, dtype, threads and scratch are the first's.
+enum KlKind : int { kKlForward, kKlReverse, kKlJsd };
+
+// Of a token: the largest logit and the sum of exp(logit - largest) of each head, x and y, and the sum of
+// exp(x - largest x) · ((x - largest x) - (y - largest y)) over the words with a probability.
+enum KlState : int { kFirstMaximum, kFirstSum, kSecondMaximum, kSecondSum, kGap, kKlStates };
+// With p, q the first's and the second's probabilities, m their mean: (KL(p ‖ m) + KL(q ‖ m)) / 2, and KL(p ‖ m).
+enum JsdState : int { kJsdTotal, kJsdFirst, kJsdStates };
+
+struct LinearKlFwd {
+  LinearLogprob first, second;
+  const float* normalizer;  // null: KlState is wanted. Else [4, tokens], shift and log-sum of each: JsdState is
+  float* state;             // [kKlStates or kJsdStates, tokens]
+};
+
+enum KlCoefficient : int {
+  kPolicyShift, kPolicyLogSum, kReferenceShift, kReferenceLogSum, kScaleOf, kOffset, kKlCoefficients
+};
+static_assert(int(kKlCoefficients) == int(kHeadCoefficients));
+
+struct LinearKlBwd {
+  // Its coefficients: [kKlCoefficients, tokens]. With log p = (x - shift) - log sum of the policy, log q of the reference
+  // and m the mean of both, the gradient of a logit x is scale · (p - q) for KL(q ‖ p), scale · p · (log p - log q -
+  // offset) for KL(p ‖ q), scale · p · (log p - log m - offset) for the symmetric one.
+  LinearLogprobBwd policy;
+  LinearLogprob reference;
+  int kind;
+};
+
 }  // namespace m4ov
 
 #define M4OV_HEAD_KERNELS(X) \
   X(int64_t, linear_logprob_fwd, LinearLogprobFwd) \
-  X(int64_t, linear_logprob_bwd, LinearLogprobBwd)
+  X(int64_t, linear_logprob_bwd, LinearLogprobBwd) \
+  X(int64_t, linear_kl_fwd, LinearKlFwd) \
+  X(int64_t, linear_kl_bwd, LinearKlBwd)

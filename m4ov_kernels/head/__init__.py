@@ -1,6 +1,7 @@
 """The language-model head: a projection on the vocabulary and what is made of it, logits never whole in memory."""
 
 from m4ov_kernels.head.cross_entropy import linear_cross_entropy
+from m4ov_kernels.head.kl import LINEAR_KL, linear_kl
 from m4ov_kernels.head.logprob import LINEAR_LOGPROB, LogprobOutput, linear_logprob
 from m4ov_kernels.head.losses import (
     GroupAdvantages,
@@ -16,6 +17,7 @@ from m4ov_kernels.head.losses import (
 )
 
 __all__ = [
+    "LINEAR_KL",
     "LINEAR_LOGPROB",
     "GroupAdvantages",
     "LogprobOutput",
@@ -24,6 +26,7 @@ __all__ = [
     "group_advantages",
     "kl_estimate",
     "linear_cross_entropy",
+    "linear_kl",
     "linear_logprob",
     "mpo_loss",
     "overlong_penalty",

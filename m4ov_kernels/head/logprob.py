@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from m4ov_kernels import checks
-from m4ov_kernels.dispatch import Operator
+from m4ov_kernels.dispatch import Operator, invariance_requested
 from m4ov_kernels.head import reference, vocab_parallel
 from m4ov_kernels.head import state as states
 from m4ov_kernels.head.targets import ARGUMENTS, check_target_values
@@ -79,6 +79,9 @@ def linear_logprob(
     Saves for backward: the inputs, and three float32 a row. The backward makes the logits again, by chunks of the
     vocabulary; the gradient of ``hidden_states`` is summed in float32, that of ``weight`` written once; it computes
     nothing for a frozen tensor.
+
+    Invariance: as ``invariant`` says; the gradients of ``weight`` and ``bias`` are sums over the batch, the same bits
+    on any number of threads.
 
     Raises:
         TypeError: an argument is not of the kind above.
@@ -150,6 +153,7 @@ def raw(
     ``softcap``: logits become ``softcap · tanh(logits / softcap)`` (0: they do not). ``total``: also the sum of each
     row's logits, each times its ``class_weight`` ``[V]``. ``caller``: the operator that errors name.
     """
+    invariant = invariant or invariance_requested()
     rows = targets.shape.numel()
     flat, flat_targets = hidden_states.reshape(rows, hidden_states.shape[-1]), targets.reshape(rows)
     dtype = flat.dtype

@@ -8,6 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m4ov_kernels.head.reference_kl import linear_kl
+
+__all__ = ["linear_kl", "linear_logprob"]
+
 
 class Logprob(NamedTuple):
     """Float32 (float64 for float64) ``[T]``, 0 in ignored rows; ``top_logprobs`` and ``top_indices`` are ``[T, k]``;

@@ -38,6 +38,9 @@ CALLS = {
         torch.randn(16, 8, dtype=dtype, device=device),
         torch.tensor([1, -100, 3], device=device),
     ),
+    "linear_kl": lambda dtype, device: m4ov_kernels.linear_kl(
+        *(torch.randn(rows, 8, dtype=dtype, device=device) for rows in (3, 16, 3, 16))
+    ),
     "varlen_attention": lambda dtype, device: m4ov_kernels.varlen_attention(
         *torch.randn(3, 5, 2, 8, dtype=dtype, device=device), torch.tensor([0, 2, 5], device=device), causal=True
     ),

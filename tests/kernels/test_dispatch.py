@@ -28,6 +28,8 @@ from m4ov_kernels import (
 from m4ov_kernels.dispatch import FUNCTIONS, OPERATORS, Operator
 from m4ov_kernels.head import linear_logprob
 
+from . import kl_samples
+
 
 def norm_case(dtype=torch.float32):
     x, weight = torch.randn(6, 40, dtype=dtype), torch.randn(40, dtype=dtype)
@@ -116,6 +118,7 @@ CASES = {
     "swiglu": swiglu_case,
     "linear_cross_entropy": head_case,
     "linear_logprob": logprob_case,
+    "linear_kl": kl_samples.case,
     "varlen_attention": attention_case,
     "qk_norm_mrope": rope_case,
     "vision_rope": vision_rope_case,
@@ -241,6 +244,7 @@ RAW_SAMPLES = {
             *ENTROPY_BACK,
         ),
     ],
+    **kl_samples.RAW,
     "varlen_attention_fwd": [
         (*QKV, torch.tensor([0, 2, 6]), None, 4, 4, True, 0.5),
         (*DECODE, *BOUNDS, 2, 4, False, 0.5),

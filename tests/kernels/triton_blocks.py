@@ -53,6 +53,12 @@ SMALL += [
     for kind, more in (("fwd", {"TILES": 2}), ("bwd", {}))
     for tiles, size in (("", 16), ("_descriptors", 16), ("_wide", 32))
 ]
+SMALL += [
+    row(f"linear_kl_{kind}{tiles}", None, BLOCK_T=16, BLOCK_V=size, BLOCK_D=16, GROUP=2, **more)
+    for kind, more in (("fwd", {"TILES": 2}), ("bwd", {}))
+    for tiles, size in (("", 16), ("_wide", 32), ("_descriptors", 16), ("_descriptors_wide", 32))
+]
+SMALL += [row("linear_kl_merge", None, BLOCK_SPLITS=2, BLOCK_T=16)]
 SMALL += [row("linear_logprob_merge", None, BLOCK_SPLITS=2, BLOCK_T=16)]
 SMALL += [row("feature_rows_index", None, BLOCK=4)]
 SMALL += [row(f"feature_rows_{name}", None, BLOCK_ROWS=2, BLOCK_D=32) for name in ("fwd", "clear", "gather")]

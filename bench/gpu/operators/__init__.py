@@ -10,7 +10,17 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from m4ov_bench.gpu.example import Example, Maker
-from m4ov_bench.gpu.operators import activation, attention, head, head_logprob, norm, rope, rope_positions, vision
+from m4ov_bench.gpu.operators import (
+    activation,
+    attention,
+    head,
+    head_kl,
+    head_logprob,
+    norm,
+    rope,
+    rope_positions,
+    vision,
+)
 from m4ov_bench.session import Subject
 from m4ov_kernels.dispatch import FUNCTIONS
 
@@ -31,6 +41,7 @@ CASES = {
     "swiglu": Cases(activation.examples, activation.subjects),
     "varlen_attention": Cases(attention.examples, attention.subjects),
     "linear_cross_entropy": Cases(head.examples, head.subjects),
+    "linear_kl": Cases(head_kl.examples, head_kl.subjects),
     "linear_logprob": Cases(head_logprob.examples, head_logprob.subjects),
     "qk_norm_mrope": Cases(rope.examples, rope.subjects),
     "vision_rope": Cases(rope.vision_examples, rope.vision_subjects),
