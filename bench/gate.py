@@ -7,7 +7,7 @@ plain PyTorch overflows, ours may; where it is finite, ours must be, and a NaN o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,10 +64,16 @@ def compare(name: str, ours: Tensor, plain: Tensor, exact: Tensor, terms: Tensor
     return Gate({name: worst}, problem)
 
 
-def compare_all(names: Sequence[str], ours: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor]) -> Gate:
+def compare_all(
+    names: Sequence[str],
+    ours: Sequence[Tensor],
+    plain: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    terms: Mapping[str, Tensor] | None = None,
+) -> Gate:
     gate = Gate({})
     for name, tensors in zip(names, zip(ours, plain, exact, strict=True), strict=True):
-        gate += compare(name, *tensors)
+        gate += compare(name, *tensors, terms=(terms or {}).get(name))
     return gate
 
 

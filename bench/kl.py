@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from m4ov_bench import cases, gate, memory
-from m4ov_bench.kl_loss import definition, eager, ours
+from m4ov_bench.kl_loss import definition, eager, ours, terms
 from m4ov_bench.peers.base import Absent, Peer, compiled_peer
 from m4ov_bench.products import fastest_chunk, products
 from m4ov_bench.row import Row
@@ -55,7 +55,7 @@ def subject(session: Session, case: cases.KlCase) -> Subject:
         operator="linear_kl",
         case=str(case),
         implementation=implementation_name(implementation),
-        gate=gate.compare_all(names, *results),
+        gate=gate.compare_all(names, *results, terms=terms(case.kind, *first)),
         ours=partial(ours, case.kind),
         peers=peers(session, case),
         inputs=inputs,

@@ -21,6 +21,25 @@ def definition(kind: str, *heads: Tensor) -> Tensor:
     return reference.linear_kl(*heads, None, None, None, kind, 1.0, False).mean()
 
 
+def terms(
+    kind: str, hidden_states: Tensor, weight: Tensor, ref_hidden_states: Tensor, ref_weight: Tensor
+) -> dict[str, Tensor]:
+    """What nearly cancels where two heads are near, in float64: logits of a word, by its share; in the gradients the
+    shares themselves."""
+    with torch.no_grad():
+        hidden, weight = hidden_states.double(), weight.double()
+        logits = F.linear(hidden, weight), F.linear(ref_hidden_states.double(), ref_weight.double())
+        p, q = (x.softmax(-1) for x in logits)
+        largest = torch.maximum(*(x.abs().amax(-1) for x in logits))
+        between = 1 if kind == "forward" else (p.log() - q.log()).abs()
+        shares = (p + q) * between * (1 + largest)[:, None] / len(hidden)
+        return {
+            "loss": largest.mean(),
+            "grad_hidden_states": shares @ weight.abs(),
+            "grad_weight": shares.t() @ hidden.abs(),
+        }
+
+
 def eager(kind: str, hidden_states: Tensor, weight: Tensor, ref_hidden_states: Tensor, ref_weight: Tensor) -> Tensor:
     """As trainers have it: logits in the model's dtype, then float32."""
     log_p = F.log_softmax(F.linear(hidden_states, weight).float(), -1)
