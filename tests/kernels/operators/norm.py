@@ -115,8 +115,11 @@ def _layer_norm_terms(call: Call) -> dict[str, Tensor]:
     to_x = torch.where(sums > 0.9 * torch.finfo(torch.float32).max, BEYOND, to_x)
     largest = x.abs().amax(-1, keepdim=True)
     to_x = torch.where(largest > 0.2 * torch.finfo(torch.float32).max, BEYOND, to_x)
-    if apart:  # the rounded sum may overflow
-        to_x = torch.where(largest > 0.99 * torch.finfo(dtype).max, BEYOND, to_x)
+    if apart:  # the rounded sum, which the backward sees, may overflow: then that row gives NaN to every column
+        overflown = largest > 0.99 * torch.finfo(dtype).max
+        to_x = torch.where(overflown, BEYOND, to_x)
+        if bool(overflown.any()) and "grad_weight" in terms:
+            terms["grad_weight"] = torch.full_like(terms["grad_weight"], BEYOND)
     return terms | {"grad_hidden_states": to_x, "grad_residual": to_x}
 
 
