@@ -19,7 +19,7 @@ define gpu_suite
 	PYTHONPATH=$(CURDIR)/build/$(2)/site $(1) -m m4ov_bench.gpu --work build/$(2)/work --build build/$(2)/build.json $(3)
 endef
 
-.PHONY: help run bench test lint types pytest kernels sanitize fuzz smoke gpu gpu-dry test-transformers test-trl clean
+.PHONY: help run bench test lint types pytest kernels sanitize fuzz smoke gpu gpu-dry test-transformers test-trl test-formats clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -83,6 +83,18 @@ $(VENV)-trl/.ready: $(SOURCES)
 	$(VENV)-trl/bin/pip install -q -e ".[trl]" hypothesis matplotlib peft pytest
 	touch $@
 
+test-formats: $(VENV)-formats/.ready ## readers and writers of quantised weights against all the owners' libraries
+	M4OV_FORMATS=1 $(VENV)-formats/bin/python -m pytest tests/kernels/test_gemm_formats*.py
+
+# AutoAWQ and GPTQModel without what they ask for: GPTQModel wants a newer torch than ours, and with it CUDA's gigabytes.
+$(VENV)-formats/.ready: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)-formats
+	$(VENV)-formats/bin/pip install -q $(TORCH)
+	$(VENV)-formats/bin/pip install -q -e ".[train,formats]" hypothesis pytest "setuptools>=77" wheel \
+	  accelerate datasets defuser device-smi logbar pypcre threadpoolctl tokenicer torchao zstandard
+	$(VENV)-formats/bin/pip install -q --no-build-isolation --no-deps autoawq==0.2.9 gptqmodel==7.7.0
+	touch $@
+
 # `pip install -e` builds the extension in an isolated environment, as `pip install .` does.
 $(VENV)/.%: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -97,5 +109,5 @@ $(VENV)/.peers: $(VENV)/.dev
 	touch $@
 
 clean: ## remove environments, builds and runs
-	rm -rf $(VENV) $(VENV)-transformers-* build dist runs *.egg-info
+	rm -rf $(VENV) $(VENV)-transformers-* $(VENV)-formats build dist runs *.egg-info
 	find m4ov_kernels -name '*.so' -delete

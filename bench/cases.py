@@ -80,6 +80,21 @@ class GeluCase:
 
 
 @dataclass(frozen=True)
+class LinearCase:
+    """``backward``: measured too."""
+
+    rows: int
+    width: int
+    columns: int
+    dtype: torch.dtype = torch.bfloat16
+    backward: bool = False
+    quick: bool = False
+
+    def __str__(self) -> str:
+        return f"M {self.rows}, K {self.width}, N {self.columns} {_dtype_name(self.dtype)}"
+
+
+@dataclass(frozen=True)
 class LogprobCase:
     """As :class:`HeadCase`; ``entropy``: of each row too."""
 
@@ -97,6 +112,23 @@ class LogprobCase:
         share = f", {self.labelled:.0%} labelled" if self.labelled < 1 else ""
         entropy = ", with entropy" if self.entropy else ""
         return f"M {self.rows}, D {self.width}, V {self.vocabulary} {_dtype_name(self.dtype)}{share}{entropy}"
+
+
+@dataclass(frozen=True)
+class KlCase:
+    """Two heads of one width; ``kind``: of the divergence."""
+
+    rows: int
+    width: int
+    vocabulary: int
+    dtype: torch.dtype = torch.bfloat16
+    kind: str = "forward"
+    quick: bool = False
+    compiled: bool = False
+    memory: bool = False
+
+    def __str__(self) -> str:
+        return f"M {self.rows}, D {self.width}, V {self.vocabulary} {_dtype_name(self.dtype)}, {self.kind}"
 
 
 @dataclass(frozen=True)
@@ -322,6 +354,12 @@ LOGPROB = (
     LogprobCase(256, 2048, 151936),
     LogprobCase(1024, 1024, 32000, dtype=torch.float32),
 )
+KL = (
+    KlCase(1024, 1024, 32000, quick=True, compiled=True, memory=True),
+    KlCase(1024, 1024, 32000, kind="reverse"),
+    KlCase(1024, 1024, 32000, kind="jsd"),
+    KlCase(256, 2048, 151936),
+)
 PIXELS = (
     PixelCase(32, 1080, 1920, 1 << 20),
     PixelCase(32, 1080, 1920, 1 << 20, pil=True),
@@ -386,6 +424,11 @@ GPU_LOGPROB = (
     HeadCase(8192, 4096, 262144, memory=True),
     HeadCase(8192, 2048, 151936, labelled=0.25, memory=True),
 )
+GPU_KL = (
+    KlCase(8192, 4096, 131072, memory=True),
+    KlCase(8192, 2048, 151936, kind="reverse"),
+    KlCase(4096, 2048, 151936, kind="jsd"),
+)
 GPU_ROPE = (
     RopeCase("text", 16384, 32, 8, 128, compiled=True),
     RopeCase("text", 16384, 28, 4, 128, norm=False),
@@ -420,6 +463,7 @@ TINY_PIXELS = (PixelCase(2, 50, 70, 4096, min_pixels=64, patch_size=4),)
 TINY_POSITIONS = (PositionsCase(3, 60, 2, rows=2, columns=3),)
 TINY_DECODING = (DecodingCase(2, 9, 4, 2, 16, dtype=torch.float32),)
 TINY_LOGPROB = (LogprobCase(8, 16, 96, dtype=torch.float32, labelled=0.5, entropy=True),)
+TINY_KL = (KlCase(8, 16, 96, dtype=torch.float32, memory=True),)
 TINY_HEAD = (HeadCase(8, 16, 96, dtype=torch.float32, labelled=0.5, memory=True),)
 
 TINY_FEATURE_ROWS = (FeatureRowsCase(12, 48, 0.5, dtype=torch.float32),)
@@ -434,3 +478,13 @@ def targets(
     unlabelled = torch.randperm(case.rows, generator=generator)[round(case.rows * case.labelled) :]
     target[unlabelled] = ignore_index
     return target
+
+
+TINY_LINEAR = (LinearCase(5, 32, 24, backward=True),)
+LINEAR = (
+    LinearCase(1, 2048, 2048, quick=True),
+    LinearCase(16, 2048, 2048),
+    LinearCase(1024, 2048, 2048, backward=True, quick=True),
+    LinearCase(1, 2048, 2048, torch.float32),
+    LinearCase(512, 2048, 2048, torch.float32, backward=True),
+)

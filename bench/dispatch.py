@@ -17,14 +17,14 @@ from m4ov_bench.gate import Gate, compare
 from m4ov_bench.row import Row
 from m4ov_bench.session import Session, Subject, implementation_name, row
 from m4ov_kernels import linear_cross_entropy, rms_norm, swiglu
-from m4ov_kernels.dispatch import OPERATORS, Implementation
+from m4ov_kernels.dispatch import FUNCTIONS, Implementation
 
 CPU = torch.device("cpu")
 
 
 def benchmark(session: Session) -> Iterator[Row]:
     for name, prepare in _OPERATORS.items():
-        implementation = OPERATORS[name].select(CPU, torch.bfloat16)
+        implementation = FUNCTIONS[name].select(CPU, torch.bfloat16)
         if implementation is None:
             continue  # the reference is called without any dispatch
         public, plain, tensors = prepare(implementation)
@@ -66,7 +66,8 @@ def _head(implementation: Implementation) -> tuple[Callable[..., Any], Callable[
         return linear_cross_entropy(input, weight, target, reduction="none")
 
     def plain(input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return implementation.fwd(input, weight, target, None, -100, 0.0, None, 0)[0]
+        options = (1.0, 0.0, -100, None, True, False, False, 0, 0, 32, 0, "linear_cross_entropy")
+        return -implementation.fwd(input, weight, target, None, None, *options)[0]
 
     return public, plain, tensors
 

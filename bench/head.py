@@ -11,17 +11,19 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from m4ov_bench import cases, gate, logprob, memory, peers, plots
+from m4ov_bench import cases, gate, kl, logprob, memory, peers, plots
 from m4ov_bench.products import fastest_chunk, products
 from m4ov_bench.row import Peer, Row
 from m4ov_bench.runtimes import Inference
 from m4ov_bench.session import OURS, Kernel, Session, Subject, implementation_name, rows
 from m4ov_kernels import linear_cross_entropy
 from m4ov_kernels.dispatch import Implementation
-from m4ov_kernels.head import LINEAR_CROSS_ENTROPY, reference
-from m4ov_kernels.head.chunked import CPU_KEPT_BYTES, room_for_logits
+from m4ov_kernels.head import LINEAR_LOGPROB
+from m4ov_kernels.head import state as states
+from m4ov_kernels.head.cross_entropy import FEW_BYTES
 
 CPU = torch.device("cpu")
 IGNORE = -100
@@ -32,6 +34,7 @@ def benchmark(session: Session) -> Iterator[Row]:
         if session.wants(case):
             yield from rows(session, subject(session, case))
     yield from logprob.benchmark(session)
+    yield from kl.benchmark(session)
     if not session.quick:
         yield from _memory_by_tokens(session)
 
@@ -53,7 +56,7 @@ def _memory_by_tokens(session: Session) -> Iterator[Row]:
             operator="linear_cross_entropy",
             case=f"D {case.width}, V {case.vocabulary} bf16",
             what=f"{plots.MEMORY}, {case.rows} tokens",
-            implementation=implementation_name(LINEAR_CROSS_ENTROPY.select(CPU, case.dtype)),
+            implementation=implementation_name(LINEAR_LOGPROB.select(CPU, case.dtype)),
             machine=session.machine,
             green=True,
             errors={},
@@ -64,7 +67,7 @@ def _memory_by_tokens(session: Session) -> Iterator[Row]:
 
 
 def subject(session: Session, case: cases.HeadCase) -> Subject:
-    implementation = LINEAR_CROSS_ENTROPY.select(CPU, case.dtype)
+    implementation = LINEAR_LOGPROB.select(CPU, case.dtype)
     inputs = [_inputs(case) for _ in range(2)]
     others = peers.linear_cross_entropy(case.rows, session.compiled if case.compiled else False, session.quick)
     ours = partial(linear_cross_entropy, keep_logits_bytes=case.kept)
@@ -89,12 +92,29 @@ def subject(session: Session, case: cases.HeadCase) -> Subject:
 
 
 def _of_rows(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return reference.linear_cross_entropy(input, weight, target, None, IGNORE, 0.0)
+    logits = F.linear(input, weight)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), target, reduction="none", ignore_index=IGNORE)
 
 
 def definition(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """The mean loss in plain PyTorch, logits whole."""
     return _of_rows(input, weight, target).sum() / (target != IGNORE).sum()
+
+
+def _kept(case: cases.HeadCase, labelled: int, weight: Tensor) -> int:
+    """Bytes of logits that a call keeps."""
+    whole = states.count_of_logits(labelled, weight) * weight.element_size()
+    return (whole if whole <= FEW_BYTES else 0) if case.kept is None else case.kept
+
+
+def _forward_options(vocabulary: int, kept: int) -> tuple[Any, ...]:
+    """Of the raw forward behind ``linear_cross_entropy``: no bias, no class weights, rounded logits."""
+    return None, None, 1.0, 0.0, IGNORE, None, True, False, False, 0, 0, vocabulary, kept, "linear_cross_entropy"
+
+
+def _backward_options(grad_loss: Tensor, vocabulary: int) -> tuple[Any, ...]:
+    return (-grad_loss, None, None, None, 1.0, 0.0, IGNORE, None, True, 0, vocabulary, True, True, False)
 
 
 def _inputs(case: cases.HeadCase) -> tuple[Tensor, ...]:
@@ -122,17 +142,22 @@ def check(
     if implementation is None:
         return result
     input, weight = input.detach(), weight.detach()
-    kept = CPU_KEPT_BYTES if case.kept is None else case.kept
-    room = room_for_logits(case.rows, case.vocabulary, input.element_size(), None, kept)
-    loss, *saved = gate.poisoned(torch.empty(case.rows), torch.empty(case.rows, 2), input.new_empty(room))
-    implementation.fwd(input, weight, target, None, IGNORE, 0.0, None, kept, out=(loss, *saved))
+    tensors, vocabulary = (input, weight, target), case.vocabulary
+    kept = _kept(case, labelled, weight)
+    options, count = _forward_options(vocabulary, kept), case.rows
+    room = states.room_for_logits(input, weight, None, True, 0.0, kept)
+    *found, normalizer, room = gate.poisoned(
+        *(torch.empty(shape) for shape in ((count,), (count,), (0,), (0,), (count, 0))), torch.empty(2, count), room
+    )
+    found += [torch.empty(count, 0, dtype=torch.int64), normalizer, room]
+    implementation.fwd(*tensors, *options, out=tuple(found))
     out = (*gate.poisoned(input, weight), input.new_empty(0))
     grad_loss = torch.where(target == IGNORE, 0.0, 1.0 / labelled)
-    options = (IGNORE, 0.0, None, True, True, False)
-    implementation.bwd(grad_loss, input, weight, target, None, *saved, *options, out=out)
+    saved = (found[6], found[2], found[7])  # normalizer, entropy, kept logits
+    implementation.bwd(*tensors, None, None, *saved, *_backward_options(grad_loss, vocabulary), out=out)
     with torch.no_grad():
         plain[0], exact[0] = _of_rows(input, weight, target), _of_rows(input.double(), weight.double(), target)
-    return result + gate.compare_all([f"{name} (out=)" for name in names], [loss, *out[:2]], plain, exact)
+    return result + gate.compare_all([f"{name} (out=)" for name in names], [-found[0], *out[:2]], plain, exact)
 
 
 def kernels(
@@ -140,32 +165,34 @@ def kernels(
 ) -> dict[str, Kernel]:
     plain = [tuple(tensor.detach() for tensor in tensors) for tensors in inputs]
     count, first = len(plain), plain[0]
-    kept = CPU_KEPT_BYTES if case.kept is None else case.kept
-    forward_out = implementation.fwd(*first, None, IGNORE, 0.0, None, 0)
-    training_out = implementation.fwd(*first, None, IGNORE, 0.0, None, kept)
-    backward_out = (torch.zeros_like(first[0]), torch.zeros_like(first[1]), first[0].new_empty(0))
-    grad_loss = [torch.where(target == IGNORE, 0.0, 1.0 / case.rows) for *_, target in plain]
-    options = (IGNORE, 0.0, None, True, True, False)
+    labelled = max(1, int((first[2] != IGNORE).sum()))
+    kept = _kept(case, labelled, first[1])
+    inference, training = (_forward_options(case.vocabulary, keep) for keep in (0, kept))
+    gradients = (torch.zeros_like(first[0]), torch.zeros_like(first[1]), first[0].new_empty(0))
+    backward = [
+        _backward_options(torch.where(target == IGNORE, 0.0, 1.0 / case.rows), case.vocabulary) for *_, target in plain
+    ]
 
     def forward(index: int) -> None:
-        implementation.fwd(*plain[index % count], None, IGNORE, 0.0, None, 0, out=forward_out)
+        implementation.fwd(*plain[index % count], *inference)
 
     def both(index: int) -> None:
-        loss_grad, tensors = grad_loss[index % count], plain[index % count]
-        implementation.fwd(*tensors, None, IGNORE, 0.0, None, kept, out=training_out)
-        implementation.bwd(loss_grad, *tensors, None, *training_out[1:], *options, out=backward_out)
+        tensors = plain[index % count]
+        found = implementation.fwd(*tensors, *training)
+        assert implementation.bwd is not None
+        saved = (found[6], found[2], found[7])
+        implementation.bwd(*tensors, None, None, *saved, *backward[index % count], out=gradients)
 
-    rows_left = max(1, int((first[2] != IGNORE).sum()))
-    chunk = fastest_chunk(rows_left, case.width, case.vocabulary, case.dtype, session.quick)
-    one = 2.0 * rows_left * case.width * case.vocabulary
-    whole = kept >= rows_left * case.vocabulary * first[0].element_size()
+    chunk = fastest_chunk(labelled, case.width, case.vocabulary, case.dtype, session.quick)
+    one = 2.0 * labelled * case.width * case.vocabulary
+    whole = kept >= labelled * case.vocabulary * first[0].element_size()
     # Logits once or twice, and a gradient each for the hidden states and the weight.
     parts = (("forward", forward, 1), ("forward + backward", both, 3 if whole else 4))
     weights, hidden = first[1].nbytes, first[0].nbytes  # each is read; both ways, twice, and a gradient is written
     return {
         what: Kernel(
             call,
-            products(rows_left, case.width, case.vocabulary, case.dtype, chunk, many),
+            products(labelled, case.width, case.vocabulary, case.dtype, chunk, many),
             f"{many} mm by {chunk} words",
             (weights + hidden) * (1 if many == 1 else 3),
             many * one,

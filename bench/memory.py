@@ -20,18 +20,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from m4ov_bench import cases, logprob_loss, peers
+from m4ov_bench import cases, kl_loss, logprob_loss, peers
 from m4ov_bench.session import OURS
 from m4ov_kernels import linear_cross_entropy
 
 _KIB = 1024
+Case = cases.HeadCase | cases.LogprobCase | cases.KlCase
 _FIELDS = {
     cases.HeadCase: ("rows", "width", "vocabulary", "labelled", "kept"),
     cases.LogprobCase: ("rows", "width", "vocabulary", "labelled", "entropy"),
+    cases.KlCase: ("rows", "width", "vocabulary"),
 }
 
 
-def extra_mib(name: str, case: cases.HeadCase | cases.LogprobCase) -> float | None:
+def extra_mib(name: str, case: Case) -> float | None:
     """MiB beyond inputs and outputs of one forward and backward; ``None`` where the system cannot tell.
 
     Raises:
@@ -52,7 +54,9 @@ def extra_mib(name: str, case: cases.HeadCase | cases.LogprobCase) -> float | No
     return float(child.stdout.strip().splitlines()[-1])
 
 
-def _function(name: str, case: cases.HeadCase | cases.LogprobCase) -> Callable[..., Tensor]:
+def _function(name: str, case: Case) -> Callable[..., Tensor]:
+    if isinstance(case, cases.KlCase):
+        return partial(kl_loss.ours if name == OURS else kl_loss.eager, case.kind)
     if isinstance(case, cases.LogprobCase):
         return partial(logprob_loss.ours if name == OURS else logprob_loss.eager, case.entropy)
     if name == OURS:
@@ -63,18 +67,27 @@ def _function(name: str, case: cases.HeadCase | cases.LogprobCase) -> Callable[.
     return function
 
 
-def _measure(name: str, case: cases.HeadCase | cases.LogprobCase) -> float:
+def _others(case: Case) -> tuple[Tensor, ...]:
+    """What comes after hidden states and weight: targets, or a reference's."""
+    if isinstance(case, cases.KlCase):
+        return torch.randn(case.rows, case.width).to(case.dtype), torch.randn(case.vocabulary, case.width).to(
+            case.dtype
+        )
+    return (cases.targets(case),)
+
+
+def _measure(name: str, case: Case) -> float:
     function = _function(name, case)
 
-    def run(case: cases.HeadCase | cases.LogprobCase) -> tuple[Tensor, ...]:
+    def run(case: Case) -> tuple[Tensor, ...]:
         input = torch.randn(case.rows, case.width).to(case.dtype).requires_grad_()
         weight = torch.zeros(case.vocabulary, case.width, dtype=case.dtype).uniform_(-0.05, 0.05).requires_grad_()
-        target = cases.targets(case)
+        others = _others(case)
         gc.collect()
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
         before = _resident("VmRSS")
-        loss = function(input, weight, target)
+        loss = function(input, weight, *others)
         grads = torch.autograd.grad(loss, (input, weight))
         outputs = sum(tensor.numel() * tensor.element_size() for tensor in (loss, *grads))
         extra.append((_resident("VmHWM") - before - outputs) / 2**20)

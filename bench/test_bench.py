@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from m4ov_bench import activation, attention, cases, head, logprob, machine, norm, vision
+from m4ov_bench import activation, attention, cases, head, kl, logprob, machine, norm, vision
 from m4ov_bench.peers import Absent
 from m4ov_bench.session import OURS, Session, Subject, as_called
 
@@ -20,6 +20,7 @@ ALL = (
     *cases.ATTENTION,
     *cases.HEAD,
     *cases.LOGPROB,
+    *cases.KL,
     *cases.FEATURE_ROWS,
     *cases.POSITION_EMBEDDINGS,
 )
@@ -42,6 +43,8 @@ def subject(case: Any) -> Subject:
         made = vision.interpolation(case, False)
     elif isinstance(case, cases.LogprobCase):
         made = logprob.subject(session, case)
+    elif isinstance(case, cases.KlCase):
+        made = kl.subject(session, case)
     else:
         made = head.subject(session, case)
     assert made.gate.green, f"{made.operator} {made.case}: {made.gate.problem}"

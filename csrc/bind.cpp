@@ -2,6 +2,7 @@
 // m4ov_kernels/*/native.py have checked them and own the memory.
 #include "activation/bind.h"
 #include "attention/bind.h"
+#include "gemm/bind.h"
 #include "head/bind.h"
 #include "norm/bind.h"
 #include "packing/bind.h"
@@ -45,6 +46,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("partial_align") = m4ov::kPartialAlign;
   m4ov::bind_activation(m);
   m4ov::bind_attention(m);
+  m4ov::bind_gemm(m);
   m4ov::bind_head(m);
   m4ov::bind_norm(m);
   m4ov::bind_packing(m);

@@ -18,7 +18,7 @@ from rich.table import Table
 
 import m4ov_kernels  # noqa: F401  (registers every operator)
 from m4ov import allocator
-from m4ov_kernels.dispatch import BACKENDS, OPERATORS, Operator, native_extension, triton_interpreted
+from m4ov_kernels.dispatch import BACKENDS, FUNCTIONS, Operator, native_extension, triton_interpreted
 
 PACKAGES = ("m4ov", "torch", "triton", "transformers", "tokenizers", "omegaconf", "flash-attn", "transformer-engine")
 _OPENMP = re.compile(r"lib(gomp|iomp5|omp)\b.*\.so")  # wheels add a hash to the name
@@ -82,19 +82,19 @@ def serving() -> list[Served]:
     """Operator by operator: what runs on the CPU and on the GPU (or would, where there is none)."""
     devices = [torch.device("cpu"), torch.device("cuda")]
     return [
-        _serve(operator, device, dtype)
-        for operator in OPERATORS.values()
+        _serve(name, operator, device, dtype)
+        for name, operator in FUNCTIONS.items()
         for device in devices
         for dtype in operator.dtypes
     ]
 
 
-def _serve(operator: Operator, device: torch.device, dtype: torch.dtype) -> Served:
+def _serve(function: str, operator: Operator, device: torch.device, dtype: torch.dtype) -> Served:
     name = str(dtype).removeprefix("torch.")
     try:
         implementation = operator.select(device, dtype)
     except RuntimeError as error:
-        return Served(operator.name, device.type, name, "error", str(error))
+        return Served(function, device.type, name, "error", str(error))
     runs = "reference" if implementation is None else implementation.backend
     if os.environ.get("M4OV_BACKEND"):
         why = f"M4OV_BACKEND={os.environ['M4OV_BACKEND']}"
@@ -106,8 +106,8 @@ def _serve(operator: Operator, device: torch.device, dtype: torch.dtype) -> Serv
         by = [f"kernels of {operator.library().chosen()}"] if runs == "library" else []
         why = "; ".join(by + [f"{backend}: {reason}" for backend, reason in reasons if reason is not None])
     if device.type == "cuda" and not torch.cuda.is_available():
-        return Served(operator.name, "cuda", name, "none", f"no GPU; with one: {runs}" + f" ({why})" * bool(why))
-    return Served(operator.name, device.type, name, runs, why)
+        return Served(function, "cuda", name, "none", f"no GPU; with one: {runs}" + f" ({why})" * bool(why))
+    return Served(function, device.type, name, runs, why)
 
 
 def openmp_runtimes() -> list[str] | None:

@@ -60,7 +60,7 @@ def _run(config: QuickstartConfig, folder: Path, console: Console) -> None:
                     model,
                     split,
                     task.encoder,
-                    questions_per_batch=options.questions_per_batch,
+                    tokens_per_batch=options.tokens_per_batch,
                     limit=options.limit,
                     dtype=task.dtype,
                 )

@@ -119,9 +119,12 @@ class TrainConfig:
 
 @dataclass
 class EvaluateConfig:
-    questions_per_batch: int = 256
+    tokens_per_batch: int = 8192  # a packed row
     limit: int = 0  # questions of each held-out split; 0: all
     examples: int = 12  # shown in the report
+
+    def __post_init__(self) -> None:
+        _require(self.tokens_per_batch > 0, "evaluate.tokens_per_batch", "at least 1", self.tokens_per_batch)
 
 
 @dataclass

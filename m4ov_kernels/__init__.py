@@ -6,7 +6,9 @@ from m4ov_kernels.activation import geglu, gelu, gelu_tanh, swiglu
 from m4ov_kernels.attention import varlen_attention
 from m4ov_kernels.device_errors import check
 from m4ov_kernels.dispatch import backend
-from m4ov_kernels.head import linear_cross_entropy, linear_logprob
+from m4ov_kernels.gemm import invariant_linear
+from m4ov_kernels.head import linear_cross_entropy, linear_kl, linear_logprob
+from m4ov_kernels.invariance import invariant
 from m4ov_kernels.norm import layer_norm, rms_norm
 from m4ov_kernels.packing import PackedBatch, pack_sequences
 from m4ov_kernels.patches import patch, unpatch
@@ -30,8 +32,11 @@ __all__ = [
     "gelu",
     "gelu_tanh",
     "interpolate_position_embeddings",
+    "invariant",
+    "invariant_linear",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_kl",
     "linear_logprob",
     "mrope_positions",
     "pack_patches",

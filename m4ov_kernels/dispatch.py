@@ -56,6 +56,7 @@ _DEFAULT_BACKEND = _checked_backend(os.environ.get("M4OV_BACKEND") or None, "M4O
 
 class _ThreadState(threading.local):  # torch.compile can trace and guard this; a ContextVar breaks the graph
     override: str | None
+    invariant: bool = False  # inside m4ov_kernels.invariant()
 
     def __init__(self) -> None:  # in each thread; Dynamo's guards do not see a default that the class holds
         self.override = _DEFAULT_BACKEND
@@ -83,6 +84,21 @@ def backend(name: str | None) -> Iterator[None]:
 def requested() -> str | None:
     """The implementation that :func:`backend` or ``M4OV_BACKEND`` asks for on this thread, for host functions."""
     return _thread.override
+
+
+def invariance_requested() -> bool:
+    """Whether this thread is inside :func:`m4ov_kernels.invariant`, for operators with an ``invariant`` option."""
+    return _thread.invariant
+
+
+@contextmanager
+def requesting_invariance() -> Iterator[None]:
+    """Only the operators' half of :func:`m4ov_kernels.invariant`."""
+    previous, _thread.invariant = _thread.invariant, True
+    try:
+        yield
+    finally:
+        _thread.invariant = previous
 
 
 @cache
@@ -120,6 +136,7 @@ class Operator:
         backward: ``(ctx, needs, bwd, *grad_results)`` → one gradient (or ``None``) per forward input; ``needs`` says
             which inputs want one. ``grad_results`` may be followed by gradients of the other outputs, to be ignored.
         native: devices for which ``native.py`` has kernels.
+        serves: other public functions, by name, that are made of this one and have no kernels of their own.
         backends: the modules that the family has besides its reference. A ``library.py`` also defines
             ``unavailable(device_type, dtype)``: why it cannot serve such tensors, or ``None``.
     """
@@ -137,6 +154,7 @@ class Operator:
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
         native: tuple[str, ...] = ("cpu",),
+        serves: tuple[str, ...] = (),
         backends: tuple[str, ...] = ("native", "triton"),
         dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES,
     ) -> None:
@@ -157,6 +175,7 @@ class Operator:
                 lib=_library,
             )
         OPERATORS[name] = self
+        FUNCTIONS.update(dict.fromkeys((name, *serves), self))
 
     def _register(self, kind: str, schema: str, fake: Callable[..., Any]) -> Any:
         raw = f"{self.name}_{kind}"
@@ -257,6 +276,7 @@ class Operator:
 
 
 OPERATORS: dict[str, Operator] = {}
+FUNCTIONS: dict[str, Operator] = {}  # every public function that has kernels, by name, and the operator that serves it
 
 
 def _never_called(*_: Any, **__: Any) -> Any:

@@ -146,4 +146,4 @@ def recorded(operator: Operator, implementation: Implementation) -> Iterator[dic
 
 
 def operator_named(name: str) -> Operator:
-    return dispatch.OPERATORS[name]
+    return dispatch.FUNCTIONS[name]

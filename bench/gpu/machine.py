@@ -19,7 +19,7 @@ from m4ov_bench.gpu import timing
 from m4ov_bench.gpu.context import Context
 from m4ov_bench.gpu.operators import uncovered
 from m4ov_bench.gpu.peers import PACKAGES, WITHOUT_COUNTERPART
-from m4ov_kernels.dispatch import OPERATORS, native_extension
+from m4ov_kernels.dispatch import FUNCTIONS, native_extension
 
 _DISTRIBUTIONS = (
     *("numpy", "triton", "transformers", "liger-kernel", "quack-kernels", "flash-attn", "cut-cross-entropy"),
@@ -28,7 +28,7 @@ _DISTRIBUTIONS = (
 
 
 def run(context: Context) -> None:
-    context.part.facts(operators=sorted(OPERATORS), versions=_versions(), **_host(), **chip.describe(context.device))
+    context.part.facts(operators=sorted(FUNCTIONS), versions=_versions(), **_host(), **chip.describe(context.device))
     with context.part.check("what was installed is what runs"):
         roots = {str(Path(module.__file__).resolve().parent.parent) for module in (m4ov_kernels, m4ov_bench)}
         path = os.environ.get("PYTHONPATH", "").split(os.pathsep)[0]

@@ -24,7 +24,9 @@ static void add_block(const float* scores, int64_t keys, int64_t vectors, float 
     }
     if (key < keys) even = max(load_vector(s + key * kBlockLanes), even);
     const V most = max(even, odd), shift = max(most, floor) * factor, back = set1(0.0f) - shift;
-    const V again = power<T>(exponent(old, factor, back));
+    // Exactly 1 where the maximum stays, which the 2^x of 16-bit results is not at 0: a lane may pass blocks of keys that
+    // it does not see, as many as others in its block of lanes do.
+    const V again = where_negative(old - most, power<T>(exponent(old, factor, back)), set1(1.0f));
     store_vector(maximum + j * kLanes, most);
     store_vector(rescale + j * kLanes, again);
     V total = load_vector(sum + j * kLanes) * again, other = set1(0.0f);

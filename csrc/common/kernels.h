@@ -3,6 +3,7 @@
 
 #include "../activation/kernels.h"
 #include "../attention/kernels.h"
+#include "../gemm/kernels.h"
 #include "../head/kernels.h"
 #include "../norm/kernels.h"
 #include "../packing/kernels.h"
@@ -12,6 +13,7 @@
 #define M4OV_KERNELS(X)    \
   M4OV_ACTIVATION_KERNELS(X) \
   M4OV_ATTENTION_KERNELS(X)  \
+  M4OV_GEMM_KERNELS(X)       \
   M4OV_HEAD_KERNELS(X)       \
   M4OV_NORM_KERNELS(X)       \
   M4OV_PACKING_KERNELS(X)    \

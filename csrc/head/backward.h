@@ -30,8 +30,9 @@ struct Backward {
   struct Mine {
     E* buffer;
     float* tile;
-    Mine(Scratch& scratch, const Logits<Tile, T>& logits)
-        : buffer(scratch.take<E>(larger(logits.weight.buffer_size(kTileWords), kBlockTokens * logits.hidden.width()))),
+    Mine(Scratch& scratch, const Backward& work)
+        : buffer(scratch.take<E>(
+              larger(work.logits.weight.buffer_size(kTileWords), kBlockTokens * work.logits.hidden.width()))),
           tile(scratch.take<float>(kTileWords * kBlockTokens)) {}
   };
 
@@ -48,6 +49,8 @@ struct Backward {
 
   int64_t panels() const { return blocks_of(shared.dim, kPanel); }
   int64_t panel_size() const { return padded * kPanel; }
+
+  void pack(int64_t block, const Mine& mine) const { logits.pack(block, mine.buffer); }
 
   // Coefficients of a block of tokens, and zeros.
   void pad_coefficients(int64_t block) const {
@@ -115,8 +118,7 @@ struct Backward {
     return g * (1.0f - t * t);
   }
 
-  // A tile's logits become their gradient, in the layouts of the products to come. `first`: its row in the chunk,
-  // which begins at `chunk`.
+  // A tile's logits become their gradient. `first`: its row in the chunk, which begins at `chunk`.
   void add_tile(float* tile, int64_t chunk, int64_t first, int64_t count, int64_t block, bool general) const {
     float hits[kBlockTokens];
     const int64_t* target = shared.target + block * kBlockTokens;
@@ -132,7 +134,12 @@ struct Backward {
       const int64_t hit = target[lane] - number;
       if (hit >= 0 && hit < count) tile[hit * kBlockTokens + lane] = hits[lane];
     }
-    const int64_t vectors = logits.vectors(block);
+    lay_out(tile, first, count, block);
+  }
+
+  // A tile of the logits' gradient, in the layouts of the products to come. `first`: its row in the chunk.
+  void lay_out(float* tile, int64_t first, int64_t count, int64_t block) const {
+    const int64_t lanes = logits.lanes(block), vectors = logits.vectors(block);
     for (int64_t i = 0; i < count && lanes < vectors * kLanes; ++i) {  // of an infinite weight, 0 · inf stands there
       memset(tile + i * kBlockTokens + lanes, 0, (vectors * kLanes - lanes) * sizeof(float));
     }
@@ -160,15 +167,19 @@ struct Backward {
     }
   }
 
+  // Rows of the chunk, from `first` on, as left operand of the hidden states' gradient.
+  void transpose_weight(const typename WideRows<Tile, T>::View& view, int64_t first, int64_t count) const {
+    if (!a.grad_hidden) return;
+    pack_transposed<Tile>(transposed + first, a.columns, view.rows, view.stride, count, rounded_up(count, kPair),
+                          shared.dim);
+  }
+
   // Logits of one tile of the chunk for the blocks of tokens from `begin` to `end`.
   void run_tile(int64_t chunk, int64_t tile, int64_t columns, int64_t begin, int64_t end, bool general,
                 const Mine& mine) const {
     const int64_t first = tile * kTileWords, count = smaller(kTileWords, columns - first);
     const auto view = logits.weight.view(mine.buffer, chunk + first, count);
-    if (begin == 0 && a.grad_hidden) {
-      pack_transposed<Tile>(transposed + first, a.columns, view.rows, view.stride, count, rounded_up(count, kPair),
-                            shared.dim);
-    }
+    if (begin == 0) transpose_weight(view, first, count);
     for (int64_t block = begin; block < end; ++block) {
       if (logits.kept(chunk + first)) {
         logits.load_kept(mine.tile, chunk + first, count, block);
@@ -246,15 +257,16 @@ struct Backward {
   }
 };
 
-// Returns the bytes of scratch memory that it needs; does nothing else when there is none.
-template <typename Tile, typename T>
-static int64_t backward(const LinearLogprobBwd& a) {
+// `Work`: a Backward, or what makes another gradient of its logits. Returns the bytes of scratch memory that it needs;
+// does nothing else when there is none.
+template <typename Work, typename Arguments>
+static int64_t backward(const Arguments& arguments, const LinearLogprobBwd& a) {
   const LinearLogprob& shared = a.shared;
   Scratch scratch{shared.scratch};
-  const Backward<Tile, T> work(scratch, a);
+  const Work work(scratch, arguments);
   const int64_t common = scratch.used;
   Scratch one{shared.scratch, common};
-  typename Backward<Tile, T>::Mine(one, work.logits);
+  typename Work::Mine(one, work);
   const int64_t each = one.used - common;
   if (!shared.scratch) return common + each * shared.threads;
 
@@ -265,10 +277,10 @@ static int64_t backward(const LinearLogprobBwd& a) {
 #pragma omp parallel num_threads(shared.threads)
   {
     Scratch rest{shared.scratch, common + each * omp_get_thread_num()};
-    const typename Backward<Tile, T>::Mine mine(rest, work.logits);
+    const typename Work::Mine mine(rest, work);
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
-      work.logits.pack(block, mine.buffer);
+      work.pack(block, mine);
       work.pad_coefficients(block);
       if (a.grad_weight) work.pack_hidden_steps(block, mine.buffer);
     }

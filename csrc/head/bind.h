@@ -40,23 +40,23 @@ void bind_head(py::module_& m) {
         linear_logprob(inputs, sizes, temperature, softcap, rounded, dtype, threads), at<float>(coefficients),
         at<void>(grad_hidden), at<void>(grad_weight), at<void>(grad_bias), columns});
   });
-  m.def("cross_entropy_fwd", [](Address state, Address logits, Address target, int64_t rows, int64_t columns,
-                                int64_t logits_stride, int64_t first, bool want_total, int dtype, int threads) {
-    run<&Kernels::cross_entropy_fwd>(CrossEntropyFwd{at<float>(state), at<void>(logits), at<int64_t>(target), rows,
-                                                     columns, logits_stride, first, want_total, dtype, threads});
+  m.def("linear_kl_fwd", [](const HeadAddresses& inputs, const HeadSizes& sizes, float temperature, float softcap,
+                            bool rounded, int dtype, int threads, const HeadAddresses& others,
+                            const HeadSizes& other_sizes, Address normalizer, Address state) {
+    return run<&Kernels::linear_kl_fwd>(
+        LinearKlFwd{linear_logprob(inputs, sizes, temperature, softcap, rounded, dtype, threads),
+                    linear_logprob(others, other_sizes, temperature, softcap, rounded, dtype, threads),
+                    at<float>(normalizer), at<float>(state)});
   });
-  m.def("cross_entropy_bwd",
-        [](Address gradient, Address logits, Address target, Address normalizer, Address grad_loss, int64_t rows,
-           int64_t columns, int64_t logits_stride, int64_t first, float target_weight, float uniform_weight, int dtype,
-           int threads) {
-          run<&Kernels::cross_entropy_bwd>(CrossEntropyBwd{
-              at<void>(gradient), at<void>(logits), at<int64_t>(target), at<float>(normalizer), at<float>(grad_loss),
-              rows, columns, logits_stride, first, target_weight, uniform_weight, dtype, threads});
-        });
-  m.def("accumulate", [](Address accumulator, Address output, Address addend, int64_t count, bool assign, int dtype,
-                         int threads) {
-    run<&Kernels::accumulate>(
-        Accumulate{at<float>(accumulator), at<void>(output), at<void>(addend), count, assign, dtype, threads});
+  m.def("linear_kl_bwd", [](const HeadAddresses& inputs, const HeadSizes& sizes, float temperature, float softcap,
+                            bool rounded, int dtype, int threads, const HeadAddresses& others,
+                            const HeadSizes& other_sizes, int kind, Address coefficients, Address grad_hidden,
+                            Address grad_weight, Address grad_bias, int64_t columns) {
+    return run<&Kernels::linear_kl_bwd>(LinearKlBwd{
+        {linear_logprob(inputs, sizes, temperature, softcap, rounded, dtype, threads), at<float>(coefficients),
+         at<void>(grad_hidden), at<void>(grad_weight), at<void>(grad_bias), columns},
+        linear_logprob(others, other_sizes, temperature, softcap, rounded, dtype, threads),
+        kind});
   });
 }
 

@@ -49,36 +49,34 @@ struct LinearLogprobBwd {
   int64_t columns;  // of the vocabulary at a time; a multiple of kHeadColumns
 };
 
-// A chunk of the vocabulary, `columns` logits per row from vocabulary index `first` on.
-struct CrossEntropyFwd {
-  float* state;  // [4, rows]: running maximum, sum of exp(x - maximum), target logit, sum of logits
-  const void* logits;
-  const int64_t* target;  // [rows]
-  int64_t rows, columns, logits_stride, first;
-  int want_total;  // whether to keep the sum of logits (label smoothing)
-  int dtype, threads;
+// What lies between the distributions of two heads, whose targets, class weights and kept logits are not read; tokens,
+// vocabulary, dtype, threads and scratch are the first's.
+enum KlKind : int { kKlForward, kKlReverse, kKlJsd };
+
+// Of a token: the largest logit and the sum of exp(logit - largest) of each head, x and y, and the sum of
+// exp(x - largest x) · ((x - largest x) - (y - largest y)) over the words with a probability.
+enum KlState : int { kFirstMaximum, kFirstSum, kSecondMaximum, kSecondSum, kGap, kKlStates };
+// With p, q the first's and the second's probabilities, m their mean: (KL(p ‖ m) + KL(q ‖ m)) / 2, and KL(p ‖ m).
+enum JsdState : int { kJsdTotal, kJsdFirst, kJsdStates };
+
+struct LinearKlFwd {
+  LinearLogprob first, second;
+  const float* normalizer;  // null: KlState is wanted. Else [4, tokens], shift and log-sum of each: JsdState is
+  float* state;             // [kKlStates or kJsdStates, tokens]
 };
 
-struct CrossEntropyBwd {
-  void* gradient;  // may be the logits
-  const void* logits;
-  const int64_t* target;  // a negative target makes the row's gradient zero
-  const float* normalizer;  // [rows, 2]: maximum, log of the sum of exp(x - maximum)
-  const float* grad_loss;
-  int64_t rows, columns, logits_stride, first;  // the stride is the gradient's too
-  float target_weight;   // 1 - label_smoothing
-  float uniform_weight;  // label_smoothing / vocabulary size
-  int dtype, threads;
+enum KlCoefficient : int {
+  kPolicyShift, kPolicyLogSum, kReferenceShift, kReferenceLogSum, kScaleOf, kOffset, kKlCoefficients
 };
+static_assert(int(kKlCoefficients) == int(kHeadCoefficients));
 
-// A running fp32 sum of tensors: accumulator = (assign ? 0 : accumulator) + addend; with `output`, the sum goes there
-// instead, rounded. The accumulator's element order is the kernel's own; it has room for a multiple of kPartialAlign.
-struct Accumulate {
-  float* accumulator;
-  void* output;
-  const void* addend;
-  int64_t count;
-  int assign, dtype, threads;
+struct LinearKlBwd {
+  // Its coefficients: [kKlCoefficients, tokens]. With log p = (x - shift) - log sum of the policy, log q of the reference
+  // and m the mean of both, the gradient of a logit x is scale · (p - q) for KL(q ‖ p), scale · p · (log p - log q -
+  // offset) for KL(p ‖ q), scale · p · (log p - log m - offset) for the symmetric one.
+  LinearLogprobBwd policy;
+  LinearLogprob reference;
+  int kind;
 };
 
 }  // namespace m4ov
@@ -86,6 +84,5 @@ struct Accumulate {
 #define M4OV_HEAD_KERNELS(X) \
   X(int64_t, linear_logprob_fwd, LinearLogprobFwd) \
   X(int64_t, linear_logprob_bwd, LinearLogprobBwd) \
-  X(void, cross_entropy_fwd, CrossEntropyFwd) \
-  X(void, cross_entropy_bwd, CrossEntropyBwd) \
-  X(void, accumulate, Accumulate)
+  X(int64_t, linear_kl_fwd, LinearKlFwd) \
+  X(int64_t, linear_kl_bwd, LinearKlBwd)

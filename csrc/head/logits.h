@@ -13,6 +13,17 @@ namespace m4ov {
 namespace M4OV_VARIANT {
 namespace {  // nothing that the linker could share between variants
 
+// body(tile, element type): bf16 products where the processor has them.
+template <typename Body>
+M4OV_INLINE void with_tile(int dtype, const Body& body) {
+  with_dtype(dtype, [&](auto tag) {
+#ifdef __AVX512BF16__
+    if constexpr (kSame<typename decltype(tag)::type, Bf16>) return body(Tag<DotTile>{}, tag);
+#endif
+    body(Tag<FmaTile>{}, tag);
+  });
+}
+
 constexpr int64_t kBlockTokens = kHeadTokens;  // lanes of a tile
 constexpr int64_t kTileWords = kHeadTile;      // rows of the weight in a tile: its logits (24 KiB) stay in L1
 
@@ -22,7 +33,7 @@ constexpr float kFarBelow = -1e30f;
 // Sums over the hidden dimension are taken in parts: a part of a block of tokens (64 KiB of bf16) stays in L2 while all
 // rows of a tile pass by, and fp32 loses less than in one long sum.
 template <typename T>
-constexpr int64_t kHiddenPart = kSame<T, float> ? 64 : 512;
+constexpr int64_t kHiddenPart = kSame<T, float> ? 32 : 512;
 
 // The fp32 hyperbolic tangent, to about two units in the last place.
 M4OV_INLINE V tanh_full(V x) {

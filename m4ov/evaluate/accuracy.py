@@ -11,7 +11,7 @@ import torch
 from m4ov.data import Encoder, Sample, Split, patchify
 from m4ov.data.packing import IGNORE
 from m4ov.models.qwen3_vl import forward
-from m4ov_kernels.packing import PackedBatch
+from m4ov_kernels.packing import PackedBatch, pack_sequences
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def exact_match(
     split: Split,
     encoder: Encoder,
     *,
-    questions_per_batch: int,
+    tokens_per_batch: int,
     limit: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Accuracy:
@@ -54,6 +54,8 @@ def exact_match(
     holds the most likely tokens up to the end token (behind the first wrong one, the true answer was still fed in).
 
     Args:
+        tokens_per_batch: capacity of a packed row. All questions about an image go into one row, so that the vision
+            tower sees it once, unless they alone need more; no result depends on it.
         limit: ask only so many questions, spread evenly over the split; 0: all.
         dtype: of ``pixel_values``.
     """
@@ -61,17 +63,18 @@ def exact_match(
     samples = split.samples
     if limit and limit < len(samples):
         samples = tuple(samples[place * len(samples) // limit] for place in range(limit))
-    right: list[bool] = []
-    said: list[str] = []
-    for batch in _batches(split, samples, encoder, questions_per_batch, dtype):
+    right = [False] * len(samples)
+    said = [""] * len(samples)
+    for places, batch in _batches(split, samples, encoder, tokens_per_batch, dtype):
         labels = batch.labels[1:]
         where = (labels != IGNORE).nonzero()[:, 0]
         logits = forward(model, batch, with_labels=False).logits[0]
         best = logits.index_select(0, where).argmax(dim=-1)
         owner = torch.repeat_interleave(torch.tensor(batch.lengths))[where + 1]
         wrong = torch.zeros(len(batch.lengths), dtype=torch.int64).index_add_(0, owner, (best != labels[where]).long())
-        right += (wrong == 0).tolist()
-        said += [_text(encoder, best[owner == place].tolist()) for place in range(len(batch.lengths))]
+        for row, place in enumerate(places):
+            right[place] = bool(wrong[row] == 0)
+            said[place] = _text(encoder, best[owner == row].tolist())
     kinds: dict[str, tuple[int, int]] = {}
     for sample, ok in zip(samples, right, strict=True):
         hits, asked = kinds.get(sample.kind, (0, 0))
@@ -80,13 +83,42 @@ def exact_match(
 
 
 def _batches(
-    split: Split, samples: tuple[Sample, ...], encoder: Encoder, size: int, dtype: torch.dtype
-) -> Iterator[PackedBatch]:
-    for start in range(0, len(samples), size):
-        asked = samples[start : start + size]
-        images, owner = np.unique([sample.image for sample in asked], return_inverse=True)
+    split: Split, samples: tuple[Sample, ...], encoder: Encoder, capacity: int, dtype: torch.dtype
+) -> Iterator[tuple[list[int], PackedBatch]]:
+    """Full rows, and which of ``samples`` each holds."""
+    encoded = [encoder(sample.question, sample.answer) for sample in samples]
+    groups, lengths = _by_image(samples, [len(sample.input_ids) for sample in encoded], capacity)
+    for group_places in pack_sequences(lengths, capacity):
+        places = sorted(place for group in group_places.tolist() for place in groups[group])
+        images, owner = np.unique([samples[place].image for place in places], return_inverse=True)
         pixels = patchify(split.images[images], encoder.geometry)
-        yield encoder.pack([encoder(s.question, s.answer) for s in asked], owner, pixels, dtype)
+        yield places, encoder.pack([encoded[place] for place in places], owner, pixels, dtype)
+
+
+def _by_image(samples: tuple[Sample, ...], lengths: list[int], capacity: int) -> tuple[list[list[int]], list[int]]:
+    """Groups of samples with one image, in as few parts of at most ``capacity`` tokens as their order allows; and the
+    tokens of each group.
+
+    Raises:
+        ValueError: a sample is longer than a row.
+    """
+    groups: list[list[int]] = []
+    tokens: list[int] = []
+    newest: dict[int, int] = {}  # image → its last group
+    for place, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
+        if length > capacity:
+            raise ValueError(
+                f"tokens_per_batch: expected at least {length}, the tokens of the question {sample.question!r}; "
+                f"got {capacity}"
+            )
+        group = newest.get(sample.image)
+        if group is None or tokens[group] + length > capacity:
+            group = newest[sample.image] = len(groups)
+            groups.append([])
+            tokens.append(0)
+        groups[group].append(place)
+        tokens[group] += length
+    return groups, tokens
 
 
 def _text(encoder: Encoder, tokens: list[int]) -> str:

@@ -29,6 +29,10 @@ def swiglu(gate: Tensor, up: Tensor, *, numerics: str = "hf") -> Tensor:
 
     Saves for backward: ``gate`` and ``up``; the gradient is computed in float32 from both.
 
+    Invariance: each element is computed from its own operands by one sequence of operations, forward and backward, so
+    that its bits depend on nothing else: on the CPU wherever it stands in memory and on any number of threads; on a GPU
+    by kernels whose configuration no number of rows chooses.
+
     Raises:
         TypeError: an argument is not a floating-point, dense tensor, or the dtypes differ.
         ValueError: shapes or devices differ, or ``numerics`` is unknown.
@@ -54,6 +58,10 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh", numerics: str 
         A contiguous tensor of the same shape and dtype.
 
     Saves for backward: ``gate`` and ``up``; the gradient is computed in float32 from both.
+
+    Invariance: each element is computed from its own operands by one sequence of operations, forward and backward, so
+    that its bits depend on nothing else: on the CPU wherever it stands in memory and on any number of threads; on a GPU
+    by kernels whose configuration no number of rows chooses.
 
     Raises:
         TypeError: an argument is not a floating-point, dense tensor, or the dtypes differ.
@@ -86,6 +94,11 @@ def gelu(input: Tensor, *, bias: Tensor | None = None, approximate: str = "none"
     Saves for backward: ``input`` and ``bias``. The gradient of ``bias`` is summed in float32 over a fixed split of the
     rows: its bits depend on nothing else.
 
+    Invariance: each element is computed from its own operands by one sequence of operations, forward and backward, so
+    that its bits depend on nothing else: on the CPU wherever it stands in memory and on any number of threads; on a GPU
+    by kernels whose configuration no number of rows chooses. The gradient of ``bias`` is a sum over the
+    batch.
+
     Raises:
         TypeError: ``input`` or ``bias`` is not a floating-point, dense tensor.
         ValueError: the shape or device of ``bias`` does not fit, or ``approximate`` is unknown.
@@ -96,7 +109,8 @@ def gelu(input: Tensor, *, bias: Tensor | None = None, approximate: str = "none"
 
 
 def gelu_tanh(input: Tensor, *, bias: Tensor | None = None) -> Tensor:
-    """:func:`gelu` with ``approximate="tanh"``: the activation of the vision towers (``gelu_pytorch_tanh``)."""
+    """:func:`gelu` with ``approximate="tanh"``: the activation of the vision towers (``gelu_pytorch_tanh``). What holds
+    of that one (invariance, errors, what is saved) holds here."""
     return _gelu("gelu_tanh", input, bias, "tanh")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from m4ov_kernels import checks
 from m4ov_kernels.attention import reference
-from m4ov_kernels.dispatch import Operator
+from m4ov_kernels.dispatch import Operator, invariance_requested
 
 __all__ = ["varlen_attention"]
 
@@ -56,6 +56,11 @@ def varlen_attention(
     the CPU its two parts, ``[2, H, T]``). On the CPU the gradients are summed in a fixed order: their bits do not
     depend on the number of threads.
 
+    Invariance: by the compiled CPU kernels a row's output depends on its query and the keys it sees alone: decoding
+    with a cache, prefilling in one go or in chunks, alone or packed among others, on any number of threads, in any
+    strides: the same bits. The gradients of a sequence depend on that sequence alone. Kernels of other packages, on a
+    GPU, promise neither.
+
     Raises:
         TypeError: a tensor argument is not a dense floating-point tensor, dtypes differ, or bounds are not integers.
         ValueError: a shape, device, ``scale`` or maximum does not fit; bounds whose values are wrong, with the position
@@ -69,7 +74,7 @@ def varlen_attention(
     max_seqlen = q.shape[0] if max_seqlen is None else max_seqlen
     max_seqlen_k = max_seqlen_k if max_seqlen_k is not None else max_seqlen if cu_seqlens_k is None else k.shape[0]
     implementation = VARLEN_ATTENTION.select(q.device, q.dtype)
-    if invariant and (implementation is None or implementation.backend != "native"):
+    if (invariant or invariance_requested()) and (implementation is None or implementation.backend != "native"):
         raise RuntimeError(
             f"{_OP}: invariant=True is kept by the compiled CPU kernels only; here "
             f"{'reference' if implementation is None else implementation.backend} serves {q.dtype} on {q.device}"

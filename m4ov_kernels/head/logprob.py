@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from m4ov_kernels import checks
-from m4ov_kernels.dispatch import Operator
+from m4ov_kernels.dispatch import Operator, invariance_requested
 from m4ov_kernels.head import reference, vocab_parallel
 from m4ov_kernels.head import state as states
-from m4ov_kernels.head.targets import check_target_values
+from m4ov_kernels.head.targets import ARGUMENTS, check_target_values
 
 _OP = "linear_logprob"
 NUMERICS = ("hf", "fp32")
@@ -80,6 +80,9 @@ def linear_logprob(
     vocabulary; the gradient of ``hidden_states`` is summed in float32, that of ``weight`` written once; it computes
     nothing for a frozen tensor.
 
+    Invariance: as ``invariant`` says; the gradients of ``weight`` and ``bias`` are sums over the batch, the same bits
+    on any number of threads.
+
     Raises:
         TypeError: an argument is not of the kind above.
         ValueError: shapes, devices or options do not fit, or (CPU) a target is out of range: names the first. On a GPU
@@ -143,12 +146,14 @@ def raw(
     invariant: bool = False,
     keep_logits_bytes: int = 0,
     shards: vocab_parallel.Shards | None = None,
+    caller: str = _OP,
 ) -> vocab_parallel.Found:
     """What every loss of this family is made of, of checked arguments; rows are flat in what it returns.
 
     ``softcap``: logits become ``softcap · tanh(logits / softcap)`` (0: they do not). ``total``: also the sum of each
-    row's logits, each times its ``class_weight`` ``[V]``.
+    row's logits, each times its ``class_weight`` ``[V]``. ``caller``: the operator that errors name.
     """
+    invariant = invariant or invariance_requested()
     rows = targets.shape.numel()
     flat, flat_targets = hidden_states.reshape(rows, hidden_states.shape[-1]), targets.reshape(rows)
     dtype = flat.dtype
@@ -160,8 +165,8 @@ def raw(
         if invariant:
             raise RuntimeError(f"{_OP}: invariant=True was asked for, but the reference's matrix products are not")
         if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_target_values(_OP, "targets", flat_targets, vocab_size, ignore_index)
-        options = (temperature, softcap, ignore_index, rounded, top_k, first)
+            check_target_values(caller, ARGUMENTS[caller], flat_targets, vocab_size, ignore_index)
+        options = (temperature, softcap, ignore_index, rounded, top_k, first, entropy, total)
         with torch.autocast(flat.device.type, enabled=False):  # in the dtypes that came
             return vocab_parallel.Found(
                 *reference.linear_logprob(flat, weight, flat_targets, bias, class_weight, *options)
@@ -186,6 +191,7 @@ def raw(
         first,
         vocab_size,
         keep_logits_bytes if torch.is_grad_enabled() else 0,
+        caller,
     )
     return vocab_parallel.Found(*found[:7])
 
@@ -249,6 +255,7 @@ def _fwd_fake(
     first: int,
     vocab_size: int,
     keep_logits_bytes: int,
+    caller: str = _OP,
 ) -> tuple[Tensor, ...]:
     (count,) = targets.shape
 
@@ -273,7 +280,10 @@ def _bwd_fake(hidden_states: Tensor, weight: Tensor, targets: Tensor, bias: Tens
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, (temperature, softcap, ignore_index, num_valid, rounded, *_, first, vocab_size, _) = inputs[:5], inputs[5:]
+    tensors, (temperature, softcap, ignore_index, num_valid, rounded, *_, first, vocab_size, _, _) = (
+        inputs[:5],
+        inputs[5:],
+    )
     ctx.options = (temperature, softcap, ignore_index, num_valid, rounded, first, vocab_size)
     ctx.mark_non_differentiable(*output[4:])
     ctx.set_materialize_grads(False)
@@ -288,7 +298,7 @@ def _backward(ctx: Any, needs: Any, bwd: Any, *grads: Tensor | None) -> tuple[Te
         gradient if needed else None
         for gradient, needed in zip(found, (need_hidden, need_weight, need_bias), strict=True)
     )
-    return grad_hidden, grad_weight, None, grad_bias, *[None] * 12
+    return grad_hidden, grad_weight, None, grad_bias, *[None] * 13
 
 
 LINEAR_LOGPROB = Operator(
@@ -296,9 +306,9 @@ LINEAR_LOGPROB = Operator(
     _OP,
     fwd_schema="(Tensor hidden_states, Tensor weight, Tensor targets, Tensor? bias, Tensor? class_weight,"
     " float temperature, float softcap, int ignore_index, SymInt? num_valid, bool rounded, bool want_entropy,"
-    " bool want_total, int top_k, int first, SymInt vocab_size, int keep_logits_bytes)"
-    " -> (Tensor logprob, Tensor logsumexp, Tensor entropy, Tensor total, Tensor top_logprobs, Tensor top_indices,"
-    " Tensor normalizer, Tensor kept)",
+    " bool want_total, int top_k, int first, SymInt vocab_size, int keep_logits_bytes,"
+    " str caller='linear_logprob') -> (Tensor logprob, Tensor logsumexp, Tensor entropy, Tensor total,"
+    " Tensor top_logprobs, Tensor top_indices, Tensor normalizer, Tensor kept)",
     bwd_schema="(Tensor hidden_states, Tensor weight, Tensor targets, Tensor? bias, Tensor? class_weight,"
     " Tensor normalizer, Tensor entropy, Tensor kept, Tensor? grad_logprob, Tensor? grad_logsumexp,"
     " Tensor? grad_entropy, Tensor? grad_total, float temperature, float softcap, int ignore_index,"
@@ -306,7 +316,8 @@ LINEAR_LOGPROB = Operator(
     " bool need_bias) -> (Tensor grad_hidden_states, Tensor grad_weight, Tensor grad_bias)",
     fwd_fake=_fwd_fake,
     bwd_fake=_bwd_fake,
-    results=lambda *_: 8,
+    results=lambda *_: 7,
+    serves=("linear_cross_entropy",),
     setup_context=_setup_context,
     backward=_backward,
 )

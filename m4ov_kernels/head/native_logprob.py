@@ -9,12 +9,14 @@ from torch import Tensor
 
 from m4ov_kernels import _C
 from m4ov_kernels.head import state as states
-from m4ov_kernels.head.rows import computed_rows
+from m4ov_kernels.head.rows import Rows, computed_rows
+from m4ov_kernels.head.targets import ARGUMENTS
 from m4ov_kernels.layout import DTYPES, output
 
 _ALIGNED = 64
-# What a chunk of the vocabulary may take in the backward: its logits' gradient twice, and its rows of the weight.
-CHUNK_BYTES = 6 << 20
+# What the backward may take: the hidden states twice and the fp32 sums of their gradient; and of a chunk of the
+# vocabulary the logits' gradient twice and its rows of the weight. No chunk is less than a unit of the vocabulary.
+SCRATCH_BYTES = 14 << 20
 
 
 def linear_logprob_fwd(
@@ -34,12 +36,13 @@ def linear_logprob_fwd(
     first: int,
     vocab_size: int,
     keep_logits_bytes: int,
+    caller: str = "linear_logprob",
     *,
     out: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, ...]:
     """``(logprob, logsumexp, entropy, total, top_logprobs, top_indices, normalizer, kept)``, 0 in ignored rows."""
     count = targets.shape[0]
-    rows = computed_rows("linear_logprob", "targets", hidden_states, targets, vocab_size, ignore_index, num_valid, True)
+    rows = computed_rows(caller, ARGUMENTS[caller], hidden_states, targets, vocab_size, ignore_index, num_valid, True)
     tokens = rows.target.shape[0]
     state = torch.zeros(states.STATES, tokens, dtype=torch.float32)
     top_values = torch.empty(tokens, top_k, dtype=torch.float32)
@@ -52,18 +55,20 @@ def linear_logprob_fwd(
         tops = (top_k, top_values.data_ptr(), top_indices.data_ptr())
         _run(_C.linear_logprob_fwd, arguments, state.data_ptr(), want_entropy, want_total, *tops)
         del alive
-    used = _kept_rows(tokens, weight.shape[0], kept) * -(-tokens // _C.HEAD_TOKENS) * _C.HEAD_TOKENS
-    kept[used:].zero_()  # room that nothing reads; no output is handed on unwritten
-    here = rows.within(first, weight.shape[0])
+    if kept.numel():
+        used = _kept_rows(tokens, weight.shape[0], kept) * -(-tokens // _C.HEAD_TOKENS) * _C.HEAD_TOKENS
+        kept[used:].zero_()  # room that nothing reads; no output is handed on unwritten
+    here = None if weight.shape[0] == vocab_size else rows.within(first, weight.shape[0])
     results = states.finish(state, here, want_entropy, want_total)
-    top_values = (top_values - results.normalizer[0, :, None]) - results.normalizer[1, :, None]
+    if top_k:
+        top_values = (top_values - results.normalizer[0, :, None]) - results.normalizer[1, :, None]
     made = (
         rows.put(results.logprob, count),
         rows.put(results.logsumexp, count),
         rows.put(results.entropy, count) if want_entropy else results.entropy,
         rows.put(results.total, count) if want_total else results.total,
-        rows.put(top_values.t(), count).t().contiguous(),
-        rows.put(top_indices.t(), count).t().contiguous(),
+        _put_columns(rows, top_values, count),
+        _put_columns(rows, top_indices, count),
         rows.put(results.normalizer, count),
         kept,
     )
@@ -113,7 +118,7 @@ def linear_logprob_bwd(
             gradient.zero_()
         return grad_hidden, grad_weight, grad_bias
     grads = (grad_logprob, grad_logsumexp, grad_entropy, grad_total)
-    here = rows.within(first, weight.shape[0])
+    here = None if weight.shape[0] == vocab_size else rows.within(first, weight.shape[0])
     coefficients = states.coefficients(rows, grads, normalizer, entropy, here, temperature)
     row_grad = torch.empty_like(rows.input) if need_hidden and rows.index is not None else grad_hidden
     arguments, alive = _arguments(
@@ -129,15 +134,22 @@ def linear_logprob_bwd(
 
 def _columns(tokens: int, weight: Tensor) -> int:
     """Of a chunk: whole units, as many as fit; no bit of a result depends on how many."""
-    unit = _C.HEAD_COLUMNS
-    each = weight.element_size() * unit * (2 * tokens + weight.shape[1])
-    return unit * max(1, min(-(-weight.shape[0] // unit), CHUNK_BYTES // each))
+    unit, size, width = _C.HEAD_COLUMNS, weight.element_size(), weight.shape[1]
+    left = SCRATCH_BYTES - tokens * width * (2 * size + 4)
+    return unit * max(1, min(-(-weight.shape[0] // unit), left // (size * unit * (2 * tokens + width))))
 
 
 def _kept_rows(tokens: int, vocab_size: int, kept: Tensor) -> int:
     """Of the weight: as many whole tiles as there is room for the logits of."""
     rows = kept.numel() // max(1, -(-tokens // _C.HEAD_TOKENS) * _C.HEAD_TOKENS)
     return vocab_size if rows >= vocab_size else rows // _C.HEAD_TILE * _C.HEAD_TILE
+
+
+def _put_columns(rows: Rows, values: Tensor, count: int) -> Tensor:
+    """``[rows, k]`` as ``[count, k]``."""
+    if rows.index is None:
+        return values
+    return rows.put(values.t(), count).t().contiguous()
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -8,21 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m4ov_kernels.head.reference_kl import linear_kl
 
-def linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:
-    """One loss per row, ``[T]``, 0 where ``target == ignore_index``. Logits in the dtype of ``input``, the rest in
-    float32 (float64 for float64), as Hugging Face computes it."""
-    input = torch.where((target != ignore_index)[:, None], input, 0.0)  # a NaN in such a row reaches no gradient
-    logits = F.linear(input, linear_weight, linear_bias)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, target, reduction="none", ignore_index=ignore_index, label_smoothing=label_smoothing)
+__all__ = ["linear_kl", "linear_logprob"]
 
 
 class Logprob(NamedTuple):
@@ -50,11 +38,13 @@ def linear_logprob(
     rounded: bool,
     top_k: int,
     first: int = 0,
+    want_entropy: bool = True,
+    want_total: bool = True,
 ) -> Logprob:
     """``first``: where the rows of ``weight`` begin in the vocabulary that targets and indices are of; the
     log-probability of a target that is not among them is 0. ``rounded``: logits, and their quotient by the temperature,
     are rounded to the dtype of ``hidden_states``, as a model rounds them that has them in memory; else they are float32
-    (float64 for float64) from the start."""
+    (float64 for float64) from the start. An entropy or a total that nobody wants is empty."""
     kept = targets != ignore_index
     hidden_states = torch.where(kept[:, None], hidden_states, 0.0)  # a NaN in such a row reaches no gradient
     wide = torch.promote_types(hidden_states.dtype, torch.float32)
@@ -72,9 +62,14 @@ def linear_logprob(
     here = kept & (targets >= first) & (targets < first + weight.shape[0])
     index = torch.where(here, targets - first, 0)[:, None]
     largest = logits.detach().amax(-1)
-    top_indices = logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    finite = log_p.clamp_min(-1e30)  # not 0 · -inf
-    plain = logits if class_weight is None else logits * class_weight.to(wide)
+    entropy = total = logits.new_empty(0)
+    top_indices = targets.new_empty(len(targets), 0)
+    if want_entropy:
+        entropy = -(log_p.exp() * log_p.clamp_min(-1e30)).sum(-1)  # not 0 · -inf
+    if want_total:
+        total = (logits if class_weight is None else logits * class_weight.to(wide)).sum(-1)
+    if top_k:
+        top_indices = logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
 
     def of_kept(values: Tensor) -> Tensor:
         return torch.where(kept.view(-1, *[1] * (values.ndim - 1)), values, 0)
@@ -82,8 +77,8 @@ def linear_logprob(
     return Logprob(
         torch.where(here, log_p.gather(1, index)[:, 0], 0),
         of_kept(logsumexp),
-        of_kept(-(log_p.exp() * finite).sum(-1)),
-        of_kept(plain.sum(-1)),
+        of_kept(entropy) if want_entropy else entropy,
+        of_kept(total) if want_total else total,
         of_kept(log_p.detach().gather(1, top_indices)),
         of_kept(top_indices + first),
         torch.where(kept, torch.stack((largest, logsumexp.detach() - largest)), 0),

@@ -62,11 +62,10 @@ def computed_rows(
     """``on_host``: whether the host sees the targets. If not (a GPU, or Triton's interpreter in its place), nothing
     waits for them: ignored rows are masked, or sorted out where ``num_valid`` says how many stay."""
     if on_host:
-        check_target_values(operator, argument, target, vocab_size, ignore_index)
-        kept = target != ignore_index
-        if bool(kept.all()):
+        some = check_target_values(operator, argument, target, vocab_size, ignore_index)
+        index = (target != ignore_index).nonzero().squeeze(1) if some else None
+        if index is None or index.shape[0] == target.shape[0]:
             return Rows(input, target.contiguous(), None, None)
-        index = kept.nonzero().squeeze(1)
         return Rows(input.index_select(0, index), target.index_select(0, index), index, None)
     ignored = target == ignore_index
     bad = ~ignored & ((target < 0) | (target >= vocab_size))

@@ -43,13 +43,14 @@ def linear_logprob_fwd(
     first: int,
     vocab_size: int,
     keep_logits_bytes: int,
+    caller: str = "linear_logprob",
     *,
     out: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, ...]:
     """``(logprob, logsumexp, entropy, total, top_logprobs, top_indices, normalizer, kept)``, 0 in ignored rows, NaN
     where a target is out of range or did not fit in ``num_valid``. No logits are kept: ``kept`` is zeros."""
     count, vocab = targets.shape[0], weight.shape[0]
-    report_bad_targets(_OP, targets, vocab_size, ignore_index)
+    report_bad_targets(caller, targets, vocab_size, ignore_index)
     rows = _computed_rows(hidden_states, targets, vocab_size, ignore_index, num_valid)
     tokens = rows.target.shape[0]
     state = torch.zeros(states.STATES, tokens, dtype=torch.float32, device=weight.device)
@@ -146,7 +147,9 @@ def linear_logprob_bwd(
         if need_hidden:
             _add_product(sums, gradient, weight[begin:end], begin == 0)
     if need_hidden:
-        rows.put_rows(grad_hidden, sums if sums is row_grad else row_grad.copy_(sums))
+        row_grad = sums if sums is row_grad else row_grad.copy_(sums)
+        row_grad.masked_fill_((rows.target < 0)[:, None], 0.0)  # not 0 · inf of an infinite weight
+        rows.put_rows(grad_hidden, row_grad)
     return grad_hidden, grad_weight, grad_bias
 
 

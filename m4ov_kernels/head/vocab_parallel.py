@@ -1,9 +1,9 @@
 """A head whose rows are spread evenly over a group: what each rank found of its part, merged.
 
 Each rank knows the log-sum-exp of its own part, in two numbers, and the log-probability of the targets that are there
-within it. These three numbers a row are gathered (one more for the entropy, and the likeliest words), never logits; the
-rest is arithmetic on rows, which every rank does alike. Nothing is sent in the backward: every rank has the gradients
-of the merged results, and takes from them those of its own numbers.
+within it. These three numbers a row are gathered (one more for the entropy, one for the total, and the likeliest
+words), never logits; the rest is arithmetic on rows, which every rank does alike. Nothing is sent in the backward:
+every rank has the gradients of the merged results, and takes from them those of its own numbers.
 """
 
 from __future__ import annotations
@@ -60,8 +60,11 @@ def shards(operator: str, weight: Tensor, group_name: str | None) -> Shards:
     return Shards(weight.shape[0], dist.get_rank(group), dist.get_world_size(group), group)
 
 
-def merge(operator: str, found: Found, targets: Tensor, kept: Tensor, shards: Shards, top_k: int) -> Found:
+def merge(
+    operator: str, found: Found, targets: Tensor, kept: Tensor, shards: Shards, top_k: int, argument: str = "weight"
+) -> Found:
     """The whole vocabulary's results from each rank's. ``targets``, ``kept``: flat rows; which have a target.
+    ``argument``: what the operator calls the weight.
 
     Raises:
         ValueError: (CPU) the ranks do not have the same number of rows of the weight.
@@ -70,16 +73,13 @@ def merge(operator: str, found: Found, targets: Tensor, kept: Tensor, shards: Sh
         return found
     owner = torch.where(kept, targets // shards.rows, 0)
     own = [*found.normalizer, torch.where(owner == shards.rank, found.logprob.detach(), 0.0)]
-    if found.entropy.numel():
-        own.append(found.entropy.detach())
+    own += [extra.detach() for extra in (found.entropy, found.total) if extra.numel()]
     own.append(torch.full_like(own[0], shards.rows))
-    parts = _gather(torch.stack(own), shards)  # [ranks, 4 or 5, T]
+    parts = _gather(torch.stack(own), shards)  # [ranks, 4 to 6, T]
     if parts.device.type == "cpu" and bool((parts[:, -1] != shards.rows).any()):
         expected = f"of as many rows on every rank of the group, {shards.rows} as here"
-        checks.refuse(ValueError, operator, "weight", expected, parts[:, -1].amax(1).int().tolist())
-    logprob, logsumexp, entropy = _Merge.apply(
-        found.logprob, found.logsumexp, found.entropy, parts, owner, kept, shards.rank
-    )
+        checks.refuse(ValueError, operator, argument, expected, parts[:, -1].amax(1).int().tolist())
+    logprob, logsumexp, entropy, total = _Merge.apply(*found[:4], parts, owner, kept, shards.rank)
     back = torch.where(kept, found.logsumexp.detach() - logsumexp.detach(), 0.0)
     top_logprobs, top_indices = found.top_logprobs, found.top_indices
     if top_k:
@@ -90,7 +90,12 @@ def merge(operator: str, found: Found, targets: Tensor, kept: Tensor, shards: Sh
         order = values.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
         top_logprobs, top_indices = values.gather(1, order), indices.gather(1, order)
     return found._replace(
-        logprob=logprob, logsumexp=logsumexp, entropy=entropy, top_logprobs=top_logprobs, top_indices=top_indices
+        logprob=logprob,
+        logsumexp=logsumexp,
+        entropy=entropy,
+        total=total,
+        top_logprobs=top_logprobs,
+        top_indices=top_indices,
     )
 
 
@@ -102,7 +107,7 @@ def _gather(own: Tensor, shards: Shards) -> Tensor:
 
 class _Merge(torch.autograd.Function):
     """With P a rank's share of the probability: log p is log p within the owner's part, plus log P of the owner; the
-    entropy is the mean, by P, of each part's entropy less its log P."""
+    entropy is the mean, by P, of each part's entropy less its log P; the total is the sum of the parts'."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -110,11 +115,12 @@ class _Merge(torch.autograd.Function):
         logprob: Tensor,
         logsumexp: Tensor,
         entropy: Tensor,
+        total: Tensor,
         parts: Tensor,
         owner: Tensor,
         kept: Tensor,
         rank: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         largest = parts[:, 0].amax(0)
         log_share = (parts[:, 0] - largest) + parts[:, 1]  # [ranks, T]
         log_sum = log_share.logsumexp(0)
@@ -127,12 +133,13 @@ class _Merge(torch.autograd.Function):
             mean = torch.where(kept, (share * parts[:, 3] - torch.xlogy(share, share)).sum(0), 0.0)
         ctx.save_for_backward(owner == rank, kept, share[rank], entropy, mean)
         ctx.set_materialize_grads(False)
-        return whole, torch.where(kept, largest + log_sum, 0.0), mean
+        sums = parts[:, -2].sum(0) if total.numel() else total
+        return whole, torch.where(kept, largest + log_sum, 0.0), mean, sums
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         owned, kept, share, entropy, mean = ctx.saved_tensors
-        of_logprob, of_logsumexp, of_entropy = grads
+        of_logprob, of_logsumexp, of_entropy, of_total = grads
         grad_logprob, grad_logsumexp, grad_entropy = None, torch.zeros_like(share), None
         if of_logprob is not None:
             grad_logprob = torch.where(owned, of_logprob, 0.0)
@@ -142,4 +149,4 @@ class _Merge(torch.autograd.Function):
         if of_entropy is not None and entropy.numel():
             grad_entropy = of_entropy * share
             grad_logsumexp += of_entropy * (share * (entropy - mean) - torch.xlogy(share, share))
-        return grad_logprob, torch.where(kept, grad_logsumexp, 0.0), grad_entropy, None, None, None, None
+        return grad_logprob, torch.where(kept, grad_logsumexp, 0.0), grad_entropy, of_total, None, None, None, None

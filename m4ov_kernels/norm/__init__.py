@@ -50,6 +50,11 @@ def rms_norm(
     Saves for backward: ``hidden_states`` (or the returned sum), ``weight`` and the reciprocal root, float32 ``[...]``.
     The gradient of ``weight`` is summed in float32 over a fixed split of the rows: its bits depend on nothing else.
 
+    Invariance: a row's bits, results and gradients of activations, depend on that row and the parameters alone (not on
+    other rows, their number, strides, alignment or threads): on the CPU always; on a GPU one configuration serves a
+    width and dtype, whatever the number of rows. Gradients of parameters are sums over the batch, the same bits on any
+    number of threads.
+
     Raises:
         TypeError: a tensor argument is not a floating-point, dense tensor, or ``residual`` has another dtype.
         ValueError: a shape, device, ``eps`` or ``numerics`` does not fit.
@@ -118,6 +123,11 @@ def layer_norm(
     Saves for backward: ``hidden_states`` (or the returned sum), ``weight``, the mean and the reciprocal root, float32
     ``[...]``. The gradients of ``weight`` and ``bias`` are summed in float32 over a fixed split of the rows: their bits
     depend on nothing else.
+
+    Invariance: a row's bits, results and gradients of activations, depend on that row and the parameters alone (not on
+    other rows, their number, strides, alignment or threads): on the CPU always; on a GPU one configuration serves a
+    width and dtype, whatever the number of rows. Gradients of parameters are sums over the batch, the same bits on any
+    number of threads.
 
     Raises:
         TypeError: a tensor argument is not a floating-point, dense tensor, or ``residual`` has another dtype.

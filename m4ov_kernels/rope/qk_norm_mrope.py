@@ -62,6 +62,10 @@ def qk_norm_mrope(
     in float32 and rounded once. Those of the weights are summed in float32 over a fixed split of the tokens: their bits
     depend on nothing else.
 
+    Invariance: the bits of a head, forward and backward, depend on its own elements, its position and the weight alone:
+    on the CPU always (other tokens, strides, threads); on a GPU one configuration serves a width and dtype. Gradients
+    of the weights are sums over the batch, the same bits on any number of threads.
+
     Raises:
         TypeError: a tensor argument is not dense or of a wrong dtype, or an option is of a wrong type.
         ValueError: a shape, device or option does not fit, such as sections that do not sum to ``rotary_dim / 2``.

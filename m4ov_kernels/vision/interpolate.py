@@ -45,6 +45,10 @@ def interpolate_position_embeddings(
     Saves for backward: ``grid_thw``. The gradient of ``table`` is summed in float32 in the order of the patches (the
     same bits for any number of threads, no atomics); that of ``hidden_states`` is that of the output, itself.
 
+    Invariance: a patch's bits depend on the table, its place in its image and its own embedding alone: on the CPU
+    always (other images, strides, threads); on a GPU one configuration serves a width and dtype. The gradient of
+    ``table`` is a sum over the batch.
+
     Raises:
         TypeError: an argument is not of the kind above.
         ValueError: shapes or devices do not fit, or (``grid_thw`` on the CPU) a grid is not positive or not a multiple

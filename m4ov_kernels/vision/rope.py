@@ -48,6 +48,9 @@ def vision_rope(
 
     Saves for backward: ``grid_thw`` or ``positions``.
 
+    Invariance: the bits of a head, forward and backward, depend on its own elements and its place in its image alone:
+    on the CPU always (other images, strides, threads); on a GPU one configuration serves a width and dtype.
+
     Raises:
         TypeError: a tensor argument is not dense or of a wrong dtype, or an option is of a wrong type.
         ValueError: a shape, device or option does not fit; grids that do not make up N patches or are no multiples of

@@ -11,7 +11,7 @@ import torch
 from m4ov_bench import activation, cases, gate, head, machine, norm, report
 from m4ov_bench.command import execute
 from m4ov_bench.session import Session, rows
-from m4ov_kernels.dispatch import OPERATORS, Implementation
+from m4ov_kernels.dispatch import FUNCTIONS, Implementation
 
 NORM = cases.NormCase(6, 32)
 GATED = cases.GatedCase(6, 32)
@@ -67,7 +67,7 @@ def test_nothing_is_lost_in_a_sum_of_gates():
 
 def checks(name: str):
     """(a function of an implementation that gives the gate, the implementation that runs here)"""
-    operator = OPERATORS[name]
+    operator = FUNCTIONS[name]
     implementation = operator.select(torch.device("cpu"), torch.bfloat16)
     if name == "rms_norm":
         inputs = norm._inputs(NORM)

@@ -140,7 +140,7 @@ def test_an_interrupted_run_keeps_its_results_and_leaves_no_process(tmp_path, nu
 
 def test_an_operator_without_a_case_is_red(monkeypatch, tmp_path):
     assert operators.uncovered() == []
-    monkeypatch.setitem(dispatch.OPERATORS, "new_operator", None)
+    monkeypatch.setitem(dispatch.FUNCTIONS, "new_operator", None)
     assert operators.uncovered() == ["new_operator"]
     with pytest.raises(LookupError, match=r"'new_operator' is registered .* no case in m4ov_bench.gpu.operators"):
         operators.cases_of("new_operator")

@@ -118,22 +118,23 @@ def test_the_table_that_is_written_serves_its_architecture(tmp_path, monkeypatch
     configs.write(tmp_path / "default.json", configs.read(configs.FOLDER / "default.json"))
     configs.forget()
     try:
-        before = configs.rows_of("accumulate", "sm_90", "fp32")
-        path = tune.run(["accumulate"], CPU, ever_faster(), SMALL, 60.0, tmp_path)
+        name = "feature_rows_index"
+        before = configs.rows_of(name, "sm_90", "fp32")
+        path = tune.run([name], CPU, ever_faster(), SMALL, 60.0, tmp_path)
         assert path == tmp_path / "sm_90.json"
         table = configs.read(path)
-        assert set(table.measured) == {"accumulate"}
-        assert torch.__version__ in table.measured["accumulate"]
+        assert set(table.measured) == {name}
+        assert torch.__version__ in table.measured[name]
         assert {row.dtype for row in table.rows} == {"bf16", "fp16", "fp32"}
-        assert configs.rows_of("accumulate", "sm_90", "fp32") != before
-        assert configs.get("accumulate", torch.empty(1)) == configs.rows_of("accumulate", "sm_90", "fp32")[0].config
-        assert [targets for _, targets in configs.shipped("accumulate", "fp32")] == [
+        assert configs.rows_of(name, "sm_90", "fp32") != before
+        assert configs.get(name, torch.empty(1)) == configs.rows_of(name, "sm_90", "fp32")[0].config
+        assert [targets for _, targets in configs.shipped(name, "fp32")] == [
             ("sm_80", "sm_100", "gfx942"),
             ("sm_90",),
         ]
-        assert configs.rows_of("accumulate", "sm_80", "fp32") == before
+        assert configs.rows_of(name, "sm_80", "fp32") == before
         kept = path.read_text()
-        tune.run(["accumulate"], CPU, lambda call: 1.0, SMALL, 0.0, tmp_path)
+        tune.run([name], CPU, lambda call: 1.0, SMALL, 0.0, tmp_path)
         assert path.read_text() == kept
         assert "the time is up: 3 rows keep what they have" in capsys.readouterr().out
     finally:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 import m4ov_kernels
 from m4ov import doctor
-from m4ov_kernels.dispatch import OPERATORS, native_extension
+from m4ov_kernels.dispatch import FUNCTIONS, native_extension
 
 CALLS = {
     "rms_norm": lambda dtype, device: m4ov_kernels.rms_norm(
@@ -37,6 +37,9 @@ CALLS = {
         torch.randn(3, 8, dtype=dtype, device=device),
         torch.randn(16, 8, dtype=dtype, device=device),
         torch.tensor([1, -100, 3], device=device),
+    ),
+    "linear_kl": lambda dtype, device: m4ov_kernels.linear_kl(
+        *(torch.randn(rows, 8, dtype=dtype, device=device) for rows in (3, 16, 3, 16))
     ),
     "varlen_attention": lambda dtype, device: m4ov_kernels.varlen_attention(
         *torch.randn(3, 5, 2, 8, dtype=dtype, device=device), torch.tensor([0, 2, 5], device=device), causal=True
@@ -78,30 +81,30 @@ def report():
 
 
 def test_every_operator_is_told_for_every_device_and_dtype(report):
-    assert CALLS.keys() == OPERATORS.keys()
+    assert CALLS.keys() == FUNCTIONS.keys()
     told = {(served.operator, served.device, served.dtype) for served in report.operators}
     assert told == {
         (name, device, str(dtype).removeprefix("torch."))
-        for name, operator in OPERATORS.items()
+        for name, operator in FUNCTIONS.items()
         for device in ("cpu", "cuda")
         for dtype in operator.dtypes
     }
 
 
-@pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for name in CALLS for dtype in OPERATORS[name].dtypes])
+@pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for name in CALLS for dtype in FUNCTIONS[name].dtypes])
 def test_what_runs_is_what_it_says(report, monkeypatch, name, dtype):
     """Watch every implementation's raw forward and the reference while the public function runs."""
-    operator, ran = OPERATORS[name], []
+    operator, ran = FUNCTIONS[name], []
 
     def watch(module, attribute, label):
         real = getattr(module, attribute)
         monkeypatch.setattr(module, attribute, lambda *a, **k: (ran.append(label), real(*a, **k))[1])
 
     reference = importlib.import_module(f"m4ov_kernels.{operator.family}.reference")
-    watch(reference, name, "reference")
+    watch(reference, operator.name, "reference")
     for backend in operator.backends:
         if operator.unavailable(backend, "cpu", dtype) is None:
-            watch(importlib.import_module(f"m4ov_kernels.{operator.family}.{backend}"), f"{name}_fwd", backend)
+            watch(importlib.import_module(f"m4ov_kernels.{operator.family}.{backend}"), f"{operator.name}_fwd", backend)
     monkeypatch.setattr(operator, "_table", {})  # select again, through the watched modules
     with torch.no_grad():
         CALLS[name](dtype, "cpu")

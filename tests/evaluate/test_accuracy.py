@@ -8,7 +8,7 @@ import torch
 
 from m4ov.data import Split, patchify
 from m4ov.data.tokenizer import prompt
-from m4ov.evaluate import exact_match, examples
+from m4ov.evaluate import accuracy, exact_match, examples
 from m4ov.models.qwen3_vl import build, forward
 from m4ov_kernels.patches import patch
 from tests.tiny_task import tiny_task
@@ -61,7 +61,7 @@ def test_right_is_what_greedy_decoding_says(model, patched):
     if patched:
         model = build(tiny_task().model_config, 0)
         patch(model)
-    result = exact_match(model, split, encoder, questions_per_batch=17)
+    result = exact_match(model, split, encoder, tokens_per_batch=700)
     assert len(result.right) == 40
     for sample, ok, said in zip(split.samples, result.right, result.said, strict=True):
         wanted = encoder.tokenizer.encode(sample.answer + "<|im_end|>").ids
@@ -75,13 +75,31 @@ def test_right_is_what_greedy_decoding_says(model, patched):
 
 def test_accuracy_does_not_depend_on_the_batch(model):
     split, encoder = few(30), tiny_task().encoder
-    results = [exact_match(model, split, encoder, questions_per_batch=size) for size in (1, 7, 100)]
+    longest = max(len(encoder(sample.question, sample.answer).input_ids) for sample in split.samples)
+    results = [exact_match(model, split, encoder, tokens_per_batch=size) for size in (longest, 400, 10_000)]
     assert results[0] == results[1] == results[2]
+    with pytest.raises(ValueError, match=f"tokens_per_batch: expected at least {longest}"):
+        exact_match(model, split, encoder, tokens_per_batch=longest - 1)
+
+
+def test_rows_are_full_and_an_image_is_seen_once(model, monkeypatch):
+    split, encoder = tiny_task().held_out[0], tiny_task().encoder
+    rows = []
+
+    def counted(model, batch, **options):
+        rows.append(batch)
+        return forward(model, batch, **options)
+
+    monkeypatch.setattr(accuracy, "forward", counted)
+    exact_match(model, split, encoder, tokens_per_batch=2000)
+    assert all(row.tokens <= 2000 for row in rows)
+    assert sum(row.tokens for row in rows) > 0.97 * 2000 * (len(rows) - 1)
+    assert sum(len(row.images.grids) for row in rows) == len({sample.image for sample in split.samples})
 
 
 def test_a_limit_spreads_over_the_split(model):
     split, encoder = tiny_task().held_out[0], tiny_task().encoder
-    result = exact_match(model, split, encoder, questions_per_batch=50, limit=20)
+    result = exact_match(model, split, encoder, tokens_per_batch=2000, limit=20)
     assert len(result.right) == 20
     assert sum(asked for _, asked in result.kinds.values()) == 20
 

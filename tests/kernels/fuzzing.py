@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from m4ov_kernels.dispatch import OPERATORS, native_extension
+from m4ov_kernels.dispatch import FUNCTIONS, native_extension
 
 from .draws import Seeded
 from .guarded import guarded
@@ -63,7 +63,7 @@ def fuzz(seed: int, index: int) -> Outcome:
     shift, threads = draw.integer(0, 3), draw.choice(THREADS)
     try:
         with case.settings(draw, call.arguments):
-            with guarded(OPERATORS[case.name], shift, threads, case.bitwise) if twice else nullcontext():
+            with guarded(FUNCTIONS[case.name], shift, threads, case.bitwise) if twice else nullcontext():
                 got = case.evaluate(call)
             if judged:
                 case.judge(call, got)

@@ -62,6 +62,15 @@ def leaves(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
     return [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
 
 
+def logit_terms(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The terms of ``hidden @ weightᵀ + bias``, ``[T, V]`` in float64: its size, or the root of the sum of its squared
+    products, which is the size of its partial sums where it nearly cancels."""
+    hidden, weight = hidden.double(), weight.double()
+    shift = weight.new_zeros(weight.shape[0]) if bias is None else bias.double()
+    partial = (hidden.square() @ weight.square().t() + shift.square()).sqrt()
+    return torch.maximum((hidden @ weight.t() + shift).abs(), partial).nan_to_num(0.0, 0.0, 0.0)
+
+
 def rms_norm_terms(grad: Tensor, hidden_states: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     """The terms of the gradient of ``rms_norm``, whose difference nearly cancels in narrow rows, in float64; the second
     counts three times, for it holds the reciprocal root three times."""

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .numerics import logit_terms
+
 NAMES = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
@@ -34,7 +36,8 @@ def terms(hidden, weight, bias, targets, grads, temperature=1.0, softcap=None, s
     hidden, weight, *grads = (value.detach().double() for value in (hidden, weight, *grads))
     bias = None if bias is None else bias.double()
     logits = logits_of(hidden, weight, bias, temperature, softcap, scale)
-    largest, log_vocab = logits.abs().amax(-1), math.log(len(weight)) / 4
+    largest = (logit_terms(hidden, weight, bias) * scale / temperature).amax(-1)
+    log_vocab = math.log(len(weight)) / 4
     log_p = logits.log_softmax(-1)
     p = log_p.exp()
     entropy = -(p * log_p).sum(-1)

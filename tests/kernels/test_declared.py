@@ -17,8 +17,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from m4ov_kernels import configs, gpu
 from m4ov_kernels.activation import triton as activation
 from m4ov_kernels.gpu import FP_FUSION, Build
+from m4ov_kernels.head import kl_state, triton_kl_builds, triton_logprob_builds, triton_logprob_launches
 from m4ov_kernels.head import triton as head
-from m4ov_kernels.head import triton_logprob_builds, triton_logprob_launches
 from m4ov_kernels.norm import triton as norm
 from m4ov_kernels.rope import triton as rope
 from m4ov_kernels.vision import triton as vision
@@ -102,19 +102,14 @@ def launch_activation(dtype: torch.dtype) -> None:
 
 
 def launch_head(dtype: torch.dtype) -> None:
-    logits, target = torch.empty(ROWS, 32000, dtype=dtype), torch.zeros(ROWS, dtype=torch.int64)
-    state, normalizer = torch.empty(4, ROWS), torch.empty(ROWS, 2)
-    for total in (False, True):
-        head.EPILOGUE.reduce(logits, target, 0, state, total)
-    head.EPILOGUE.differentiate(logits, logits, target, 0, normalizer, state[0], 1.0, 0.0)
-    addend, accumulator = torch.empty(ROWS * 4096, dtype=dtype), torch.empty(ROWS * 4096 + 32)
-    for assign, output in itertools.product((False, True), (None, addend)):
-        head.EPILOGUE.add(accumulator, addend, output, assign)
     with pytest.MonkeyPatch.context() as patch:  # as on each architecture
         for tiles in (("cpu",), ("cpu",)), (("cpu",), ()), ((), ()):
             patch.setattr(triton_logprob_launches, "DESCRIPTORS", tiles[0])
             patch.setattr(triton_logprob_launches, "WIDE", tiles[1])
             launch_logprob(dtype)
+            launch_kl(dtype)
+        patch.setattr(gpu, "architecture", lambda device: "gfx942")  # which has tiles of its own
+        launch_kl(dtype)
 
 
 def launch_logprob(dtype: torch.dtype) -> None:
@@ -133,6 +128,19 @@ def launch_logprob(dtype: torch.dtype) -> None:
         grads = (row, None, row if "GENERAL" in chosen else None, None)
         needs = (True, True, "NEED_BIAS" in chosen)
         head.linear_logprob_bwd(hidden, weight, targets, *given, *saved, *grads, *options, 0, 2048, *needs)
+
+
+def launch_kl(dtype: torch.dtype) -> None:
+    heads = [torch.empty(rows, 32, dtype=dtype) for rows in (ROWS, 2048) * 2]
+    normalizer, grad, bias = torch.zeros(5, ROWS), torch.zeros(ROWS), torch.zeros(2048, dtype=dtype)
+    variants = [((), ""), *((chosen, "jsd" * ("JSD" in chosen)) for chosen in triton_kl_builds.FORWARDS.values())]
+    variants += [(chosen, kl_state.KINDS[kind]) for kind, chosen in triton_kl_builds.BACKWARDS.values()]
+    for chosen, kind in variants:
+        biases = [bias if name in chosen else None for name in ("FIRST_BIAS", "SECOND_BIAS")]
+        options = (None, kind or "reverse", 0.5 if "SCALED" in chosen else 1.0, None, "ROUNDED" in chosen)
+        head.linear_kl_fwd(*heads, *biases, *options)
+        given = (grad, *heads, *biases, options[0], normalizer, *options[1:])
+        head.linear_kl_bwd(*given, True, True, "NEED_BIAS" in chosen)
 
 
 def launch_rope(dtype: torch.dtype) -> None:

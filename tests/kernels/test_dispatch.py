@@ -25,8 +25,10 @@ from m4ov_kernels import (
     varlen_attention,
     vision_rope,
 )
-from m4ov_kernels.dispatch import OPERATORS, Operator
+from m4ov_kernels.dispatch import FUNCTIONS, OPERATORS, Operator
 from m4ov_kernels.head import linear_logprob
+
+from . import kl_samples
 
 
 def norm_case(dtype=torch.float32):
@@ -55,7 +57,8 @@ def swiglu_case(dtype=torch.float32):
 def head_case(dtype=torch.float32):
     target = torch.tensor([1, 2, -100, 3, 4, 10])
     tensors = [torch.randn(6, 16, dtype=dtype), torch.randn(11, 16, dtype=dtype)]
-    return lambda h, w: linear_cross_entropy(h, w, target), tensors
+    options = {"weight": torch.rand(11), "label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0}
+    return lambda h, w: linear_cross_entropy(h, w, target, **options), tensors
 
 
 def logprob_case(dtype=torch.float32):
@@ -115,6 +118,7 @@ CASES = {
     "swiglu": swiglu_case,
     "linear_cross_entropy": head_case,
     "linear_logprob": logprob_case,
+    "linear_kl": kl_samples.case,
     "varlen_attention": attention_case,
     "qk_norm_mrope": rope_case,
     "vision_rope": vision_rope_case,
@@ -124,7 +128,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=sorted(name for name, operator in OPERATORS.items() if operator.differentiable))
+@pytest.fixture(params=sorted(name for name, operator in FUNCTIONS.items() if operator.differentiable))
 def case(request):
     return CASES[request.param]
 
@@ -202,6 +206,7 @@ ONE_EACH = (torch.tensor([[1, 2, 2]]), torch.tensor([[1, 2, 4]]))
 PLACES, GRIDS = torch.tensor([4, 0]), torch.tensor([[1, 2, 4], [2, 2, 2]])
 BACK = (1.0, 0.0, -100, None, False, 0, 7, True, True, False)
 ENTROPY_BACK = (0.5, 3.0, 2, 4, True, 0, 7, True, False, True)
+CALLER = "linear_cross_entropy"
 HEAD = (torch.randn(5, 8), torch.randn(7, 8), torch.tensor([1, 6, 0, 2, 3]))
 RAW_SAMPLES = {
     **{
@@ -224,7 +229,7 @@ RAW_SAMPLES = {
     "interpolate_position_embeddings_bwd": [(torch.randn(16, 8), GRIDS, 9, 2), (torch.randn(8, 16).t(), GRIDS, 1, 1)],
     "linear_logprob_fwd": [
         (*HEAD, None, None, 1.0, 0.0, -100, None, False, False, False, 0, 0, 7, 0),
-        (*HEAD, torch.randn(7), torch.rand(7), 0.5, 3.0, 2, 4, True, True, True, 3, 0, 7, 1 << 20),
+        (*HEAD, torch.randn(7), torch.rand(7), 0.5, 3.0, 2, 4, True, True, True, 3, 0, 7, 1 << 20, CALLER),
     ],
     "linear_logprob_bwd": [
         (*HEAD, None, None, torch.rand(2, 5), torch.randn(0), torch.randn(0), torch.randn(5), None, None, None, *BACK),
@@ -239,6 +244,7 @@ RAW_SAMPLES = {
             *ENTROPY_BACK,
         ),
     ],
+    **kl_samples.RAW,
     "varlen_attention_fwd": [
         (*QKV, torch.tensor([0, 2, 6]), None, 4, 4, True, 0.5),
         (*DECODE, *BOUNDS, 2, 4, False, 0.5),
@@ -313,20 +319,6 @@ RAW_SAMPLES = {
     ],
     "swiglu_fwd": [(torch.randn(3, 8), torch.randn(3, 8), "hf")],
     "swiglu_bwd": [(torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 8), "fp32")],
-    "linear_cross_entropy_fwd": [
-        (torch.randn(4, 8), torch.randn(11, 8), torch.tensor([0, -100, 10, 3]), None, -100, 0.0, None, 0),
-        (torch.randn(2, 8), torch.randn(11, 8), torch.tensor([0, 1]), torch.randn(11), -100, 0.1, None, 1 << 20),
-    ],
-    "linear_cross_entropy_bwd": [
-        (
-            *(torch.rand(2), torch.randn(2, 8), torch.randn(11, 8), torch.tensor([0, 1]), torch.randn(11)),
-            *(torch.rand(2, 2) + 2, torch.randn(22), -100, 0.1, None, True, True, True),
-        ),
-        (
-            *(torch.rand(2), torch.randn(2, 8), torch.randn(11, 8), torch.tensor([0, -100]), None),
-            *(torch.rand(2, 2) + 2, torch.randn(0), -100, 0.0, None, False, True, False),
-        ),
-    ],
 }
 
 

@@ -16,6 +16,7 @@ import torch
 
 from m4ov_kernels import _C
 from m4ov_kernels.activation import native as activation
+from m4ov_kernels.head import state
 from m4ov_kernels.norm import native as norm
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +30,10 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return run(sys.executable, "-c", code, **environment)
+
+
+def test_python_allots_what_the_kernels_fill():
+    assert _C.HEAD_TOKENS == state.TOKENS
 
 
 # ---- Instruction sets

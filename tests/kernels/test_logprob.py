@@ -66,7 +66,7 @@ def test_a_row_keeps_its_bits(isa, dtype, monkeypatch):
     try:
         for count, budget, some in ((1, 1, 150), (2, 1 << 30, 1), (3, 1, 7), (2, 1, 64), (1, 1 << 30, 65), (2, 1, 149)):
             torch.set_num_threads(count)
-            monkeypatch.setattr(native_logprob, "CHUNK_BYTES", budget)
+            monkeypatch.setattr(native_logprob, "SCRATCH_BYTES", budget)
             chosen = torch.randperm(150)[:some]
             part = [x[chosen] for x in (hidden, targets)]
             got = run(dtype, part[0], weight, part[1], bias, [grad[chosen] for grad in grads], invariant=True)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m4ov_kernels.dispatch import OPERATORS
+from m4ov_kernels.dispatch import FUNCTIONS
 
 from . import strategies
 from .guarded import guarded
@@ -23,7 +23,7 @@ def case(request):
 
 
 def test_every_operator_is_entered():
-    assert CASES.keys() == OPERATORS.keys(), "enter it in tests/kernels/operators"
+    assert CASES.keys() == FUNCTIONS.keys(), "enter it in tests/kernels/operators"
     assert all(name == case.name for name, case in CASES.items())
 
 
@@ -40,7 +40,7 @@ def test_results_and_gradients(case, isa, data):
 def test_every_element_is_written_and_nothing_else(case, isa, data, shift, threads):
     call = data.draw(strategies.drawn(case.call))
     around = data.draw(strategies.drawn(lambda draw: case.settings(draw, call.arguments)))
-    with around, guarded(OPERATORS[case.name], shift, threads, case.bitwise):
+    with around, guarded(FUNCTIONS[case.name], shift, threads, case.bitwise):
         case.evaluate(call)
 
 

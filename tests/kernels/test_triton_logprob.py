@@ -18,7 +18,7 @@ from m4ov_kernels.head import triton_logprob_launches as launches
 from m4ov_kernels.head.logprob import raw
 
 from . import strategies
-from .numerics import EPS, assert_accurate, gradients, leaves
+from .numerics import EPS, assert_accurate, gradients, leaves, logit_terms
 from .operators.head import LINEAR_LOGPROB
 from .triton_blocks import DEVICE, DTYPES, dtypes, row, small_blocks, tensor
 
@@ -74,13 +74,16 @@ def by_definition(dtype, hidden, weight, targets, bias, class_weight, grads, tem
 
 
 def terms_of(hidden, weight, targets, bias, class_weight, grads, temperature, softcap):
-    """What cancels, in float64: logits in a log-probability and in a total; in the gradients the shares of the softmax
-    and of the target, times the other factor, rounded to the dtype before the products are taken."""
+    """What cancels, in float64: products in a logit; logits in a log-probability and in a total; in the gradients the
+    shares of the softmax and of the target, times the other factor, rounded to the dtype before the products are
+    taken."""
+    sizes = logit_terms(hidden, weight, bias) / temperature
     hidden, weight = hidden.double(), weight.double()
     logits = hidden @ weight.t() + (0.0 if bias is None else bias.double())
     logits = logits / temperature
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
+        sizes = torch.maximum(sizes * (1 - (logits / softcap).square()), logits.abs())
     log_p = logits.log_softmax(-1).clamp_min(-1e6)
     kept = (targets != IGNORE)[:, None]
     of = [grad.double().abs()[:, None] for grad in grads]
@@ -88,11 +91,11 @@ def terms_of(hidden, weight, targets, bias, class_weight, grads, temperature, so
     shares = p * (of[0] + of[1] + of[2] * (log_p.abs() + (p * log_p).sum(-1, keepdim=True).abs()))
     shares = shares.scatter_add(1, targets.clamp(min=0)[:, None], of[0])
     shares = (shares + of[3] * (1.0 if class_weight is None else class_weight.double())) * kept / temperature
-    largest, counted = logits.nan_to_num(0.0, 0.0, 0.0).abs(), 1.0 if class_weight is None else class_weight.double()
+    counted = 1.0 if class_weight is None else class_weight.double()
     return {
-        "logprob": largest.amax(-1) * kept[:, 0],
-        "logsumexp": largest.amax(-1) * kept[:, 0],
-        "total": (largest * counted).sum(-1) * kept[:, 0],
+        "logprob": sizes.amax(-1) * kept[:, 0],
+        "logsumexp": sizes.amax(-1) * kept[:, 0],
+        "total": (sizes * counted).sum(-1) * kept[:, 0],
         "grad_hidden_states": shares @ weight.abs(),
         "grad_weight": shares.t() @ hidden.abs(),
         "grad_bias": shares.sum(0),

@@ -13,6 +13,7 @@ import transformers
 
 import m4ov_kernels
 from m4ov_kernels.integrations import trl as ours
+from m4ov_kernels.invariance import checkpoint_contexts
 
 from . import tiny_models
 from .numerics import assert_accurate, leaves
@@ -262,6 +263,42 @@ def test_grpo(tmp_path, spy, kind):
 
     same_training(make, spy)
     assert len(spy.calls) >= 3 * 2
+
+
+def test_grpo_of_trl_at_rate_zero(tmp_path, monkeypatch):
+    """Inside ``invariant()`` the ratio is 1 to the bit for 20 steps: scored in one batch with the samples of a whole
+    step, trained in micro-batches."""
+    data = [{"prompt": sentence(length)} for length in (4, 7, 2, 5)]
+    options = {"max_steps": 20, "learning_rate": 0.0, "num_iterations": 2, "gradient_accumulation_steps": 2}
+    options["gradient_checkpointing_kwargs"] = {"use_reentrant": False, "context_fn": checkpoint_contexts}
+    trainer = grpo(tmp_path, model(), data, temperature=0.8, **options)
+    scores, ratios = [], []
+    scorer, loss = trainer._get_per_token_logps_and_entropies, trainer._compute_loss
+
+    def remember(*args, **kwargs):
+        found = scorer(*args, **kwargs)
+        scores.append(found[0].detach())
+        return found
+
+    def compare(unwrapped, batch):
+        result = loss(unwrapped, batch)
+        mask = batch["completion_mask"].bool()
+        ratios.append((scores[-1] - batch["old_per_token_logps"]).exp()[mask])
+        return result
+
+    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", remember)
+    monkeypatch.setattr(trainer, "_compute_loss", compare)
+    ours.install(invariant=True)
+    try:
+        with m4ov_kernels.invariant():
+            trainer.train()
+    finally:
+        ours.remove()
+    assert len(ratios) == 2 * 20
+    assert len({tuple(one.shape) for one in scores}) > 1, "scored and trained in the same batches"
+    assert all((ratio == 1.0).all() for ratio in ratios)
+    clipped = [entry["clip_ratio/region_mean"] for entry in trainer.state.log_history if "loss" in entry]
+    assert clipped == [0.0] * 20
 
 
 def test_log_probs_of_grpo_are_the_models(tmp_path):

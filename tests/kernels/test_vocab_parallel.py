@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from m4ov_kernels.head import linear_logprob
+from m4ov_kernels.head import linear_cross_entropy, linear_logprob
 
 from .numerics import EPS
 
@@ -28,6 +28,15 @@ def run(values: dict[str, Any], grads: list[torch.Tensor], **options: Any) -> li
     return [*(x.detach() for x in (*outputs, found.top_logprobs, found.top_indices)), *gradients]
 
 
+def run_loss(values: dict[str, Any], **options: Any) -> list[torch.Tensor]:
+    """Loss and gradients of ``linear_cross_entropy``, with everything that a shard cannot know alone."""
+    tensors = [values[name].detach().requires_grad_() for name in ("hidden_states", "weight", "bias")]
+    hidden, weight, bias = tensors
+    given = {"linear_bias": bias, "weight": values["classes"], "label_smoothing": 0.2, "z_loss": 0.1, "softcap": 5.0}
+    loss = linear_cross_entropy(hidden, weight, values["targets"], **given, **options)
+    return [loss.detach(), *torch.autograd.grad(loss, tensors)]
+
+
 def _rank(rank: int, size: int, port: int, folder: Path) -> None:
     import torch.distributed as dist
 
@@ -37,7 +46,7 @@ def _rank(rank: int, size: int, port: int, folder: Path) -> None:
     name = dist.group.WORLD.group_name
     own = values | {key: values[key].chunk(size)[rank] for key in ("weight", "bias")}
     refused = ""
-    found = run(own, grads, group_name=name)
+    found = [*run(own, grads, group_name=name), *run_loss(own, group_name=name)]
     try:
         uneven = own | {key: own[key][: len(own[key]) - rank] for key in ("weight", "bias")}
         uneven["targets"] = own["targets"].clamp(max=VOCAB // 2)
@@ -58,6 +67,7 @@ def test_as_with_the_whole_head(tmp_path, size, dtype):
         "weight": (torch.randn(VOCAB, WIDTH) * 0.6).to(dtype),
         "bias": torch.randn(VOCAB).to(dtype),
         "targets": targets,
+        "classes": torch.rand(VOCAB).to(dtype),
     }
     grads = [torch.randn(ROWS) for _ in range(3)]
     torch.save((values, grads), tmp_path / "inputs.pt")
@@ -73,15 +83,19 @@ def test_as_with_the_whole_head(tmp_path, size, dtype):
         process.join(timeout=60)
         assert process.exitcode == 0
     parts, refusals = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(size)), strict=True)
-    plain = run(values, grads)  # float64: the reference, in shards too
-    exact = run({key: value.double() if value.is_floating_point() else value for key, value in values.items()}, grads)
+    wide = {key: value.double() if value.is_floating_point() else value for key, value in values.items()}
+    plain = [*run(values, grads), *run_loss(values)]  # float64: the reference, in shards too
+    exact = [*run(wide, grads), *run_loss(wide)]
     for part in parts[1:]:
-        for a, b in zip(part[:5], parts[0][:5], strict=True):
+        for a, b in zip((*part[:5], part[8]), (*parts[0][:5], parts[0][8]), strict=True):
             assert torch.equal(a, b)
     got = [
         *parts[0][:5],
         torch.stack([part[5].float() for part in parts]).sum(0).to(dtype),
         *(torch.cat([part[i] for part in parts]) for i in (6, 7)),
+        parts[0][8],
+        torch.stack([part[9].float() for part in parts]).sum(0).to(dtype),
+        *(torch.cat([part[i] for part in parts]) for i in (10, 11)),
     ]
     names = (
         "logprob",
@@ -92,13 +106,18 @@ def test_as_with_the_whole_head(tmp_path, size, dtype):
         "grad_hidden",
         "grad_weight",
         "grad_bias",
+        "loss",
+        "grad_input",
+        "grad_linear_weight",
+        "grad_linear_bias",
     )
     for name, ours, theirs, truth in zip(names, got, plain, exact, strict=True):
         if name == "top_indices":
             assert torch.equal(ours, theirs)
             continue
         # Each rank's share of the hidden states' gradient is rounded to their dtype; logits are below 10.
-        shares = torch.stack([part[5].double() for part in parts]).norm() if name == "grad_hidden" else truth.norm()
+        place = {"grad_hidden": 5, "grad_input": 9}.get(name)
+        shares = truth.norm() if place is None else torch.stack([part[place].double() for part in parts]).norm()
         allowed = (
             2 * (theirs.double() - truth).norm() + EPS[ours.dtype] * shares + 20 * EPS[torch.float32] * truth.norm()
         )
@@ -111,5 +130,7 @@ def test_an_unknown_group_is_refused():
     hidden, weight = torch.randn(2, 3), torch.randn(5, 3)
     with pytest.raises(ValueError, match="linear_logprob: group_name must be the name of a process group; got 'no'"):
         linear_logprob(hidden, weight, torch.tensor([0, 1]), group_name="no")
+    with pytest.raises(ValueError, match="linear_cross_entropy: group_name must be the name of a process"):
+        linear_cross_entropy(hidden, weight, torch.tensor([0, 1]), group_name="no")
     with pytest.raises(TypeError, match="linear_logprob: group_name must be the name of a process group; got int 3"):
         linear_logprob(hidden, weight, torch.tensor([0, 1]), group_name=3)

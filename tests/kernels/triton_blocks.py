@@ -48,14 +48,19 @@ SMALL += [row("rms_norm_bwd_weight", None, BLOCK_ROWS=2, BLOCK_D=32)]
 SMALL += [row("rms_norm_bwd_reduce", None, BLOCK_PARTIALS=2, BLOCK_D=32)]
 SMALL += [row(name, None, BLOCK_ROWS=2, BLOCK_D=32) for name in ("swiglu_fwd", "swiglu_bwd", "geglu_fwd", "geglu_bwd")]
 SMALL += [row(name, None, BLOCK_ROWS=2, BLOCK_D=32) for name in ("gelu_fwd", "gelu_bwd")]
-SMALL += [row(name, None, BLOCK=32) for name in ("cross_entropy_fwd", "cross_entropy_bwd")]
 SMALL += [
     row(f"linear_logprob_{kind}{tiles}", None, BLOCK_T=16, BLOCK_V=size, BLOCK_D=16, GROUP=2, **more)
     for kind, more in (("fwd", {"TILES": 2}), ("bwd", {}))
     for tiles, size in (("", 16), ("_descriptors", 16), ("_wide", 32))
 ]
+SMALL += [
+    row(f"linear_kl_{kind}{tiles}", None, BLOCK_T=16, BLOCK_V=size, BLOCK_D=16, GROUP=2, **more)
+    for kind, more in (("fwd", {"TILES": 2}), ("bwd", {}))
+    for tiles, size in (("", 16), ("_wide", 32), ("_descriptors", 16), ("_descriptors_wide", 32))
+]
+SMALL += [row("linear_kl_merge", None, BLOCK_SPLITS=2, BLOCK_T=16)]
 SMALL += [row("linear_logprob_merge", None, BLOCK_SPLITS=2, BLOCK_T=16)]
-SMALL += [row("accumulate", None, BLOCK=64), row("feature_rows_index", None, BLOCK=4)]
+SMALL += [row("feature_rows_index", None, BLOCK=4)]
 SMALL += [row(f"feature_rows_{name}", None, BLOCK_ROWS=2, BLOCK_D=32) for name in ("fwd", "clear", "gather")]
 SMALL += [
     row("interpolate_fwd", None, BLOCK_ROWS=4, BLOCK_D=32),

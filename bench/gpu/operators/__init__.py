@@ -1,6 +1,6 @@
 """What the GPU suite knows about each operator: examples to check, and subjects to measure.
 
-Every operator of ``m4ov_kernels.dispatch.OPERATORS`` must stand in ``CASES``; :func:`uncovered` names those that do
+Every name of ``m4ov_kernels.dispatch.FUNCTIONS`` must stand in ``CASES``; :func:`uncovered` names those that do
 not, and the suite, dry runs included, is red until they do. To add one: a module like ``activation.py``, a line below.
 """
 
@@ -10,9 +10,19 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from m4ov_bench.gpu.example import Example, Maker
-from m4ov_bench.gpu.operators import activation, attention, head, head_logprob, norm, rope, rope_positions, vision
+from m4ov_bench.gpu.operators import (
+    activation,
+    attention,
+    head,
+    head_kl,
+    head_logprob,
+    norm,
+    rope,
+    rope_positions,
+    vision,
+)
 from m4ov_bench.session import Subject
-from m4ov_kernels.dispatch import OPERATORS
+from m4ov_kernels.dispatch import FUNCTIONS
 
 
 class Cases(NamedTuple):
@@ -31,6 +41,7 @@ CASES = {
     "swiglu": Cases(activation.examples, activation.subjects),
     "varlen_attention": Cases(attention.examples, attention.subjects),
     "linear_cross_entropy": Cases(head.examples, head.subjects),
+    "linear_kl": Cases(head_kl.examples, head_kl.subjects),
     "linear_logprob": Cases(head_logprob.examples, head_logprob.subjects),
     "qk_norm_mrope": Cases(rope.examples, rope.subjects),
     "vision_rope": Cases(rope.vision_examples, rope.vision_subjects),
@@ -42,8 +53,8 @@ CASES = {
 
 
 def uncovered() -> list[str]:
-    """Registered operators without a case here."""
-    return sorted(OPERATORS.keys() - CASES.keys())
+    """Functions without a case here."""
+    return sorted(FUNCTIONS.keys() - CASES.keys())
 
 
 def cases_of(name: str) -> Cases:

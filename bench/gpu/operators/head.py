@@ -19,7 +19,7 @@ from m4ov_bench.gpu.example import Example, Maker
 from m4ov_bench.measure import Call
 from m4ov_bench.session import OURS, Kernel, Session, Subject, as_called, implementation_name
 from m4ov_kernels import linear_cross_entropy
-from m4ov_kernels.head import LINEAR_CROSS_ENTROPY, reference
+from m4ov_kernels.head import LINEAR_LOGPROB
 
 IGNORE = -100
 # rows, width, vocabulary, share of labelled rows, label smoothing, bias, whether num_valid is given, layout
@@ -78,7 +78,10 @@ def _example(
         )
 
     def definition(input: Tensor, weight: Tensor, target: Tensor, *bias: Tensor) -> Tensor:
-        return reference.linear_cross_entropy(input, weight, target, bias[0] if bias else None, IGNORE, smoothing)
+        logits = F.linear(input, weight, *bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        options = {"ignore_index": IGNORE, "label_smoothing": smoothing}
+        return F.cross_entropy(logits, target, reduction="none", **options)
 
     title = f"M {rows}, D {width}, V {vocabulary}, {labelled:.0%} labelled, {layout}"
     title += f", smoothing {smoothing}" * (smoothing > 0) + ", bias" * bias + ", num_valid" * known
@@ -130,7 +133,7 @@ def _subject(session: Session, device: torch.device, case: cases.HeadCase) -> Su
         family="head",
         operator="linear_cross_entropy",
         case=str(case),
-        implementation=implementation_name(LINEAR_CROSS_ENTROPY.select(device, case.dtype)),
+        implementation=implementation_name(LINEAR_LOGPROB.select(device, case.dtype)),
         gate=gated.judge(gated.run()),
         ours=ours,
         peers=others,

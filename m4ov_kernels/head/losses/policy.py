@@ -101,7 +101,8 @@ def policy_loss(
         aggregation: ``"token"``: sum of tokens. ``"sequence"``: sum of the sequences' means over the tokens that count.
             ``None``: the kind's.
         ref_logprob: ``[T]``, of a reference policy; gives the metrics ``ref_kl_*``, and with ``kl_coef`` the KL term.
-        exact_kl: ``[T]``, the divergence from the reference over the whole vocabulary, for ``kl_kind="exact"``.
+        exact_kl: ``[T]``, the divergence from the reference over the whole vocabulary, for ``kl_kind="exact"``:
+            ``linear_kl(…, kind="reverse", mask=mask)``.
         kl_coef: of the KL term, 0 or more.
         kl_kind: ``"k1"``, ``"k2"``, ``"k3"`` (:func:`kl_estimate`) or ``"exact"``.
         entropy: ``[T]``, nats, of the policy that is trained.

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from . import activation, attention, head, norm, rope, rotation, vision
+from . import activation, attention, head, head_kl, norm, rope, rotation, vision
 from .case import Call, OperatorCase
 from .corruptions import Corruption
 
@@ -19,6 +19,7 @@ CASES = {
         activation.GELU,
         head.LINEAR_CROSS_ENTROPY,
         head.LINEAR_LOGPROB,
+        head_kl.LINEAR_KL,
         attention.VARLEN_ATTENTION,
         rotation.QK_NORM_MROPE,
         rotation.VISION_ROPE,

@@ -40,7 +40,7 @@ def _no_terms(call: Call) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class OperatorCase:
-    """One operator of ``dispatch.OPERATORS``.
+    """One of ``dispatch.FUNCTIONS``.
 
     ``function``: the public function. ``arguments``: draws valid keyword arguments. ``results``: of such arguments,
     the name, shape and dtype of each result. ``differentiable``: the arguments that have a gradient. ``corruptions``:

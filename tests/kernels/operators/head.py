@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m4ov_kernels import linear_cross_entropy
-from m4ov_kernels.head import chunked, linear_logprob
+from m4ov_kernels.head import linear_logprob, native_logprob
 
 from .. import draws
 from ..draws import Draw
-from ..numerics import BEYOND, EPS
+from ..numerics import BEYOND, EPS, logit_terms
 from . import corruptions
 from .case import Call, OperatorCase
 from .options import number, tensor_dtype
@@ -25,7 +25,7 @@ from .options import number, tensor_dtype
 def _arguments(draw: Draw) -> dict[str, Any]:
     # A sum of logits near the end of float32 overflows in one order and not in another.
     dtype, kind = tensor_dtype(draw), draws.kinds(draw, draws.GRADIENT_VALUES)
-    # Mostly small: the matrix products are PyTorch's. At times enough logits for threads to share, and several chunks.
+    # Mostly small. At times enough logits for threads to share, and several chunks.
     if draw.one_in(128):
         rows, width, vocab = draw.choice(((130, 24, 700), (3, 8, 9000), (64, 33, 4100)))
     else:
@@ -39,18 +39,26 @@ def _arguments(draw: Draw) -> dict[str, Any]:
     target[torch.rand(leading, generator=generator) < draw.choice((0.0, 0.0, 0.4, 1.0))] = ignore_index
     reduction = draw.choice(("none", "mean", "sum"))
     counted = reduction == "mean" and draw.one_in(3)
+    weight = None
+    if draw.one_in(3):  # some classes count nothing
+        weight = torch.rand(vocab, generator=generator) + 0.1
+        weight = (weight * (torch.rand(vocab, generator=generator) > draw.choice((0.0, 0.2)))).to(dtype)
     return {
         "input": draws.tensor(draw, (*leading, width), dtype, kind()),
         "linear_weight": draws.tensor(draw, (vocab, width), dtype, kind(), width**-0.5),
         "target": draws.laid_out(target, draws.layout_of(draw)) if draw.one_in(4) else target,
         "linear_bias": draws.tensor(draw, (vocab,), dtype, kind()) if draw.one_in(3) else None,
+        "weight": weight,
         "ignore_index": ignore_index,
         "reduction": reduction,
         "label_smoothing": draw.choice((0.0, 0.0, 0.1, 1.0, 1, 0)),
+        "z_loss": draw.choice((0.0, 0.0, 0, 1e-4, 0.5)),
+        "softcap": draw.choice((None, None, 30.0, 2)),
         "num_items_in_batch": draw.choice((7, 0.5, torch.tensor(3), torch.tensor([2.0]))) if counted else None,
         # On the CPU the rows that count are seen: what is said of them makes no difference.
         "keep_logits_bytes": draw.choice((None, 0, 1000, 1 << 14)),
         "num_valid": int((target != ignore_index).sum()) if draw.one_in(4) else None,
+        "numerics": draw.choice(("hf", "hf", "fp32")),
     }
 
 
@@ -63,63 +71,113 @@ def _finite(tensor: Tensor) -> Tensor:
     return tensor.nan_to_num(0.0, 0.0, 0.0)
 
 
+def _logits(arguments: dict[str, Any], keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the rows that count, in the dtype of the rest of the loss: before and after the cap, in plain PyTorch."""
+    tensors = [arguments[name] for name in ("input", "linear_weight", "linear_bias")]
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    if arguments["numerics"] == "fp32":
+        tensors = [None if tensor is None else tensor.to(wide) for tensor in tensors]
+    logits = F.linear(tensors[0][keep], *tensors[1:]).to(wide)
+    cap = arguments["softcap"]
+    return logits, logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _definition(**arguments: Any) -> Tensor:
+    """``F.cross_entropy`` of whole logits, without ignored rows: these reach no result and no gradient, not even by a
+    NaN; in plain PyTorch they do."""
+    target, reduction = arguments["target"], arguments["reduction"]
+    keep = target != arguments["ignore_index"]
+    logits = _logits(arguments, keep)[1]
+    weight, labels = arguments["weight"], target[keep]
+    weight = None if weight is None else weight.to(logits.dtype)
+    loss = F.cross_entropy(logits, labels, weight, reduction="none", label_smoothing=arguments["label_smoothing"])
+    penalty = arguments["z_loss"] * logits.logsumexp(-1).square() if arguments["z_loss"] else torch.zeros_like(loss)
+    if reduction == "none":
+        return loss.new_zeros(target.shape).masked_scatter(keep, loss + penalty)
+    if reduction == "sum":
+        return (loss + penalty).sum()
+    if arguments["num_items_in_batch"] is not None:
+        return (loss + penalty).sum() / torch.as_tensor(arguments["num_items_in_batch"]).reshape(())
+    mean = loss.sum() / (len(labels) if weight is None else weight[labels].sum())
+    return mean + penalty.sum() / len(labels) if arguments["z_loss"] else mean
+
+
 def _terms(call: Call) -> dict[str, Tensor]:
-    """What nearly cancels, in float64: in the loss the largest logit; in a gradient the softmax, which moves by
-    p · |logit| · eps when logits are rounded, and the target's share, times the other factor."""
+    """What nearly cancels, in float64: in the loss the logits; in a gradient the softmax, which moves by p · |logit| ·
+    eps when logits are rounded, and the target's and the classes' shares, times the other factor."""
     arguments = call.arguments
-    hidden = arguments["input"].double().reshape(-1, arguments["input"].shape[-1])
-    weight, bias = arguments["linear_weight"].double(), arguments["linear_bias"]
-    vocab = weight.shape[0]
+    dtype, smoothing = arguments["input"].dtype, arguments["label_smoothing"]
+    flat = arguments | {
+        name: None if arguments[name] is None else arguments[name].double()
+        for name in ("input", "linear_weight", "linear_bias")
+    }
+    flat["input"] = flat["input"].reshape(-1, flat["input"].shape[-1])
     target = arguments["target"].reshape(-1)
     keep = target != arguments["ignore_index"]
-    logits = F.linear(hidden, weight, None if bias is None else bias.double())
-    largest = torch.where(keep, _finite(logits).abs().amax(-1), 0.0)
-    # Of the loss; and one float32 rounding more than PyTorch's of the log of a sum of V exponentials.
-    loss = largest + keep * (math.log(vocab) / 4)
-    divisor = 1.0
-    if arguments["reduction"] == "mean":
-        items = arguments["num_items_in_batch"]
-        divisor = float(keep.sum() if items is None else items)
+    before, logits = (_finite(tensor) for tensor in _logits(flat, torch.ones_like(keep)))
+    vocab, cap = logits.shape[1], arguments["softcap"]
+    slope = torch.ones_like(logits) if cap is None else 1 - (logits / cap).square()
+    # What roundings move: those of the products' sum, and where logits are rounded to the dtype, of a logit.
+    size = logit_terms(flat["input"], flat["linear_weight"], flat["linear_bias"])
+    coarse = EPS[dtype] / EPS[torch.float32] if arguments["numerics"] == "hf" else 1.0
+    weight = arguments["weight"]
+    weight = torch.ones(vocab).double() if weight is None else weight.double()
+    classes = target.masked_fill(~keep, 0)
+    own, mass = (1 - smoothing) * weight[classes], smoothing * weight.mean()
+    # VDPBF16PS takes what is below the normal range for 0.
+    flushed = torch.finfo(torch.float32).tiny if dtype is torch.bfloat16 else 0.0
+    lost = flushed * (flat["input"].abs().sum(-1) + flat["linear_weight"].abs().sum(-1).max() + 1)
+    lost = _finite(lost) / EPS[torch.float32] + math.log(vocab) / 4
+    penalty = 2 * arguments["z_loss"] * _finite(logits.logsumexp(-1)).abs()
+    moved = (logits.abs() + (coarse * before.abs() + size) * slope).amax(-1) + lost
+    loss = keep * (moved * (own + mass + penalty) + smoothing * (logits.abs() * weight).mean(-1))
+    divisor, items = torch.ones(()).double(), arguments["num_items_in_batch"]
+    if items is not None:
+        divisor = torch.as_tensor(items).double().reshape(())
+    elif arguments["reduction"] == "mean":
+        divisor = (weight[classes] * keep).sum()
     if arguments["reduction"] == "none":
         terms = {"loss": loss.reshape(arguments["target"].shape)}
     else:
-        terms = {"loss": loss.sum() / divisor}
+        parts = keep.sum() if arguments["z_loss"] else divisor
+        terms = {"loss": loss.sum() / torch.minimum(divisor, parts)}
+    # A sum past the end of float32 in one order and not in another is, if capped, a number in one of them.
+    bias = 0.0 if flat["linear_bias"] is None else flat["linear_bias"].abs()
+    sizes = flat["input"].abs() @ flat["linear_weight"].abs().t() + bias
+    if cap is not None and not (sizes[keep] < torch.finfo(torch.float32).max).all():
+        terms["loss"] = torch.full_like(terms["loss"], BEYOND)
     if call.wanted:
-        grad = call.grads["loss"].double().reshape(-1).expand(keep.shape) / divisor
-        classes = target.masked_fill(~keep, 0)
-        shares = logits.softmax(-1) * (1 + largest)[:, None] + F.one_hot(classes, vocab)
-        shares = _finite(torch.where(keep[:, None], shares * grad.abs()[:, None], 0.0))
-        hidden = _finite(torch.where(keep[:, None], hidden, 0.0))
-        # Every chunk's share is rounded to the dtype, and so cannot be smaller than its smallest value.
-        chunks = -(-vocab // chunked.CPU_COLUMNS)
-        least = chunks * torch.finfo(arguments["input"].dtype).smallest_normal
-        terms["grad_input"] = (shares @ _finite(weight).abs() + least).reshape(arguments["input"].shape)
-        terms["grad_linear_weight"] = shares.t() @ hidden.abs()
-        terms["grad_linear_bias"] = shares.sum(0)
-        # The gradient of the logits is in their dtype: an incoming one past its end leaves nothing to compare.
-        if (_finite(grad).abs() * keep).sum() > 0.9 * torch.finfo(arguments["input"].dtype).max:
+        grad = call.grads["loss"].double().reshape(-1).expand(keep.shape).abs()
+        per_row = (own + mass) / divisor
+        per_row += penalty / (keep.sum() if arguments["reduction"] == "mean" and items is None else divisor)
+        log_p, p = _finite(logits.log_softmax(-1)), _finite(logits.softmax(-1))
+        largest = (logits.abs() + size * slope).amax(-1, keepdim=True)
+        shares = p * per_row[:, None] * (1 + largest + log_p.abs())
+        shares += p * largest * (2 * arguments["z_loss"] / torch.minimum(divisor, keep.sum().clamp(min=1)))
+        shares += F.one_hot(classes, vocab) * (own / divisor)[:, None] + smoothing * weight / vocab / divisor
+        if cap is not None:  # 1 - tanh² cancels too
+            shares *= slope * (1 + 2 * size / cap) + 2 * EPS[torch.float32] / EPS[dtype]
+        shares = _finite(torch.where(keep[:, None], shares * grad[:, None], 0.0))
+        hidden, least = _finite(torch.where(keep[:, None], flat["input"], 0.0)), torch.finfo(dtype).smallest_normal
+        least, zero = least + flushed / EPS[dtype], flushed / EPS[dtype]
+        of_input = (shares + zero) @ (_finite(flat["linear_weight"]).abs() + zero) + least
+        terms["grad_input"] = of_input.reshape(arguments["input"].shape)
+        terms["grad_linear_weight"] = (shares + zero).t() @ (hidden.abs() + zero) + least
+        terms["grad_linear_bias"] = shares.sum(0) + len(target) * least
+        # The gradient of logits is in their dtype, in plain PyTorch: past its end there is nothing to compare.
+        beyond = (_finite(grad * per_row) * keep).sum() > 0.9 * torch.finfo(dtype).max
+        if beyond or (logits[keep] == math.inf).any() or (terms["loss"] == BEYOND).any():
             terms |= {name: torch.full_like(term, BEYOND) for name, term in terms.items() if name != "loss"}
     return terms
 
 
-def _without_ignored_rows(
-    input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int, reduction: str, num_valid: Any, **rest: Any
-) -> Tensor:
-    """Rows without a loss reach no result and no gradient, not even by a NaN; in plain PyTorch they do."""
-    keep = target != ignore_index
-    loss = linear_cross_entropy(
-        input[keep], linear_weight, target[keep], ignore_index=ignore_index, reduction=reduction, **rest
-    )
-    return loss if reduction != "none" else loss.new_zeros(target.shape).masked_scatter(keep, loss)
-
-
 @contextmanager
-def _chunk_width(columns: int) -> Iterator[None]:
-    previous, chunked.CPU_COLUMNS = chunked.CPU_COLUMNS, columns
+def _scratch(size: int) -> Iterator[None]:
+    previous, native_logprob.SCRATCH_BYTES = native_logprob.SCRATCH_BYTES, size
     try:
         yield
     finally:
-        chunked.CPU_COLUMNS = previous
+        native_logprob.SCRATCH_BYTES = previous
 
 
 def _out_of_range(arguments: dict[str, Any], draw: Draw) -> tuple[dict[str, Any], str] | None:
@@ -139,6 +197,14 @@ def _too_many_valid(arguments: dict[str, Any], draw: Draw) -> tuple[dict[str, An
 def _count_without_mean(arguments: dict[str, Any], draw: Draw) -> tuple[dict[str, Any], str]:
     reduction = draw.choice(("sum", "none"))
     return {"num_items_in_batch": 3, "reduction": reduction}, f"{reduction!r}"
+
+
+def _group(arguments: dict[str, Any], draw: Draw) -> tuple[dict[str, Any], str]:
+    return {"group_name": "nobody"}, "'nobody'"
+
+
+def _learnt_weight(arguments: dict[str, Any], draw: Draw) -> tuple[dict[str, Any], str]:
+    return {"weight": torch.ones(arguments["linear_weight"].shape[0], requires_grad=True)}, "one that does"
 
 
 def _items(what: str, error: type[Exception], *options: Any) -> corruptions.Corruption:
@@ -171,13 +237,23 @@ LINEAR_CROSS_ENTROPY = OperatorCase(
         *corruptions.float_tensor("linear_bias", optional=True),
         corruptions.shape("linear_bias", corruptions.wider, corruptions.deeper, corruptions.scalar),
         corruptions.device("linear_bias"),
-        corruptions.value("weight", ValueError, "class weights", 1.0, [1.0]),
+        *corruptions.float_tensor("weight", optional=True),
+        corruptions.shape("weight", corruptions.wider, corruptions.deeper, corruptions.scalar),
+        corruptions.device("weight"),
+        corruptions.Corruption("weight", "wants a gradient", ValueError, _learnt_weight),
         corruptions.value("ignore_index", TypeError, "not an int", 1.5, "-100", True, None),
         corruptions.value("ignore_index", ValueError, "more than 64 bits", 2**63, -(2**70)),
         corruptions.value("reduction", ValueError, "unknown", "average", "", None, 0, ["mean"]),
         corruptions.value("label_smoothing", ValueError, "out of range", 1.5, -0.1, math.nan, math.inf),
         number("label_smoothing"),
         corruptions.value("label_smoothing", TypeError, "missing", None),
+        corruptions.value("z_loss", ValueError, "negative", -1e-4, math.nan, math.inf),
+        number("z_loss"),
+        corruptions.value("softcap", ValueError, "not above 0", 0, -30.0, math.nan, math.inf),
+        number("softcap"),
+        corruptions.value("numerics", ValueError, "unknown", "vllm", "bf16", "", None),
+        corruptions.Corruption("group_name", "unknown", ValueError, _group),
+        corruptions.value("group_name", TypeError, "not a name", 3, b"0", ["0"]),
         _items("not above 0", ValueError, 0, -1, -0.5, math.nan),
         _items("not a number", TypeError, "3", [3], 1j),
         _items("no single real number", ValueError, torch.ones(2), torch.ones(0), torch.tensor([1j])),
@@ -188,10 +264,9 @@ LINEAR_CROSS_ENTROPY = OperatorCase(
         corruptions.value("num_valid", TypeError, "not an int", 0.5, "1", True),
     ),
     _terms,
-    _without_ignored_rows,
-    lambda dtype: dtype is not torch.float32,  # PyTorch's fp32 matrix products depend on threads and alignment
-    1,
-    lambda draw, call: _chunk_width(draw.choice((2048, max(7, call["linear_weight"].shape[0] // draw.integer(2, 5))))),
+    _definition,
+    share=1,
+    settings=lambda draw, call: _scratch(draw.choice((native_logprob.SCRATCH_BYTES, 1))),
 )
 
 
@@ -234,7 +309,7 @@ def _logprob_terms(call: Call) -> dict[str, Tensor]:
     vocab = weight.shape[0]
     keep = targets != arguments["ignore_index"]
     logits = F.linear(hidden, weight, None if bias is None else bias.double()) / temperature
-    largest = torch.where(keep, _finite(logits).abs().amax(-1), 0.0)
+    largest = torch.where(keep, logit_terms(hidden, weight, bias).amax(-1) / temperature, 0.0)
     if arguments["numerics"] == "hf":
         largest = largest * (EPS[arguments["hidden_states"].dtype] / EPS[torch.float32])
     log_p = _finite(logits.log_softmax(-1))
@@ -279,10 +354,6 @@ def _logprob_without_ignored_rows(hidden_states: Tensor, targets: Tensor, **rest
     keep = targets != rest["ignore_index"]
     found = _logprob(hidden_states=hidden_states[keep], targets=targets[keep], **{**rest, "num_valid": None})
     return tuple(value.new_zeros(targets.shape).masked_scatter(keep, value) for value in found)
-
-
-def _group(arguments: dict[str, Any], draw: Draw) -> tuple[dict[str, Any], str]:
-    return {"group_name": "nobody"}, "'nobody'"
 
 
 def _too_many_words(arguments: dict[str, Any], draw: Draw) -> tuple[dict[str, Any], str]:

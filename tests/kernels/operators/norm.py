@@ -39,6 +39,11 @@ def _results(hidden_states: Tensor, weight: Tensor, residual: Tensor | None, num
     return normed if residual is None else normed | {"total": (hidden_states.shape, dtype)}
 
 
+def _rounds_to_infinity(total: Tensor, call: Call) -> Tensor:
+    """Where the sum that is returned, and kept for the backward, is infinite though what was normalised is not."""
+    return total.abs() > 0.99 * torch.finfo(call.arguments["hidden_states"].dtype).max
+
+
 def _terms(call: Call) -> dict[str, Tensor]:
     if not call.wanted:
         return {}
@@ -54,10 +59,11 @@ def _terms(call: Call) -> dict[str, Tensor]:
     dots = (grad * weight * x).abs().sum(-1, keepdim=True)
     sums = torch.maximum(x.square().sum(-1, keepdim=True), torch.maximum(dots, dots * rstd))
     to_x = torch.where(sums > 0.9 * torch.finfo(torch.float32).max, BEYOND, to_x)
-    if call.arguments["residual"] is not None and call.arguments["numerics"] == "fp32":  # the rounded sum may overflow
-        largest = x.abs().amax(-1, keepdim=True)
-        to_x = torch.where(largest > 0.99 * torch.finfo(call.arguments["hidden_states"].dtype).max, BEYOND, to_x)
-    to_weight = (grad * x * rstd).abs().reshape(-1, x.shape[-1]).sum(0)
+    to_weight = (grad * x * rstd).abs()
+    if call.arguments["residual"] is not None and call.arguments["numerics"] == "fp32":
+        past = _rounds_to_infinity(x, call)
+        to_x, to_weight = torch.where(past.any(-1, keepdim=True), BEYOND, to_x), torch.where(past, BEYOND, to_weight)
+    to_weight = to_weight.reshape(-1, x.shape[-1]).sum(0)
     return {"grad_hidden_states": to_x, "grad_residual": to_x, "grad_weight": to_weight}
 
 
@@ -114,13 +120,14 @@ def _layer_norm_terms(call: Call) -> dict[str, Tensor]:
     sums = torch.maximum((4 * far.square()).sum(-1, keepdim=True), 4 * (weighted * far).sum(-1, keepdim=True))
     to_x = torch.where(sums > 0.9 * torch.finfo(torch.float32).max, BEYOND, to_x)
     largest = x.abs().amax(-1, keepdim=True)
-    to_x = torch.where(largest > 0.2 * torch.finfo(torch.float32).max, BEYOND, to_x)
-    if apart:  # the rounded sum, which the backward sees, may overflow: then that row gives NaN to every column
-        overflown = largest > 0.99 * torch.finfo(dtype).max
-        to_x = torch.where(overflown, BEYOND, to_x)
-        if bool(overflown.any()) and "grad_weight" in terms:
-            terms["grad_weight"] = torch.full_like(terms["grad_weight"], BEYOND)
-    return terms | {"grad_hidden_states": to_x, "grad_residual": to_x}
+    endless = largest > 0.2 * torch.finfo(torch.float32).max  # sums of the row, and differences from its mean
+    to_x, to_weight = torch.where(endless, BEYOND, to_x), terms["grad_weight"]
+    to_weight = torch.where(endless.any(), BEYOND, to_weight)
+    if apart:
+        past = _rounds_to_infinity(x, call)
+        to_x = torch.where(past.any(-1, keepdim=True), BEYOND, to_x)
+        to_weight = torch.where(past.reshape(-1, x.shape[-1]).any(0), BEYOND, to_weight)
+    return terms | {"grad_hidden_states": to_x, "grad_residual": to_x, "grad_weight": to_weight}
 
 
 LAYER_NORM = OperatorCase(
