@@ -12,7 +12,7 @@ from m4ov_kernels import geglu, gelu, swiglu
 
 from .. import draws
 from ..draws import Draw
-from ..numerics import BEYOND
+from ..numerics import ROUNDED_TO_ZERO
 from . import corruptions
 from .case import Call, OperatorCase
 from .options import NUMERICS, tensor_dtype
@@ -87,12 +87,12 @@ def _geglu_terms(call: Call) -> dict[str, Tensor]:
     value, slope = _gelu_parts(gate, call.arguments["approximate"])
     # Far below 0, PyTorch's 1 + erf is 0 in float64 too, and 0 times infinity NaN. The value is not 0: ours is -inf.
     far = (gate < -5) & gate.isfinite()
-    terms = {"activated": torch.where(far & up.isinf(), BEYOND, value * up.abs())}
+    terms = {"activated": torch.where(far & up.isinf(), ROUNDED_TO_ZERO, value * up.abs())}
     if call.wanted:
         grad = call.grads["activated"].double().abs()
         to_up, to_gate = grad * value, grad * up.abs() * slope
-        terms["grad_up"] = torch.where(far & grad.isinf(), BEYOND, to_up)
-        terms["grad_gate"] = torch.where(far & (grad * up.abs()).isinf(), BEYOND, to_gate)
+        terms["grad_up"] = torch.where(far & grad.isinf(), ROUNDED_TO_ZERO, to_up)
+        terms["grad_gate"] = torch.where(far & (grad * up.abs()).isinf(), ROUNDED_TO_ZERO, to_gate)
     return terms
 
 
