@@ -76,6 +76,18 @@ M4OV_INLINE Pair paired(const float* p) {
   return kSame<T, Bf16> ? deinterleave(load(p)) : load(p);
 }
 
+#ifndef __AVX512BF16__  // where simd_avx512.h has no conversion by an instruction, which makes zeros of denormal numbers
+constexpr bool kConverts = false;
+M4OV_INLINE Pair round_normal(Pair x) { return round_to<Bf16>(x); }
+M4OV_INLINE void store_normal(Bf16* p, Pair x) { store(p, x); }
+M4OV_INLINE void stream_normal(Bf16* p, Pair x) { stream(p, x); }
+struct Smallest {
+  void add(const Bf16*) {}
+  void add(Pair) {}
+  float value() const { return 0.0f; }
+};
+#endif
+
 template <typename T>
 M4OV_INLINE T one() {
   if constexpr (kSame<T, Bf16>) {
@@ -152,6 +164,11 @@ M4OV_INLINE V exp2_fast(V x) {
   return scale_by_power(p, t.whole);
 }
 M4OV_INLINE V exp_fast(V x) { return exp2_fast(x * set1(1.44269504f)); }
+
+// exp2_of_bits, for results that are rounded to 16 bits: 2^x as a product that an FMA can make, to 3e-6 relative (with
+// AVX-512 3e-5), of kBits · x + kBitsOne. That is about what the bits of sqrt(2) · 2^x are as a number: so the range of x
+// reaches as far to either side, and at its ends, kExponent and -kExponent, the power is inf and 0.
+constexpr float kBits = 8388608.0f, kBitsOne = (127.5f + 1.0f / 128) * kBits, kExponent = 127.5f + 1.0f / 256;
 
 // exp(x) to about one unit in the last place of fp32.
 M4OV_INLINE V exp_full(V x) {

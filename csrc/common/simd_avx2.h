@@ -15,6 +15,9 @@ struct Pair {
 struct Split {
   V fraction, whole;
 };
+struct Power {
+  V factor, power;
+};
 
 M4OV_INLINE V set1(float x) { return {_mm256_set1_ps(x)}; }
 M4OV_INLINE V operator+(V x, V y) { return {_mm256_add_ps(x.v, y.v)}; }
@@ -25,6 +28,9 @@ M4OV_INLINE V fma(V x, V y, V z) { return {_mm256_fmadd_ps(x.v, y.v, z.v)}; }
 M4OV_INLINE V min(V x, V y) { return {_mm256_min_ps(x.v, y.v)}; }
 M4OV_INLINE V max(V x, V y) { return {_mm256_max_ps(x.v, y.v)}; }
 M4OV_INLINE V magnitude(V x) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.v)}; }
+// x, no further from zero than `most`; of NaN, `most` or NaN.
+M4OV_INLINE V limited(V x, V most) { return max(set1(0.0f) - most, min(most, x)); }
+M4OV_INLINE V limited_magnitude(V x, V most) { return min(most, magnitude(x)); }
 // `yes` where the sign bit of x is set, else `no`.
 M4OV_INLINE V where_negative(V x, V yes, V no) { return {_mm256_blendv_ps(no.v, yes.v, x.v)}; }
 M4OV_INLINE V nearest(V x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
@@ -43,6 +49,18 @@ M4OV_INLINE Split split(V x) {
 M4OV_INLINE V clamp_exponent(V x) { return min(set1(129.0f), max(set1(-151.0f), x)); }
 // rcpps has 12 bits, too few for fp16.
 M4OV_INLINE V reciprocal_fast(V x) { return set1(1.0f) / x; }
+// See simd.h.
+M4OV_INLINE Power exp2_of_bits(V x) {
+  const __m256 one = _mm256_set1_ps(1.0f), exponent = _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000));
+  const __m256 number = _mm256_castsi256_ps(_mm256_cvtps_epi32(x.v));
+  const V mantissa = {_mm256_or_ps(_mm256_andnot_ps(exponent, number), one)};
+  V p = set1(0.00951841781f);  // minimax for 2^(t - 1.5 - 1/128) on [1, 2]
+  p = fma(p, mantissa, set1(-0.00149463541f));
+  p = fma(p, mantissa, set1(0.117177192f));
+  p = fma(p, mantissa, set1(0.219437129f));
+  p = fma(p, mantissa, set1(0.358651717f));
+  return {p, {_mm256_and_ps(number, exponent)}};
+}
 
 M4OV_INLINE float lane_sum(V x) {
   __m128 z = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));

@@ -15,6 +15,9 @@ struct Pair {
 struct Split {
   V fraction, whole;
 };
+struct Power {
+  V factor, power;
+};
 
 M4OV_INLINE V set1(float x) { return {_mm_set1_ps(x)}; }
 M4OV_INLINE V operator+(V x, V y) { return {_mm_add_ps(x.v, y.v)}; }
@@ -25,6 +28,9 @@ M4OV_INLINE V fma(V x, V y, V z) { return {_mm_add_ps(_mm_mul_ps(x.v, y.v), z.v)
 M4OV_INLINE V min(V x, V y) { return {_mm_min_ps(x.v, y.v)}; }
 M4OV_INLINE V max(V x, V y) { return {_mm_max_ps(x.v, y.v)}; }
 M4OV_INLINE V magnitude(V x) { return {_mm_andnot_ps(_mm_set1_ps(-0.0f), x.v)}; }
+// x, no further from zero than `most`; of NaN, `most` or NaN.
+M4OV_INLINE V limited(V x, V most) { return max(set1(0.0f) - most, min(most, x)); }
+M4OV_INLINE V limited_magnitude(V x, V most) { return min(most, magnitude(x)); }
 // `yes` where the sign bit of x is set, else `no`.
 M4OV_INLINE V where_negative(V x, V yes, V no) {
   const __m128 mask = _mm_castsi128_ps(_mm_srai_epi32(_mm_castps_si128(x.v), 31));
@@ -45,6 +51,18 @@ M4OV_INLINE Split split(V x) {
 // Into the range of scale_by_power. min and max hand on their second operand when that is NaN.
 M4OV_INLINE V clamp_exponent(V x) { return min(set1(129.0f), max(set1(-151.0f), x)); }
 M4OV_INLINE V reciprocal_fast(V x) { return set1(1.0f) / x; }
+// See simd.h.
+M4OV_INLINE Power exp2_of_bits(V x) {
+  const __m128 number = _mm_castsi128_ps(_mm_cvtps_epi32(x.v));
+  const __m128 one = _mm_set1_ps(1.0f), exponent = _mm_castsi128_ps(_mm_set1_epi32(0x7f800000));
+  const V mantissa = {_mm_or_ps(_mm_andnot_ps(exponent, number), one)};
+  V p = set1(0.00951841781f);  // minimax for 2^(t - 1.5 - 1/128) on [1, 2]
+  p = fma(p, mantissa, set1(-0.00149463541f));
+  p = fma(p, mantissa, set1(0.117177192f));
+  p = fma(p, mantissa, set1(0.219437129f));
+  p = fma(p, mantissa, set1(0.358651717f));
+  return {p, {_mm_and_ps(number, exponent)}};
+}
 
 M4OV_INLINE float lane_sum(V x) {
   const __m128 z = _mm_add_ps(x.v, _mm_movehl_ps(x.v, x.v));

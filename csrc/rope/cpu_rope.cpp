@@ -47,18 +47,47 @@ M4OV_INLINE void set(T* p, Pair x, int64_t count) {
   put<kStream>(p, x);
 }
 
+// ---- Rounding. Most of what the forward does in bf16 is rounding, ten operations a pair, and four where an instruction
+// may do it, which takes denormal numbers for zeros. So where the smallest number in some heads says that there will be
+// none, kNormal.
+
+template <typename T>
+constexpr bool kMayConvert = kConverts && kSame<T, Bf16>;
+// Products of at least this much are normal, and so are the sums of two that are rounded to 8 bits (or they are zero).
+constexpr float kNormalBound = 0x1p-110f;
+
+template <typename T, bool kNormal>
+M4OV_INLINE Pair rounded(Pair x) {
+  if constexpr (kNormal) {
+    return round_normal(x);
+  } else {
+    return round_to<T>(x);
+  }
+}
+template <bool kStream, bool kNormal, typename T>
+M4OV_INLINE void set_rounded(T* p, Pair x, int64_t count) {
+  if constexpr (kNormal) {
+    if (count >= kGroup) return kStream ? stream_normal(p, x) : store_normal(p, x);
+  }
+  set<kStream>(p, x, count);
+}
+
 // Sines and cosines of one token in the order of T's pairs.
 template <typename T>
 struct Rotation {
   Pair sine[kMaxHalfGroups], cosine[kMaxHalfGroups];
   float sines[kMaxHalf + kGroup] = {}, cosines[kMaxHalf + kGroup] = {};
+  float smallest = 0.0f;  // of both, but zero, where kMayConvert
 
   void set(Angles& angles, int64_t token, const Layout& layout, bool rounded) {
     angles.next(token, sines, cosines);
+    Smallest least;
     for (int g = 0; g < layout.half_groups; ++g) {
       sine[g] = paired<T>(sines + layout.offset(g)), cosine[g] = paired<T>(cosines + layout.offset(g));
       if (rounded) sine[g] = round_to<T>(sine[g]), cosine[g] = round_to<T>(cosine[g]);
+      if (kMayConvert<T> && rounded) least.add(sine[g]), least.add(cosine[g]);
     }
+    smallest = least.value();
   }
 };
 
@@ -73,6 +102,16 @@ static void load_weight(Pair* weight, const T* source, const Layout& layout) {
     const int64_t i = static_cast<int64_t>(g) * kGroup;
     weight[2 * layout.half_groups + g] = get(source + 2 * layout.half + i, layout.rest - i);
   }
+}
+
+// Of a weight's magnitudes but zero, and 1.
+template <typename T>
+static float smallest_weight(const Pair* weight, const Layout& layout) {
+  Smallest least;
+  if (kMayConvert<T>) {
+    for (int g = 0; g < layout.groups(); ++g) least.add(weight[g]);
+  }
+  return least.value() < 1.0f ? least.value() : 1.0f;
 }
 
 // Once a head in fp64: one rounding instead of four, in a factor that all elements share.
@@ -122,15 +161,15 @@ static int block_of(int64_t heads) { return static_cast<int>(heads < kHeads ? he
 
 // ---- Forward
 
-template <typename T, int kNumerics>
+template <typename T, int kNumerics, bool kNormal>
 M4OV_INLINE Pair normalised(Pair x, Pair root, Pair weight) {
   Pair y = x * root;
-  if constexpr (kNumerics == kHf) y = round_to<T>(y);
+  if constexpr (kNumerics == kHf) y = rounded<T, kNormal>(y);
   y = y * weight;
-  return kNumerics == kFp32 ? y : round_to<T>(y);
+  return kNumerics == kFp32 ? y : rounded<T, kNormal>(y);
 }
 
-template <typename T, int kNumerics, bool kNorm, bool kStream>
+template <typename T, int kNumerics, bool kNorm, bool kStream, bool kNormal>
 static void write_head(T* out, const T* x, int64_t next, const Layout& layout, const Rotation<T>& rotation,
                        const Pair* weight, float root_value) {
   const Pair root = both(set1(root_value));
@@ -143,28 +182,50 @@ static void write_head(T* out, const T* x, int64_t next, const Layout& layout, c
     prefetch(x2 + next + i);
     Pair a = get(x + i, left), b = get(x2 + i, left);
     if constexpr (kNorm) {
-      a = normalised<T, kNumerics>(a, root, weight[g]);
-      b = normalised<T, kNumerics>(b, root, weight[n + g]);
+      a = normalised<T, kNumerics, kNormal>(a, root, weight[g]);
+      b = normalised<T, kNumerics, kNormal>(b, root, weight[n + g]);
     }
     Pair ac = a * rotation.cosine[g], bs = b * rotation.sine[g];
     Pair bc = b * rotation.cosine[g], as = a * rotation.sine[g];
     if constexpr (kNumerics != kFp32) {
-      ac = round_to<T>(ac), bs = round_to<T>(bs), bc = round_to<T>(bc), as = round_to<T>(as);
+      ac = rounded<T, kNormal>(ac), bs = rounded<T, kNormal>(bs);
+      bc = rounded<T, kNormal>(bc), as = rounded<T, kNormal>(as);
     }
-    set<kStream>(out + i, ac - bs, left);
-    set<kStream>(out2 + i, bc + as, left);
+    set_rounded<kStream, kNormal>(out + i, ac - bs, left);
+    set_rounded<kStream, kNormal>(out2 + i, bc + as, left);
   }
   for (int g = 0; g < layout.rest_groups; ++g) {
     const int64_t i = static_cast<int64_t>(g) * kGroup, left = layout.rest - i;
     Pair a = get(x2 + layout.half + i, left);
-    if constexpr (kNorm) a = normalised<T, kNumerics>(a, root, weight[2 * n + g]);
+    if constexpr (kNorm) a = normalised<T, kNumerics, kNormal>(a, root, weight[2 * n + g]);
     set<kStream>(out2 + layout.half + i, a, left);
   }
 }
 
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
+
+// Whether no product of some heads' elements, their roots, and what is at least `factor` can be denormal.
+template <bool kNorm>
+static bool all_normal(const Bf16* x, int heads, int64_t stride, int64_t dim, const float* roots, float factor) {
+  Smallest smallest;
+  if (dim < kGroup) return false;
+  for (int h = 0; h < heads; ++h) {
+    const Bf16* head = x + h * stride;
+    for (int64_t i = 0; i + kGroup <= dim; i += kGroup) smallest.add(head + i);
+    smallest.add(head + dim - kGroup);
+  }
+  const float least = smallest.value() * factor;
+  bool normal = true;
+  for (int h = 0; h < heads; ++h) normal &= (kNorm ? least * roots[h] : least) >= kNormalBound;
+  return normal;
+}
+
 template <typename T, int kNumerics, bool kNorm, bool kStream>
 static void write_heads(const RopeFwdTensor& t, int64_t token, const RopeFwd& a, const Layout& layout,
-                        const Rotation<T>& rotation, const Pair* weight, T* gathered) {
+                        const Rotation<T>& rotation, const Pair* weight, float smallest_weight, T* gathered) {
   const T* x = static_cast<const T*>(t.input) + token * t.token_stride;
   T* out = static_cast<T*>(t.output) + token * t.heads * a.dim;
   for (int64_t first = 0; first < t.heads; first += kHeads) {
@@ -176,9 +237,20 @@ static void write_heads(const RopeFwdTensor& t, int64_t token, const RopeFwd& a,
       for (int h = 0; h < count; ++h) sums[h] = square_sum(source + h * t.head_stride, a.dim);
       reciprocal_roots(roots, sums, a.dim, a.eps);
     }
-    for (int h = 0; h < count; ++h) {
-      write_head<T, kNumerics, kNorm, kStream>(target + h * a.dim, source + h * t.head_stride, t.token_stride, layout,
-                                               rotation, weight, roots[h]);
+    const auto write = [&](auto normal) {
+      for (int h = 0; h < count; ++h) {
+        write_head<T, kNumerics, kNorm, kStream, decltype(normal)::value>(
+            target + h * a.dim, source + h * t.head_stride, t.token_stride, layout, rotation, weight, roots[h]);
+      }
+    };
+    if constexpr (kMayConvert<T> && kNumerics != kFp32) {
+      if (all_normal<kNorm>(source, count, t.head_stride, a.dim, roots, smallest_weight * rotation.smallest)) {
+        write(Flag<true>{});
+      } else {
+        write(Flag<false>{});
+      }
+    } else {
+      write(Flag<false>{});
     }
     if (gathered) stream_copy(out + first * a.dim, gathered, count * a.dim);
   }
@@ -186,10 +258,10 @@ static void write_heads(const RopeFwdTensor& t, int64_t token, const RopeFwd& a,
 
 template <typename T, int kNumerics, bool kStream>
 static void write_token(const RopeFwdTensor& t, int64_t token, const RopeFwd& a, const Layout& layout,
-                        const Rotation<T>& rotation, const Pair* weight, T* gathered) {
+                        const Rotation<T>& rotation, const Pair* weight, float smallest_weight, T* gathered) {
   constexpr int kPlain = kNumerics == kFp32 ? kFp32 : kHf;  // they differ in the norm only
   const auto write = t.weight ? write_heads<T, kNumerics, true, kStream> : write_heads<T, kPlain, false, kStream>;
-  write(t, token, a, layout, rotation, weight, gathered);
+  write(t, token, a, layout, rotation, weight, smallest_weight, gathered);
 }
 
 template <typename T, int kNumerics>
@@ -202,18 +274,21 @@ static void forward(const RopeFwd& a) {
     Angles angles(a.angles, a.half, begin);
     Rotation<T> rotation;
     Pair weights[2][kMaxGroups];
+    float smallest_weights[2] = {1.0f, 1.0f};
     Way ways[2];
     alignas(64) T buffer[kHeads * kMaxRopeDim];
     for (int i = 0; i < 2; ++i) {
       const RopeFwdTensor& t = a.tensors[i];
       if (t.weight) load_weight(weights[i], static_cast<const T*>(t.weight), layout);
+      if (t.weight) smallest_weights[i] = smallest_weight<T>(weights[i], layout);
       ways[i] = way_of<T>(large, t.output, t.heads, a.dim, a.half);
     }
     for (int64_t token = begin; token < end; ++token) {
       rotation.set(angles, token, layout, kNumerics != kFp32);
       for (int i = 0; i < 2; ++i) {
         const auto write = ways[i] == kStreamed ? write_token<T, kNumerics, true> : write_token<T, kNumerics, false>;
-        write(a.tensors[i], token, a, layout, rotation, weights[i], ways[i] == kGathered ? buffer : nullptr);
+        write(a.tensors[i], token, a, layout, rotation, weights[i], smallest_weights[i],
+              ways[i] == kGathered ? buffer : nullptr);
       }
     }
     if (large) fence();

@@ -12,6 +12,7 @@ from m4ov_kernels import geglu, gelu, swiglu
 
 from .. import draws
 from ..draws import Draw
+from ..numerics import ROUNDED_TO_ZERO
 from . import corruptions
 from .case import Call, OperatorCase
 from .options import NUMERICS, tensor_dtype
@@ -84,10 +85,14 @@ def _gelu_parts(x: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
 def _geglu_terms(call: Call) -> dict[str, Tensor]:
     gate, up = call.arguments["gate"].double(), call.arguments["up"].double()
     value, slope = _gelu_parts(gate, call.arguments["approximate"])
-    terms = {"activated": value * up.abs()}
+    # Far below 0, PyTorch's 1 + erf is 0 in float64 too, and 0 times infinity NaN. The value is not 0: ours is -inf.
+    far = (gate < -5) & gate.isfinite()
+    terms = {"activated": torch.where(far & up.isinf(), ROUNDED_TO_ZERO, value * up.abs())}
     if call.wanted:
         grad = call.grads["activated"].double().abs()
-        terms |= {"grad_up": grad * value, "grad_gate": grad * up.abs() * slope}
+        to_up, to_gate = grad * value, grad * up.abs() * slope
+        terms["grad_up"] = torch.where(far & grad.isinf(), ROUNDED_TO_ZERO, to_up)
+        terms["grad_gate"] = torch.where(far & (grad * up.abs()).isinf(), ROUNDED_TO_ZERO, to_gate)
     return terms
 
 
