@@ -15,7 +15,7 @@ from m4ov_kernels.head.logprob import NUMERICS, raw
 
 _OP = "linear_cross_entropy"
 # The forward keeps the logits of rows so few that they take no more than this, unless the caller says otherwise.
-FEW_BYTES = 16 << 20
+FEW_BYTES = 20 << 20
 
 
 def linear_cross_entropy(
@@ -61,7 +61,7 @@ def linear_cross_entropy(
         num_valid: how many targets differ from ``ignore_index``, if the caller knows. Rows beyond it have NaN loss.
         keep_logits_bytes: how many bytes of logits the forward may keep for the backward, which computes all others
             again: 0 for the least memory, the whole ``T * V`` (of the rows that count) for three matrix products
-            instead of four. The same bits either way. ``None``: all, if that takes no more than 16 MiB, else none.
+            instead of four. The same bits either way. ``None``: all, if that takes no more than 20 MiB, else none.
             Without gradients, and by GPU kernels, nothing is kept.
         group_name: of the process group over which ``linear_weight`` and ``linear_bias`` are sharded by rows, in order
             of rank; ``target`` and ``weight`` are of the whole vocabulary, and equal on every rank, as ``input`` is.
