@@ -109,5 +109,5 @@ $(VENV)/.peers: $(VENV)/.dev
 	touch $@
 
 clean: ## remove environments, builds and runs
-	rm -rf $(VENV) $(VENV)-transformers-* $(VENV)-formats build dist runs *.egg-info
+	rm -rf $(VENV) $(VENV)-transformers-* $(VENV)-trl $(VENV)-formats build dist runs *.egg-info
 	find m4ov_kernels -name '*.so' -delete

@@ -20,7 +20,7 @@ from m4ov_kernels.head.logprob import raw
 from . import strategies
 from .numerics import EPS, assert_accurate, gradients, leaves, logit_terms
 from .operators.head import LINEAR_LOGPROB
-from .triton_blocks import DEVICE, DTYPES, dtypes, row, small_blocks, tensor
+from .triton_blocks import DEVICE, DTYPES, dtypes, on_device, row, small_blocks, tensor
 
 __all__ = ["small_blocks"]  # a fixture of every test here
 FOUND = ("logprob", "logsumexp", "entropy", "total")
@@ -149,10 +149,7 @@ def test_the_shared_cases(data):
     call = data.draw(strategies.drawn(LINEAR_LOGPROB.call))
     if LINEAR_LOGPROB.kernel_dtype(call.arguments) not in DTYPES:
         return
-    arguments = {
-        name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in call.arguments.items()
-    }
-    call = call._replace(arguments=arguments, grads={name: grad.to(DEVICE) for name, grad in call.grads.items()})
+    call = on_device(call)
     with configs.override(*LARGE), m4ov_kernels.backend("triton"):
         got = LINEAR_LOGPROB.evaluate(call)
     m4ov_kernels.check()

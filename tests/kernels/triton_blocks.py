@@ -13,6 +13,7 @@ from m4ov_kernels import configs
 from m4ov_kernels.gpu import Config
 
 from . import strategies
+from .operators import Call
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else []))
@@ -28,6 +29,14 @@ shapes = st.one_of(
 def tensor(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous", magnitude: float = 1.0) -> Tensor:
     values = strategies.tensor(shape, dtype, magnitude=magnitude).to(DEVICE)
     return strategies.laid_out(values, layout)
+
+
+def on_device(call: Call) -> Call:
+    """A drawn call with its tensors where the kernels run."""
+    arguments = {
+        name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in call.arguments.items()
+    }
+    return call._replace(arguments=arguments, grads={name: grad.to(DEVICE) for name, grad in call.grads.items()})
 
 
 def row(kernel: str, width: int | None, num_warps: int = 4, **blocks: int) -> configs.Row:

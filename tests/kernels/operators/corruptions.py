@@ -152,3 +152,16 @@ def bounds(argument: str) -> tuple[Corruption, ...]:
         Corruption(argument, "falling", ValueError, falling),
         dtype(argument, torch.float32, torch.int16, torch.bool),
     )
+
+
+def head(hidden: str, weight: str, rows: str) -> tuple[Corruption, ...]:
+    """Of hidden states ``[..., D]`` and a weight ``[V, D]``; ``rows`` is blamed where there are other rows."""
+    return (
+        *float_tensor(hidden),
+        shape(hidden, scalar, lambda size: (*size[:-1], 0)),
+        shape(hidden, wider, blamed=weight),
+        shape(hidden, longer, deeper, blamed=rows),
+        *float_tensor(weight),
+        shape(weight, wider, deeper, lambda size: (0, size[1])),
+        device(weight),
+    )

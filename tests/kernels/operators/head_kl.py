@@ -158,13 +158,7 @@ LINEAR_KL = OperatorCase(
     _results,
     ("hidden_states", "weight", "bias"),
     (
-        *corruptions.float_tensor("hidden_states"),
-        corruptions.shape("hidden_states", corruptions.scalar, lambda shape: (*shape[:-1], 0)),
-        corruptions.shape("hidden_states", corruptions.wider, blamed="weight"),
-        corruptions.shape("hidden_states", corruptions.longer, corruptions.deeper, blamed="ref_hidden_states"),
-        *corruptions.float_tensor("weight"),
-        corruptions.shape("weight", corruptions.wider, corruptions.deeper, lambda shape: (0, shape[1])),
-        corruptions.device("weight"),
+        *corruptions.head("hidden_states", "weight", "ref_hidden_states"),
         *corruptions.float_tensor("ref_hidden_states"),
         corruptions.shape(
             "ref_hidden_states",
