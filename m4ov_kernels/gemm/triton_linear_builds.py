@@ -51,7 +51,7 @@ MERGES: dict[str, dict[str, Any]] = {
 _PLAIN = {"ZEROS": False, "EPILOGUE": 0, "HAS_BIAS": False, "HAS_RESIDUAL": False}
 
 
-def _work(kind: str, activation: str, scaled: bool, rows: int) -> Work:
+def _work(kind: str, activation: str, rows: int) -> Work:
     """Each operand and the result once: of the block GEMM of DeepSeek's size, or of few rows of Qwen3-VL-8B's."""
     columns, width = (7168, 16384) if rows > max(SIZES.values()) else (12288, 4096)
     codes = columns * width // (2 if kind == "int4" else 1)
@@ -108,31 +108,31 @@ def _products() -> Iterator[Build]:
         for size in (*SIZES, MANY):
             for special in ("", "_gfx", *(["_descriptors"] if codes == "bytes" and size == MANY else [])):
                 table = f"quantized_linear_{codes}_{size}{special}"
-                for row, _ in configs.shipped(table, "any"):
-                    for mode, (kind, activation, scaled) in MODES.items():
-                        tma = special == "_descriptors"  # for codes on both sides
-                        if (codes == "int4") == (kind == "int4") and not (tma and activation == "bf16"):
-                            yield from _of_mode(table, size, row, mode, kind, activation, scaled)
+                for out in BYTES:
+                    for row, targets in configs.shipped(table, out):
+                        for mode, (kind, activation, _) in MODES.items():
+                            both = activation != "bf16" or special != "_descriptors"  # codes on both sides
+                            if (codes == "int4") == (kind == "int4") and both:
+                                served = tuple(t for t in _targets(table) if t in targets)
+                                yield from _of_mode(table, size, row, mode, out, served)
 
 
 def _of_mode(
-    table: str, size: str, row: configs.Row, mode: str, kind: str, activation: str, scaled: bool
+    table: str, size: str, row: configs.Row, mode: str, out: str, targets: tuple[str, ...]
 ) -> Iterator[Build]:
-    config, descriptors = row.config, table.endswith("_descriptors")
-    if row.width is not None and mode == "W4A8-int8":
-        return
-    title = ", ".join([mode, size, *([f"groups of {row.width}"] if row.width else []), *(["TMA"] if descriptors else [])])
-    float8 = "fp8" in (kind, activation)
-    for bits in (False, True) if float8 else (False,):
-        targets = tuple(t for t in _targets(table) if not float8 or (t in BITS) == bits)
-        if not targets:
-            continue
+    config, (kind, activation, scaled) = row.config, MODES[mode]
+    descriptors, special = table.endswith("_descriptors"), not table.endswith(size)
+    bits_of = (False, True) if "fp8" in (kind, activation) else (False,)
+    whole = row.width is None and not table.endswith("_gfx")
+    varied = whole and mode in VARIED
+    for bits in bits_of:
+        served = tuple(t for t in targets if len(bits_of) == 1 or (t in BITS) == bits)
 
-        def build(note: str, split: bool, more: dict[str, Any], out: str = "bf16", hot: bool = True) -> Build:
+        def build(note: str, split: bool, hot: bool = True, /, **more: Any) -> Build:
             flags = {**_flags(kind, activation, scaled, bits, config, split), **_PLAIN, "DESCRIPTORS": descriptors}
             flags |= {"HALVES": 1 + (descriptors and not split), **more}
-            parts = [title, *([f"of {out}"] if out != "bf16" else []), *(["split"] if split else []), note]
-            rows = SIZES.get(size, 4096)
+            group = f"groups of {row.width}" if row.width else ""
+            parts = (mode, size, group, "TMA" * descriptors, f"to {out}" * (out != "bf16"), "split" * split, note)
             return Build(
                 _quantized_linear_fwd_kernel,
                 "bf16" if activation == "bf16" else "fp8",  # of the products, for the limit; int8's rate is fp8's
@@ -142,24 +142,25 @@ def _of_mode(
                 config.num_stages,
                 hot=hot,
                 note=", ".join(part for part in parts if part),
-                work=_work(kind, activation, scaled, rows),
+                work=_work(kind, activation, SIZES.get(size, 4096)),
                 matrix=True,
-                targets=targets,
+                targets=served,
             )
 
-        yield build("", size != MANY, {})
-        if row.width is not None or table.endswith("_gfx"):
+        if not served:
             continue
-        if mode in VARIED and size != "some":
-            for note, more in VARIANTS.items():
-                if kind == "int4" or not more.get("ZEROS"):
-                    yield build(note, False, more)
-        if mode in VARIED and size == MANY:
-            yield build("", False, {}, "fp16")
-            yield build("", False, {}, "fp32")
-        if size == MANY and not descriptors and kind != "int4":  # widths of vision towers: 3420, and odd ones
-            yield build("widths of 4", False, {"X_UNIT": 4, "W_UNIT": 4})
-            yield build("any width", False, {"X_UNIT": 1, "W_UNIT": 1, "OUT_UNIT": 1}, hot=False)
+        if out != "bf16":
+            if varied and size == MANY:
+                yield build("", False)
+            continue
+        if row.width is None or mode != "W4A8-int8":
+            yield build("", size != MANY)
+        for note, more in VARIANTS.items() if varied and size != "some" else ():
+            if kind == "int4" or not more.get("ZEROS"):
+                yield build(note, False, **more)
+        if size == MANY and whole and not special and kind != "int4":  # of vision towers: 3420, and odd ones
+            yield build("widths of 4", False, X_UNIT=4, W_UNIT=4)
+            yield build("any width", False, False, X_UNIT=1, W_UNIT=1, OUT_UNIT=1)
 
 
 def _around() -> Iterator[Build]:

@@ -97,7 +97,7 @@ def forward(
     architecture = gpu.architecture(result.device)
     descriptors = _by_descriptors(x.values, weight.codes, kind, activation, rows, architecture)
     table = table_of(kind, rows, descriptors, architecture)
-    config = configs.get(table, x.values, weight.group if weight.grouped else None)
+    config = configs.get(table, result, weight.group if weight.grouped else None)
     sizes = config.constexprs
     if weight.grouped and (weight.group % sizes["BLOCK_K"] or (x.grouped and sizes["BLOCK_K"] != BLOCK)):
         raise ValueError(f"{table}: expected BLOCK_K to divide the group of {weight.group}, got {sizes['BLOCK_K']}")
