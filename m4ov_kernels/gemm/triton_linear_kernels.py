@@ -272,7 +272,7 @@ def _quantized_linear_fwd_kernel(
         first = tl.zeros([BLOCK_N, BLOCK_M], sums)
         second = tl.zeros([BLOCK_N, BLOCK_M], sums)
         for step in range(begin, end):
-            group = step // group_steps
+            group = step // group_steps if SCALED else 0
             if X_SCALED == 2:
                 x_scale = tl.load(x_scales + step * tl.cast(rows, tl.int64))
             if DESCRIPTORS:

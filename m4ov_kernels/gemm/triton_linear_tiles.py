@@ -28,14 +28,6 @@ def _float16_of_e4m3(bits):
 
 
 @triton.jit
-def _bfloat16_of_e4m3(bits):
-    """The values: bfloat16's bias is 127."""
-    wide = bits.to(tl.uint16)
-    value = _widened((((wide & 0x80) << 8) | ((wide & 0x7F) << 4)).to(tl.bfloat16, bitcast=True))
-    return value * tl.full([1, 1], 1.329227995784916e36, value.dtype)  # 2^120
-
-
-@triton.jit
 def _activations(x, ACTIVATION: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr):
     """Of a tile ``[BLOCK_M, BLOCK_K]`` the right-hand operands: one ``[BLOCK_K, BLOCK_M]``, or with ``WORDS`` four
     ``[BLOCK_K / 4, BLOCK_M]``: place 2j + h of the i-th is feature 8j + 4h + i."""
@@ -101,7 +93,7 @@ def _values(weight, KIND: tl.constexpr, ACTIVATION: tl.constexpr, BITS: tl.const
     """Of a tile of eight-bit codes the left-hand operand."""
     if KIND == FP8 and ACTIVATION == BF16:
         if BITS:
-            return _bfloat16_of_e4m3(weight)
+            return _widened(_float16_of_e4m3(weight).to(tl.float32) * 256.0)
         else:
             return _widened(weight)
     else:

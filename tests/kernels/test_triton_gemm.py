@@ -6,6 +6,7 @@ Interpreted, bfloat16 stores truncate: results are float32 and float16, of activ
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,10 +93,17 @@ def terms_of(
 
 
 @st.composite
+def weights(draw: st.DrawFn) -> Weight:
+    weight = draw(st.one_of(quantized.int4_weights(pre_quant=st.just(False)), quantized.int8_weights(), small_fp8()))
+    if weight.scales.dtype is torch.bfloat16 and DEVICE == "cpu":  # whose subnormal numbers the interpreter loses
+        weight = replace(weight, scales=weight.scales.clamp_min(torch.finfo(torch.bfloat16).tiny))
+    return weight.to(DEVICE)
+
+
+@st.composite
 def calls(draw: st.DrawFn) -> tuple:
     """Arguments of ``by_kernels``."""
-    weight = draw(st.one_of(quantized.int4_weights(pre_quant=st.just(False)), quantized.int8_weights(), small_fp8()))
-    weight = weight.to(DEVICE)
+    weight = draw(weights())
     rows, dtype, (N, K) = draw(ROWS), draw(dtypes), weight.shape
     magnitude = draw(st.sampled_from((1.0, 1.0, 1.0, 1e-4, 300.0)))
     x = tensor((rows, K), dtype, draw(strategies.layouts), magnitude)
@@ -200,14 +208,13 @@ def test_activations_are_rounded_as_defined(scheme, width, dtype):
 
 
 @given(
-    weight=st.one_of(quantized.int4_weights(pre_quant=st.just(False)), quantized.int8_weights(), small_fp8()),
+    weight=weights(),
     rows=st.integers(0, 9),
     dtype=dtypes,
     layout=strategies.layouts,
 )
 @settings(max_examples=20, deadline=None)
 def test_the_gradient_of_the_input(weight, rows, dtype, layout):
-    weight = weight.to(DEVICE)
     grad = tensor((rows, weight.shape[0]), dtype, layout)
     kind, tensors, group = operands(weight)
     (out,) = poisoned(grad.new_empty(rows, weight.shape[1]))
