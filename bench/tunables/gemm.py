@@ -41,9 +41,7 @@ def _problem(kind: str, rows: int | None) -> Make:
         def judged(wide: torch.dtype) -> list[Tensor]:
             return [reference.quantized_linear(x.to(wide), weight, None, None, activation, "none")]
 
-        return Problem(
-            lambda: poison([out]), call, lambda: (out,), ("output",), judged(dtype), judged(torch.float64)
-        )
+        return Problem(lambda: poison([out]), call, lambda: (out,), ("output",), judged(dtype), judged(torch.float64))
 
     return problem
 

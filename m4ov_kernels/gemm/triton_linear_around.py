@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from m4ov_kernels.gemm.triton_linear_tiles import FP8, INT4, INT8
+from m4ov_kernels.gemm.triton_linear_tiles import INT4, INT8
 
 _LEAST = tl.constexpr(1.1754943508222875e-38)  # 2⁻¹²⁶, float32's smallest normal number
 _MOST = tl.constexpr(3.4028234663852886e38)
@@ -98,9 +98,7 @@ def _quantized_linear_input_kernel(
         tl.store(scales_ptr + row, tl.where(good, scale, float("nan")))
 
 
-@triton.jit(
-    do_not_specialize=["weight_stride", "scale_stride", "columns", "width", "first", "out_stride", "group"]
-)
+@triton.jit(do_not_specialize=["weight_stride", "scale_stride", "columns", "width", "first", "out_stride", "group"])
 def _quantized_linear_dequantize_kernel(
     weight_ptr,  # canonical codes [columns, ...]: int4 bytes of two, int8, or uint8 of e4m3
     weight_stride,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from m4ov_kernels.gemm.triton_linear_kernels import (
     _quantized_linear_fwd_kernel,
     _quantized_linear_merge_kernel,
 )
+from m4ov_kernels.gemm.triton_linear_large import _quantized_linear_large_fwd_kernel
 from m4ov_kernels.gemm.triton_linear_launches import BITS, DESCRIPTORS, MANY, SIZES
 from m4ov_kernels.gemm.triton_linear_tiles import ACTIVATIONS, KINDS
-from m4ov_kernels.gpu import ARCHITECTURES, DTYPES, SIZES as BYTES, Build, Config, Work
+from m4ov_kernels.gpu import DTYPES, Build, Config, Work
+from m4ov_kernels.gpu import SIZES as BYTES
 
 # Kind, activation, whether the weight's scale changes along K.
 MODES = {
@@ -38,9 +41,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bias, residual": {"HAS_BIAS": True, "HAS_RESIDUAL": True},
     "gelu": {"EPILOGUE": EPILOGUES["gelu"], "HAS_BIAS": True},
     "gelu_tanh": {"EPILOGUE": EPILOGUES["gelu_tanh"], "HAS_BIAS": True},
-    "swiglu": {"EPILOGUE": EPILOGUES["swiglu"], "HALVES": 2},
+    "swiglu": {"EPILOGUE": EPILOGUES["swiglu"]},
 }
-VARIED = ("W4A16", "fp8 block", "fp8")
+VARIED = ("W4A16", "fp8 block")
+LARGE = ("W8A8", "fp8", "fp8 block")  # by descriptors
 MERGES: dict[str, dict[str, Any]] = {
     "": {},
     "bias, residual": {"HAS_BIAS": True, "HAS_RESIDUAL": True},
@@ -60,23 +64,17 @@ def _work(kind: str, activation: str, rows: int) -> Work:
     return Work(f"[{rows}, {width}] × [{columns}, {width}]", moved, 2 * rows * columns * width)
 
 
-def _signature(kind: str, activation: str, flags: dict[str, Any], config: Config, out: str) -> str:
+def _signature(kind: str, activation: str, flags: dict[str, Any], out: str) -> str:
     """``out``: the type of the result; scales of int4 are in bf16, as checkpoints have them, others in fp32."""
     float8 = "u8" if flags["BITS"] else "fp8e4nv"
     x = {"bf16": "bf16", "int8": "i8", "fp8": float8}[activation]
     codes = {"int4": "i32" if flags["WORDS"] else "u8", "int8": "i8", "fp8": float8}[kind]
-    operands = [f"*{x}/16", f"*{codes}/16"]
-    if flags["DESCRIPTORS"]:
-        sizes = config.constexprs
-        operands = [f"tensordesc<{x}[{sizes['BLOCK_M']},{sizes['BLOCK_K']}]>"]
-        operands += [f"tensordesc<{codes}[{sizes['BLOCK_N']},{sizes['BLOCK_K']}]>"]
     target = "*fp32/16" if flags["SPLIT"] else f"*{out}/16"
     x_scale = "*fp32/16" if flags["X_SCALED"] else target
     scale = "*bf16/16" if kind == "int4" else "*fp32/16"
     zero = "*u8/16" if flags["ZEROS"] else scale
     rest = f"*{out}/16 *{out}/16 i32 {target} i32"
-    sizes_of = " ".join(["i32"] * 7)
-    return f"{operands[0]} i32 {x_scale} {operands[1]} i32 {scale} i32 i32 {zero} {rest} {sizes_of}"
+    return f"*{x}/16 i32 {x_scale} *{codes}/16 i32 {scale} i32 i32 {zero} {rest} i32 i32 i32 i32 i32 i32"
 
 
 def _flags(kind: str, activation: str, scaled: bool, bits: bool, config: Config, split: bool) -> dict[str, Any]:
@@ -95,72 +93,114 @@ def _flags(kind: str, activation: str, scaled: bool, bits: bool, config: Config,
     }
 
 
-def _targets(table: str) -> tuple[str, ...]:
-    if table.endswith("_gfx"):
-        return tuple(t for t in ARCHITECTURES if t.startswith("gfx"))
-    if table.endswith("_descriptors"):
-        return tuple(t for t in ARCHITECTURES if t in DESCRIPTORS)
-    return tuple(t for t in ARCHITECTURES if not t.startswith("gfx"))
-
-
 def _products() -> Iterator[Build]:
     for codes in ("int4", "bytes"):
         for size in (*SIZES, MANY):
-            for special in ("", "_gfx", *(["_descriptors"] if codes == "bytes" and size == MANY else [])):
+            for special in ("", "_gfx"):
                 table = f"quantized_linear_{codes}_{size}{special}"
                 for out in BYTES:
                     for row, targets in configs.shipped(table, out):
-                        for mode, (kind, activation, _) in MODES.items():
-                            both = activation != "bf16" or special != "_descriptors"  # codes on both sides
-                            if (codes == "int4") == (kind == "int4") and both:
-                                served = tuple(t for t in _targets(table) if t in targets)
-                                yield from _of_mode(table, size, row, mode, out, served)
+                        served = tuple(t for t in targets if t.startswith("gfx") == bool(special))
+                        for mode, (kind, _, _) in MODES.items():
+                            if (codes == "int4") == (kind == "int4"):
+                                yield from _of_mode(size, row, mode, out, served, not special)
 
 
 def _of_mode(
-    table: str, size: str, row: configs.Row, mode: str, out: str, targets: tuple[str, ...]
+    size: str, row: configs.Row, mode: str, out: str, targets: tuple[str, ...], nvidia: bool
 ) -> Iterator[Build]:
-    config, (kind, activation, scaled) = row.config, MODES[mode]
-    descriptors, special = table.endswith("_descriptors"), not table.endswith(size)
-    bits_of = (False, True) if "fp8" in (kind, activation) else (False,)
-    whole = row.width is None and not table.endswith("_gfx")
-    varied = whole and mode in VARIED
-    for bits in bits_of:
-        served = tuple(t for t in targets if len(bits_of) == 1 or (t in BITS) == bits)
-
-        def build(note: str, split: bool, hot: bool = True, /, **more: Any) -> Build:
-            flags = {**_flags(kind, activation, scaled, bits, config, split), **_PLAIN, "DESCRIPTORS": descriptors}
-            flags |= {"HALVES": 1 + (descriptors and not split), **more}
-            group = f"groups of {row.width}" if row.width else ""
-            parts = (mode, size, group, "TMA" * descriptors, f"to {out}" * (out != "bf16"), "split" * split, note)
-            return Build(
-                _quantized_linear_fwd_kernel,
-                "bf16" if activation == "bf16" else "fp8",  # of the products, for the limit; int8's rate is fp8's
-                _signature(kind, activation, flags, config, out),
-                {**flags, **config.constexprs},
-                config.num_warps,
-                config.num_stages,
-                hot=hot,
-                note=", ".join(part for part in parts if part),
-                work=_work(kind, activation, SIZES.get(size, 4096)),
-                matrix=True,
-                targets=served,
-            )
-
+    kind, activation, _ = MODES[mode]
+    float8, whole = "fp8" in (kind, activation), row.width is None and nvidia
+    for bits in (False, True):
+        served = tuple(t for t in targets if bits == (float8 and t in BITS))
+        build = partial(_product, size, row, mode, out, bits, served)
         if not served:
             continue
         if out != "bf16":
-            if varied and size == MANY:
+            if whole and mode in VARIED and size == MANY:
                 yield build("", False)
             continue
         if row.width is None or mode != "W4A8-int8":
             yield build("", size != MANY)
-        for note, more in VARIANTS.items() if varied and size != "some" else ():
+        if whole and mode in VARIED and size == "few":
+            yield build("", False)
+        for note, more in VARIANTS.items() if whole and mode in VARIED and size != "some" else ():
             if kind == "int4" or not more.get("ZEROS"):
                 yield build(note, False, **more)
-        if size == MANY and whole and not special and kind != "int4":  # of vision towers: 3420, and odd ones
+        if size == MANY and whole and kind != "int4":  # of vision towers: 3420, and odd ones
             yield build("widths of 4", False, X_UNIT=4, W_UNIT=4)
-            yield build("any width", False, False, X_UNIT=1, W_UNIT=1, OUT_UNIT=1)
+            yield build("any width", False, hot=False, X_UNIT=1, W_UNIT=1, OUT_UNIT=1)
+
+
+def _product(
+    size: str,
+    row: configs.Row,
+    mode: str,
+    out: str,
+    bits: bool,
+    targets: tuple[str, ...],
+    note: str,
+    split: bool,
+    *,
+    hot: bool = True,
+    **more: Any,
+) -> Build:
+    config, (kind, activation, scaled) = row.config, MODES[mode]
+    flags = {**_flags(kind, activation, scaled, bits, config, split), **_PLAIN, **more}
+    group = f"groups of {row.width}" if row.width else ""
+    parts = (mode, size, group, f"to {out}" * (out != "bf16"), "split" * split, note)
+    return Build(
+        _quantized_linear_fwd_kernel,
+        "bf16" if activation == "bf16" else "fp8",  # of the products, for the limit; int8's rate is fp8's
+        _signature(kind, activation, flags, out),
+        {**flags, **config.constexprs},
+        config.num_warps,
+        config.num_stages,
+        hot=hot,
+        note=", ".join(part for part in parts if part),
+        work=_work(kind, activation, SIZES.get(size, 4096)),
+        matrix=True,
+        targets=targets,
+    )
+
+
+def _large() -> Iterator[Build]:
+    table = f"quantized_linear_bytes_{MANY}_descriptors"
+    for out in ("bf16", "fp16"):
+        for row, targets in configs.shipped(table, out):
+            for mode in LARGE:
+                for note, more in {"": {}, **VARIANTS}.items() if out == "bf16" else [("", {})]:
+                    if "ZEROS" not in more:
+                        served = tuple(t for t in targets if t in DESCRIPTORS)
+                        yield _large_build(row.config, mode, out, note, more, served)
+
+
+def _large_build(
+    config: Config, mode: str, out: str, note: str, more: dict[str, Any], targets: tuple[str, ...]
+) -> Build:
+    kind, activation, scaled = MODES[mode]
+    codes = "i8" if kind == "int8" else "fp8e4nv"
+    sizes = config.constexprs
+
+    def tiles(dtype: str, rows: str, columns: str) -> str:
+        return f"tensordesc<{dtype}[{sizes[rows]},{sizes[columns]}]>"
+
+    x, weight = tiles(codes, "BLOCK_M", "BLOCK_K"), tiles(codes, "BLOCK_N", "BLOCK_K")
+    made = tiles(out, "BLOCK_M", "BLOCK_N")
+    flags = {"INTEGER": kind == "int8", "SCALED": scaled, "X_GROUPED": scaled, **_PLAIN, **more}
+    del flags["ZEROS"]
+    return Build(
+        _quantized_linear_large_fwd_kernel,
+        "fp8",
+        f"{x} *fp32/16 {weight} *fp32/16 i32 i32 *{out}/16 {made} {made} i32 i32 i32",
+        {**flags, **sizes},
+        config.num_warps,
+        config.num_stages,
+        note=", ".join(part for part in (mode, f"to {out}" * (out != "bf16"), note) if part),
+        work=_work(kind, activation, 4096),
+        matrix=True,
+        targets=targets,
+    )
 
 
 def _around() -> Iterator[Build]:
@@ -182,7 +222,7 @@ def _around() -> Iterator[Build]:
         for row, _ in configs.shipped("quantized_linear_merge", dtype):
             for note, more in MERGES.items() if dtype == "bf16" else [("", {})]:
                 flags = {"EPILOGUE": 0, "HAS_BIAS": False, "HAS_RESIDUAL": False, **more}
-                splits, few = 4, SIZES["few"]
+                splits, count = 4, SIZES["few"] * columns
                 yield Build(
                     _quantized_linear_merge_kernel,
                     dtype,
@@ -191,7 +231,7 @@ def _around() -> Iterator[Build]:
                     row.config.num_warps,
                     row.config.num_stages,
                     note=note,
-                    work=Work(f"[{splits}, {few}, {columns}]", few * columns * (4 * splits + size), splits * few * columns),
+                    work=Work(f"[{splits}, {count}]", count * (4 * splits + size), splits * count),
                 )
     for dtype in ("bf16", "fp32"):
         for row, _ in configs.shipped("quantized_linear_dequantize", dtype):
@@ -223,4 +263,4 @@ DEQUANTIZED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "fp8": ("*u8/16", "*fp32/16", {"KIND": 2, "SCALE_ROWS": 1, "ZEROS": False, "ORDERED": False}),
     "fp8 block": ("*u8/16", "*fp32/16", {"KIND": 2, "SCALE_ROWS": 128, "ZEROS": False, "ORDERED": False}),
 }
-KERNELS = [*_products(), *_around()]
+KERNELS = [*_products(), *_large(), *_around()]

@@ -17,7 +17,6 @@ import triton.language as tl
 
 from m4ov_kernels.activation.triton_kernels import _activate
 from m4ov_kernels.gemm.triton_linear_tiles import (
-    BF16,
     FP8,
     INT4,
     INT8,
@@ -40,7 +39,6 @@ _FREE = [
     "columns",
     "width",
     "weight_width",
-    "apart",
     "group_steps",
     "splits",
 ]
@@ -61,7 +59,6 @@ def _added(
     total,
     x,
     weight,
-    row,
     number,
     step,
     weight_width,
@@ -79,13 +76,11 @@ def _added(
     ZEROS: tl.constexpr,
     BITS: tl.constexpr,
     WORDS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``total`` and the products of one step of K. ``row``: of the first weight, for a descriptor; ``number``: of every
-    row of the tile, inside the weight."""
+    """``total`` and the products of one step of K; ``number``: of the weight's rows."""
     zero = tl.full([BLOCK_N], 8, tl.int32)
     if ZEROS:
         zero = tl.load(zero_ptr + number * scale_stride + group * scale_step).to(tl.int32)
@@ -93,11 +88,8 @@ def _added(
     if SCALED:  # asked for before the products, which take longer
         w_scale = tl.load(scale_ptr + (number // SCALE_ROWS) * scale_stride + group * scale_step).to(tl.float32)
     units: tl.constexpr = BLOCK_K // (8 if WORDS else (2 if KIND == INT4 else 1))
-    if DESCRIPTORS:
-        loaded = weight.load([row, step * units])
-    else:
-        col = step * units + tl.arange(0, units)
-        loaded = tl.load(weight + col[None, :], mask=(col < weight_width)[None, :], other=0.0)
+    col = step * units + tl.arange(0, units)
+    loaded = tl.load(weight + col[None, :], mask=(col < weight_width)[None, :], other=0.0)
     if WORDS:
         part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32) if SCALED else total
         for i in tl.static_range(4):
@@ -155,6 +147,18 @@ def _scaled(
 
 
 @triton.jit
+def _applied(first, second, EPILOGUE: tl.constexpr):
+    if EPILOGUE == _SWIGLU:
+        return _activate(first, 0) * second
+    elif EPILOGUE == _GELU:
+        return _activate(first, 2)
+    elif EPILOGUE == _GELU_TANH:
+        return _activate(first, 1)
+    else:
+        return first
+
+
+@triton.jit
 def _finish(
     first,
     second,
@@ -164,7 +168,7 @@ def _finish(
     bias_ptr,
     residual_ptr,
     residual_stride,
-    apart,
+    features,
     EPILOGUE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -174,13 +178,8 @@ def _finish(
     if HAS_BIAS:
         first += tl.load(bias_ptr + number, mask=inside, other=0.0).to(tl.float32)
         if EPILOGUE == _SWIGLU:
-            second += tl.load(bias_ptr + apart + number, mask=inside, other=0.0).to(tl.float32)
-    if EPILOGUE == _SWIGLU:
-        first = _activate(first, 0) * second
-    elif EPILOGUE == _GELU:
-        first = _activate(first, 2)
-    elif EPILOGUE == _GELU_TANH:
-        first = _activate(first, 1)
+            second += tl.load(bias_ptr + features + number, mask=inside, other=0.0).to(tl.float32)
+    first = _applied(first, second, EPILOGUE)
     if HAS_RESIDUAL:
         first += tl.load(residual_ptr + row * residual_stride + number, mask=inside, other=0.0).to(tl.float32)
     return first
@@ -188,10 +187,10 @@ def _finish(
 
 @triton.jit(do_not_specialize=_FREE)
 def _quantized_linear_fwd_kernel(
-    x,  # [rows, width]: bf16, int8, e4m3 (with BITS their bits): a descriptor [BLOCK_M, BLOCK_K], or a pointer
+    x,  # [rows, width]: bf16, int8, e4m3 (with BITS their bits)
     x_stride,  # in X_UNIT
     x_scale_ptr,  # fp32 [steps of K with X_SCALED 2, else 1, rows], or unused
-    weight,  # [columns, weight_width]: codes (int4: bytes of two, or words of eight): a descriptor, or a pointer
+    weight,  # [columns, weight_width]: codes (int4: bytes of two, or words of eight)
     weight_stride,  # in W_UNIT
     scale_ptr,  # of a weight row (or SCALE_ROWS of them) and a group
     scale_stride,
@@ -206,7 +205,6 @@ def _quantized_linear_fwd_kernel(
     columns,  # rows of the weight
     width,  # in X_UNIT
     weight_width,  # in W_UNIT
-    apart,  # of two tiles of weights that share one of activations: with SWIGLU half of the columns, else BLOCK_N
     group_steps,  # steps of K that share a scale
     splits,  # of K
     KIND: tl.constexpr,
@@ -217,9 +215,7 @@ def _quantized_linear_fwd_kernel(
     ZEROS: tl.constexpr,
     BITS: tl.constexpr,
     WORDS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
     SPLIT: tl.constexpr,
-    HALVES: tl.constexpr,  # tiles of weights: 1 or 2
     EPILOGUE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -233,16 +229,15 @@ def _quantized_linear_fwd_kernel(
 ):
     width *= X_UNIT
     weight_width *= W_UNIT
-    pair: tl.constexpr = HALVES == 2 and EPILOGUE == _SWIGLU
-    stacked: tl.constexpr = HALVES == 2 and EPILOGUE != _SWIGLU
-    tile_rows: tl.constexpr = 2 * BLOCK_N if stacked else BLOCK_N
-    blocks_n = tl.cdiv(apart if pair else columns, tile_rows)
+    pair: tl.constexpr = EPILOGUE == _SWIGLU
+    features = columns // 2 if pair else columns
+    blocks_n = tl.cdiv(features, BLOCK_N)
     blocks_m = tl.cdiv(rows, BLOCK_M)
     steps = tl.cdiv(width, BLOCK_K)
     tl.assume(steps > 0)  # else the loops around would be compiled twice
     integer: tl.constexpr = ACTIVATION == INT8 and not SCALED
     sums: tl.constexpr = tl.int32 if integer else tl.float32
-    for unit in tl.range(tl.program_id(0), blocks_n * blocks_m * splits, tl.num_programs(0), flatten=DESCRIPTORS):
+    for unit in tl.range(tl.program_id(0), blocks_n * blocks_m * splits, tl.num_programs(0)):
         block_n, block_m = _place(unit // splits, blocks_n, blocks_m, GROUP)
         split = unit % splits
         begin = 0
@@ -250,21 +245,17 @@ def _quantized_linear_fwd_kernel(
         if SPLIT:
             begin = split * steps // splits
             end = (split + 1) * steps // splits
-        n = block_n * tile_rows
+        n = block_n * BLOCK_N
         m = block_m * BLOCK_M
         # Rows past the end repeat the last one: what they make is never stored.
         token = tl.minimum(m + tl.arange(0, BLOCK_M), rows - 1)
         number = tl.minimum(n + tl.arange(0, BLOCK_N), columns - 1)
-        other = tl.minimum(n + apart + tl.arange(0, BLOCK_N), columns - 1)
-        if DESCRIPTORS:
-            left = weight
-            left_other = weight
-            right = x
-        else:
-            stride = tl.cast(weight_stride, tl.int64) * W_UNIT
-            left = weight + number[:, None] * stride
+        stride = tl.cast(weight_stride, tl.int64) * W_UNIT
+        left = weight + number[:, None] * stride
+        if pair:
+            other = tl.minimum(n + features + tl.arange(0, BLOCK_N), columns - 1)
             left_other = weight + other[:, None] * stride
-            right = x + token[:, None] * (tl.cast(x_stride, tl.int64) * X_UNIT)
+        right = x + token[:, None] * (tl.cast(x_stride, tl.int64) * X_UNIT)
         x_scales = x_scale_ptr + token
         x_scale = tl.zeros([BLOCK_M], tl.float32)
         if X_SCALED == 1:
@@ -275,17 +266,13 @@ def _quantized_linear_fwd_kernel(
             group = step // group_steps if SCALED else 0
             if X_SCALED == 2:
                 x_scale = tl.load(x_scales + step * tl.cast(rows, tl.int64))
-            if DESCRIPTORS:
-                tile = x.load([m, step * BLOCK_K])
-            else:
-                col = step * BLOCK_K + tl.arange(0, BLOCK_K)
-                tile = tl.load(right + col[None, :], mask=(col < width)[None, :], other=0.0)
+            col = step * BLOCK_K + tl.arange(0, BLOCK_K)
+            tile = tl.load(right + col[None, :], mask=(col < width)[None, :], other=0.0)
             operands = _activations(tile, ACTIVATION, BITS, WORDS)
             first = _added(
                 first,
                 operands,
                 left,
-                n,
                 number,
                 step,
                 weight_width,
@@ -303,17 +290,15 @@ def _quantized_linear_fwd_kernel(
                 ZEROS,
                 BITS,
                 WORDS,
-                DESCRIPTORS,
                 BLOCK_N,
                 BLOCK_M,
                 BLOCK_K,
             )
-            if HALVES == 2:
+            if pair:
                 second = _added(
                     second,
                     operands,
                     left_other,
-                    n + apart,
                     other,
                     step,
                     weight_width,
@@ -331,7 +316,6 @@ def _quantized_linear_fwd_kernel(
                     ZEROS,
                     BITS,
                     WORDS,
-                    DESCRIPTORS,
                     BLOCK_N,
                     BLOCK_M,
                     BLOCK_K,
@@ -339,19 +323,16 @@ def _quantized_linear_fwd_kernel(
         first = _scaled(
             first, x_scale, number, scale_ptr, scale_stride, KIND, ACTIVATION, SCALED, X_SCALED, SCALE_ROWS, BITS
         )
-        if HALVES == 2:
+        if pair:
             second = _scaled(
                 second, x_scale, other, scale_ptr, scale_stride, KIND, ACTIVATION, SCALED, X_SCALED, SCALE_ROWS, BITS
             )
         row = tl.cast(m, tl.int64) + tl.arange(0, BLOCK_M)[None, :]
         feature = n + tl.arange(0, BLOCK_N)[:, None]
-        features = apart if pair else columns
         inside = (row < rows) & (feature < features)
         if SPLIT:
             place = (tl.cast(split, tl.int64) * rows + row) * columns
             tl.store(out_ptr + place + feature, first, mask=inside)
-            if HALVES == 2:
-                tl.store(out_ptr + place + feature + apart, second, mask=(row < rows) & (feature + apart < columns))
         else:
             place = row * (tl.cast(out_stride, tl.int64) * OUT_UNIT)
             made = _finish(
@@ -363,30 +344,12 @@ def _quantized_linear_fwd_kernel(
                 bias_ptr,
                 residual_ptr,
                 residual_stride,
-                apart,
+                features,
                 EPILOGUE,
                 HAS_BIAS,
                 HAS_RESIDUAL,
             )
             tl.store(out_ptr + place + feature, made.to(out_ptr.dtype.element_ty), mask=inside)
-            if stacked:
-                feature += BLOCK_N
-                inside = (row < rows) & (feature < features)
-                made = _finish(
-                    second,
-                    second,
-                    row,
-                    feature,
-                    inside,
-                    bias_ptr,
-                    residual_ptr,
-                    residual_stride,
-                    apart,
-                    EPILOGUE,
-                    HAS_BIAS,
-                    HAS_RESIDUAL,
-                )
-                tl.store(out_ptr + place + feature, made.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["residual_stride", "rows", "columns", "features", "splits"])

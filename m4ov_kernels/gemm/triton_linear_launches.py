@@ -21,6 +21,7 @@ from m4ov_kernels.gemm.triton_linear_kernels import (
     _quantized_linear_fwd_kernel,
     _quantized_linear_merge_kernel,
 )
+from m4ov_kernels.gemm.triton_linear_large import _quantized_linear_large_fwd_kernel
 from m4ov_kernels.gemm.triton_linear_layout import BLOCK, Layout, ordered, scale_steps
 from m4ov_kernels.gemm.triton_linear_tiles import ACTIVATIONS, KINDS
 from m4ov_kernels.gpu import Config, current_device
@@ -32,7 +33,7 @@ MANY = "many"
 # Architectures that load tiles by tensor descriptors (TMA), and those without e4m3 as the format means it.
 DESCRIPTORS, BITS = ("sm_90", "sm_100"), ("sm_80", "sm_86", "gfx942")
 _SPLIT_STEPS = 4  # of K, at least, in a split
-_PROGRAMS_PER_PROCESSOR = {True: 1, False: 2}  # with descriptors and without
+_PROGRAMS_PER_PROCESSOR = 2  # without descriptors
 _DEQUANTIZED_BYTES = 128 << 20  # of weights that are made at once, for their gradient
 
 
@@ -94,49 +95,38 @@ def forward(
 ) -> None:
     """Of at least one row, into ``result``, contiguous."""
     (rows, width), columns = x.values.shape, weight.codes.shape[0]
-    architecture = gpu.architecture(result.device)
-    descriptors = _by_descriptors(x.values, weight.codes, kind, activation, rows, architecture)
+    architecture, features = gpu.architecture(result.device), result.shape[1]
+    bits = architecture in BITS and "fp8" in (kind, activation)
+    codes, values = weight.codes, x.values
+    if not bits:
+        codes = codes.view(torch.float8_e4m3fn) if kind == "fp8" else codes
+        values = values.view(torch.float8_e4m3fn) if activation == "fp8" else values
+    bias = None if bias is None else bias.contiguous()
+    descriptors = architecture in DESCRIPTORS and not bits and _by_descriptors(x, weight, residual, result, epilogue)
     table = table_of(kind, rows, descriptors, architecture)
     config = configs.get(table, result, weight.group if weight.grouped else None)
     sizes = config.constexprs
     if weight.grouped and (weight.group % sizes["BLOCK_K"] or (x.grouped and sizes["BLOCK_K"] != BLOCK)):
         raise ValueError(f"{table}: expected BLOCK_K to divide the group of {weight.group}, got {sizes['BLOCK_K']}")
-    pair = epilogue == "swiglu"
-    features = result.shape[1]
-    stacked = descriptors and not pair
-    tiles = triton.cdiv(features, sizes["BLOCK_N"] * (1 + stacked)) * triton.cdiv(rows, sizes["BLOCK_M"])
-    programs = _processors(result.device) * _PROGRAMS_PER_PROCESSOR[descriptors]
-    splits = 1
-    if rows <= max(SIZES.values()):  # by the weight alone: a row keeps its bits among other rows
-        steps = triton.cdiv(width, sizes["BLOCK_K"])
-        tiles = triton.cdiv(columns, sizes["BLOCK_N"]) * triton.cdiv(rows, sizes["BLOCK_M"])
-        splits = max(1, min(steps // _SPLIT_STEPS, programs // tiles))
-    split = splits > 1
-    bits = activation == "fp8" or kind == "fp8"
-    bits = bits and architecture in BITS
-    codes = weight.codes
+    after = {"EPILOGUE": EPILOGUES[epilogue], "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
+    bias = result if bias is None else bias
+    if descriptors:
+        _large(x, values, weight, codes, bias, residual, result, config, {"INTEGER": kind == "int8", **after})
+        return
     words = kind == "int4" and activation == "bf16" and sizes["BLOCK_K"] >= BLOCK // 2
     if words:
         codes = (codes if codes.data_ptr() % 4 == 0 else codes.clone()).view(torch.int32)
-    elif kind == "fp8" or activation == "fp8":
-        codes = codes if bits or kind != "fp8" else codes.view(torch.float8_e4m3fn)
-    values = x.values if bits or activation != "fp8" else x.values.view(torch.float8_e4m3fn)
+    programs = _processors(result.device) * _PROGRAMS_PER_PROCESSOR
+    tiles, splits = triton.cdiv(columns, sizes["BLOCK_N"]) * triton.cdiv(rows, sizes["BLOCK_M"]), 1
+    if rows <= max(SIZES.values()):  # by the weight alone: a row keeps its bits among other rows
+        splits = max(1, min(triton.cdiv(width, sizes["BLOCK_K"]) // _SPLIT_STEPS, programs // tiles))
+    split = splits > 1
     (values, x_stride), (codes, w_stride) = as_rows(values), as_rows(codes)
     residual, residual_stride = (result, 0) if residual is None else as_rows(residual)
     target = result
     if split:
         target = torch.empty(splits, rows, columns, dtype=torch.float32, device=result.device)
     x_unit, w_unit, out_unit = unit(x_stride, width), unit(w_stride, codes.shape[1]), unit(features)
-    given: list[Any] = [values, codes]
-    if descriptors:
-        tile = sizes["BLOCK_K"]
-        given = [
-            TensorDescriptor.from_tensor(values, [sizes["BLOCK_M"], tile]),
-            TensorDescriptor.from_tensor(codes, [sizes["BLOCK_N"], tile]),
-        ]
-    options = {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not result}
-    bias = result if bias is None else bias.contiguous()
-    merged = {"EPILOGUE": EPILOGUES[epilogue], **options}
     flags = {
         "KIND": KINDS[kind],
         "ACTIVATION": ACTIVATIONS[activation],
@@ -146,20 +136,18 @@ def forward(
         "ZEROS": weight.zeros is not None,
         "BITS": bits,
         "WORDS": words,
-        "DESCRIPTORS": descriptors,
         "SPLIT": split,
-        "HALVES": 1 if split or not (descriptors or pair) else 2,
-        **(dict.fromkeys(options, False) | {"EPILOGUE": 0} if split else merged),
+        **({"EPILOGUE": 0, "HAS_BIAS": False, "HAS_RESIDUAL": False} if split else after),
         "X_UNIT": x_unit,
         "W_UNIT": w_unit,
         "OUT_UNIT": out_unit,
     }
     with current_device(result):
         _quantized_linear_fwd_kernel[(min(tiles * splits, programs),)](
-            given[0],
+            values,
             x_stride // x_unit,
             target if x.scales is None else x.scales,
-            given[1],
+            codes,
             w_stride // w_unit,
             weight.scales,
             weight.scale_stride,
@@ -174,7 +162,6 @@ def forward(
             columns,
             width // x_unit,
             codes.shape[1] // w_unit,
-            features if pair and not split else sizes["BLOCK_N"],
             weight.group // sizes["BLOCK_K"] if weight.grouped else 1,
             splits,
             **flags,
@@ -184,19 +171,47 @@ def forward(
             merge = configs.get("quantized_linear_merge", result)
             grid = triton.cdiv(rows, merge.constexprs["BLOCK_ROWS"])
             grid *= triton.cdiv(features, merge.constexprs["BLOCK_D"])
+            numbers = (rows, columns, features, splits)
             _quantized_linear_merge_kernel[(grid,)](
-                target,
-                bias,
-                residual,
-                residual_stride,
-                result,
-                rows,
-                columns,
-                features,
-                splits,
-                **merged,
-                **merge.options(),
+                target, bias, residual, residual_stride, result, *numbers, **after, **merge.options()
             )
+
+
+def _large(
+    x: Operand,
+    values: Tensor,
+    weight: Layout,
+    codes: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    result: Tensor,
+    config: Config,
+    flags: dict[str, Any],
+) -> None:
+    (rows, width), columns, sizes = values.shape, codes.shape[0], config.constexprs
+    tokens, numbers, places = sizes["BLOCK_M"], sizes["BLOCK_N"], sizes["BLOCK_K"]
+    made = TensorDescriptor.from_tensor(result, [tokens, numbers])
+    tile = numbers if flags["EPILOGUE"] == EPILOGUES["swiglu"] else 2 * numbers
+    tiles = triton.cdiv(result.shape[1], tile) * triton.cdiv(rows, tokens)
+    with current_device(result):
+        _quantized_linear_large_fwd_kernel[(min(tiles, _processors(result.device)),)](
+            TensorDescriptor.from_tensor(values, [tokens, places]),
+            x.scales,
+            TensorDescriptor.from_tensor(codes, [numbers, places]),
+            weight.scales,
+            weight.scale_stride,
+            weight.scale_step,
+            bias,
+            made if residual is None else TensorDescriptor.from_tensor(residual, [tokens, numbers]),
+            made,
+            rows,
+            columns,
+            width,
+            SCALED=weight.grouped,
+            X_GROUPED=x.grouped,
+            **flags,
+            **config.options(),
+        )
 
 
 def dequantized(
@@ -249,11 +264,21 @@ def unit(*sizes: int) -> int:
     return next(unit for unit in (16, 4, 1) if all(size % unit == 0 for size in sizes))
 
 
-def _by_descriptors(x: Tensor, codes: Tensor, kind: str, activation: str, rows: int, architecture: str) -> bool:
-    """Codes of eight bits on both sides, and many rows."""
-    if architecture not in DESCRIPTORS or kind == "int4" or activation == "bf16" or rows <= max(SIZES.values()):
+def _by_descriptors(x: Operand, weight: Layout, residual: Tensor | None, result: Tensor, epilogue: str) -> bool:
+    """Many rows, codes of eight bits on both sides, results of 16 bits, whatever a descriptor describes whole and
+    aligned, and no tile of weights in two blocks of scales."""
+    if result.shape[0] <= max(SIZES.values()) or x.scales is None or weight.codes.shape[1] != x.values.shape[1]:
         return False
-    return all(t.data_ptr() % 16 == 0 and t.stride(1) == 1 and t.stride(0) % 16 == 0 for t in (x, codes))
+    if weight.grouped and epilogue == "swiglu" and result.shape[1] % BLOCK:
+        return False
+    matrices = (x.values, weight.codes, result, *([] if residual is None else [residual]))
+    return result.dtype is not torch.float32 and all(
+        t.data_ptr() % 16 == 0
+        and t.stride(1) == 1
+        and t.stride(0) >= t.shape[1]
+        and t.stride(0) * t.element_size() % 16 == 0
+        for t in matrices
+    )
 
 
 @lru_cache

@@ -18,10 +18,10 @@ GROUPS = (32, 64, 128)  # places of a group of four-bit codes, or multiples of t
 
 @dataclass(frozen=True)
 class Layout:
-    """``codes``: int4: uint8 bytes of two or int32 words of eight, else int8 or uint8 of e4m3, ``[N, …]``. ``scales``
-    (and ``zeros``): of weight row n and group g at ``n // scale_rows · scale_stride + g · scale_step``; ``group``: input
-    places of a scale; ``grouped``: whether there is more than one. ``order``: int64, the input feature at each place,
-    K where there is none, or ``None``."""
+    """``codes``: uint8 ``[N, …]``, of int4 bytes of two, or of e4m3; or int8. ``scales`` and ``zeros``: of weight row n
+    and group g at ``n // scale_rows · scale_stride + g · scale_step``; ``group``: input places of a scale; ``grouped``:
+    whether there is more than one. ``order``: int64, the input feature at each place, K where there is none, or
+    ``None``."""
 
     codes: Tensor
     scales: Tensor

@@ -216,7 +216,9 @@ def gemm_weight(kind: str, group: int | None, width: int) -> tuple[Tensor, Tenso
 
 
 def launch_mode(dtype: torch.dtype, rows: int, kind: str, activation: str, scaled: bool) -> None:
-    def launch(width: int, group: int | None, zeros: Any = None, extra: Any = (None, None), after: str = "none") -> None:
+    def launch(
+        width: int, group: int | None, zeros: Any = None, extra: Any = (None, None), after: str = "none"
+    ) -> None:
         codes, scales = gemm_weight(kind, group, width)
         columns, x = 256 if width % 2 == 0 else 253, torch.empty(rows, width, dtype=dtype)
         tensors = (codes[:columns], scales[:columns], zeros, None, None)

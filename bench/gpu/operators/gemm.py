@@ -1,4 +1,4 @@
-"""The linears of quantised weights for the GPU suite. Few rows are bound by the weight's bytes, whose limit is a copy of
+"""The linears of quantised weights for the GPU suite. Few rows are bound by the weight's bytes: the limit is a copy of
 as many; many by arithmetic, whose limit is a product of eight-bit floats by the vendor's library."""
 
 from __future__ import annotations
