@@ -120,11 +120,12 @@ def _of_mode(
             if whole and mode in VARIED and size == MANY:
                 yield build("", False)
             continue
-        if row.width is None or mode != "W4A8-int8":
+        if row.width is None or mode == "W4A16":
             yield build("", size != MANY)
-        if whole and mode in VARIED and size == "few":
+        varied = whole and mode in VARIED and (size == MANY or (size == "few" and mode == "W4A16"))
+        if varied and size != MANY:
             yield build("", False)
-        for note, more in VARIANTS.items() if whole and mode in VARIED and size != "some" else ():
+        for note, more in VARIANTS.items() if varied else ():
             if kind == "int4" or not more.get("ZEROS"):
                 yield build(note, False, **more)
         if size == MANY and whole and kind != "int4":  # of vision towers: 3420, and odd ones

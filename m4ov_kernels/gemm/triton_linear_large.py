@@ -127,17 +127,4 @@ def _quantized_linear_large_fwd_kernel(
         second = _finished(second, x_scale, scale_ptr, scale_stride, n + apart, columns, SCALED, BLOCK_N)
         _stored(first, out, residual, m, n, columns, bias_ptr, second, EPILOGUE, HAS_BIAS, HAS_RESIDUAL)
         if not pair:
-            _stored(
-                second,
-                out,
-                residual,
-                m,
-                n + apart,
-                columns,
-                bias_ptr,
-                second,
-                EPILOGUE,
-                HAS_BIAS,
-                HAS_RESIDUAL,
-                BLOCK_N,
-            )
+            _stored(second, out, residual, m, n + apart, columns, bias_ptr, second, EPILOGUE, HAS_BIAS, HAS_RESIDUAL)
