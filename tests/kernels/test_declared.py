@@ -197,6 +197,10 @@ def launch_gemm(dtype: torch.dtype) -> None:
                 patch.setattr(triton_linear_launches, "_processors", lambda device, count=processors: count)
                 for mode, rows in itertools.product(triton_linear_builds.MODES.values(), (16, 64, 128)):
                     launch_mode(dtype, rows, *mode)
+        patch.setattr(gpu, "architecture", lambda device: "sm_90")
+        patch.setattr(triton_linear_launches, "DESCRIPTORS", ())  # where no descriptor serves a call
+        for mode in triton_linear_builds.MODES.values():
+            launch_mode(dtype, 128, *mode)
     for note, (_, scales, options) in triton_linear_builds.DEQUANTIZED.items():
         kind = note.replace(",", " ").split()[0]
         tensors = gemm_weight(kind, 128 if kind == "int4" or "block" in note else None, 1024)
