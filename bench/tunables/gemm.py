@@ -57,6 +57,14 @@ def _shapes(*shapes: tuple[int, int, int, int, int]) -> Callable[[int | None], I
     return candidates
 
 
+def _parts(_: int | None) -> Iterator[Config]:
+    """Weights, tokens, parts, warps, stages."""
+    for weights, tokens, parts, warps, stages in _TMA:
+        for group in (8, 16):
+            sizes = {"BLOCK_N": weights, "BLOCK_M": tokens, "BLOCK_K": 128, "PARTS": parts, "GROUP": group}
+            yield Config(sizes, warps, stages)
+
+
 def _dequantize(width: int, dtype: torch.dtype, device: torch.device, size: Size) -> Problem:
     K = min(4096, -(-size.wide // 128) * 128)
     weight = Int4Weight.quantize(randn((max(32, size.elements // K), K), dtype, device), group_size=128)
@@ -76,7 +84,7 @@ _FEW = ((64, 16, 128, 4, 4), (128, 16, 128, 4, 4), (64, 16, 128, 4, 6), (128, 16
 _SOME = ((64, 64, 128, 4, 4), (128, 64, 128, 4, 3), (128, 64, 128, 8, 4))
 _LOTS = ((128, 128, 128, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (64, 128, 128, 4, 4))
 _BYTES = ((128, 128, 128, 8, 3), (64, 128, 128, 4, 4), (128, 128, 128, 8, 2))
-_TMA = ((64, 128, 128, 8, 4), (64, 128, 128, 4, 4), (128, 128, 128, 8, 3), (64, 256, 128, 8, 3))
+_TMA = ((64, 128, 4, 8, 3), (64, 128, 2, 8, 4), (128, 128, 2, 8, 3), (64, 256, 2, 8, 3), (64, 64, 4, 4, 4))
 TUNABLES = (
     Tunable("quantized_linear_int4_few", _shapes(*_FEW), _problem("int4", 16)),
     Tunable("quantized_linear_int4_some", _shapes(*_SOME), _problem("int4", 64)),
@@ -84,7 +92,7 @@ TUNABLES = (
     Tunable("quantized_linear_bytes_few", _shapes(*_FEW), _problem("fp8", 16)),
     Tunable("quantized_linear_bytes_some", _shapes(*_SOME), _problem("fp8", 64)),
     Tunable("quantized_linear_bytes_many", _shapes(*_BYTES), _problem("fp8", None)),
-    Tunable("quantized_linear_bytes_many_descriptors", _shapes(*_TMA), _problem("fp8", None)),
+    Tunable("quantized_linear_bytes_many_descriptors", _parts, _problem("fp8", None)),
     Tunable("quantized_linear_input", blocks("BLOCK_D", 1024, 2048, 4096), _problem("fp8", 64)),
     Tunable(
         "quantized_linear_merge",

@@ -2,9 +2,9 @@
 descriptors load tiles (TMA).
 
 Tokens are on the left here: of a tile's rows a thread holds two, and so two scales of activations, and the scale of a
-block of weights is one number. Each program goes through two tiles of weights with one of activations, in two
-accumulators: twice the products for each byte from L2 that one of a size which leaves registers for a third, the
-products of 128 of K before their scales.
+block of weights is one number. Each program goes through ``PARTS`` tiles of weights with one of activations, in as
+many accumulators: as many products for a byte from L2 as one large tile has, and registers left for one part's products
+of 128 of K before their scales.
 """
 
 from __future__ import annotations
@@ -92,12 +92,14 @@ def _quantized_linear_large_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,  # tiles of weights: 2 or 4
     GROUP: tl.constexpr,
 ):
     pair: tl.constexpr = EPILOGUE == _SWIGLU
-    tile: tl.constexpr = BLOCK_N if pair else 2 * BLOCK_N
+    tile: tl.constexpr = (PARTS // 2 if pair else PARTS) * BLOCK_N
     features = columns // 2 if pair else columns
-    apart = features if pair else BLOCK_N
+    # The second half of the parts; without pairs beside the first.
+    apart = features if pair else PARTS // 2 * BLOCK_N
     sums: tl.constexpr = tl.int32 if INTEGER else tl.float32
     blocks_n, blocks_m = tl.cdiv(features, tile), tl.cdiv(rows, BLOCK_M)
     steps = tl.cdiv(width, BLOCK_K)
@@ -106,11 +108,13 @@ def _quantized_linear_large_fwd_kernel(
         block_n, block_m = _place(unit, blocks_n, blocks_m, GROUP)
         n, m = block_n * tile, block_m * BLOCK_M
         x_scales = x_scale_ptr + tl.minimum(m + tl.arange(0, BLOCK_M), rows - 1)
+        # Past the end: rows that are never stored. Two parts of 64 are in one block of scales.
         scales = scale_ptr + (n // _BLOCK) * scale_stride
-        # Past the end: rows that are never stored.
         other_scales = scale_ptr + (tl.minimum(n + apart, columns - 1) // _BLOCK) * scale_stride
         first = tl.zeros([BLOCK_M, BLOCK_N], sums)
         second = tl.zeros([BLOCK_M, BLOCK_N], sums)
+        third = tl.zeros([BLOCK_M, BLOCK_N], sums)
+        fourth = tl.zeros([BLOCK_M, BLOCK_N], sums)
         x_scale = tl.load(x_scales)
         for step in range(steps):
             scale, other_scale = 0.0, 0.0
@@ -120,11 +124,22 @@ def _quantized_linear_large_fwd_kernel(
             of_step = x_scale
             if X_GROUPED:
                 of_step = tl.load(x_scales + step * tl.cast(rows, tl.int64))
-            a = x.load([m, step * BLOCK_K])
-            first = _promoted(first, a, weight.load([n, step * BLOCK_K]).T, scale, of_step, SCALED)
-            second = _promoted(second, a, weight.load([n + apart, step * BLOCK_K]).T, other_scale, of_step, SCALED)
-        first = _finished(first, x_scale, scale_ptr, scale_stride, n, columns, SCALED, BLOCK_N)
-        second = _finished(second, x_scale, scale_ptr, scale_stride, n + apart, columns, SCALED, BLOCK_N)
-        _stored(first, out, residual, m, n, columns, bias_ptr, second, EPILOGUE, HAS_BIAS, HAS_RESIDUAL)
-        if not pair:
-            _stored(second, out, residual, m, n + apart, columns, bias_ptr, second, EPILOGUE, HAS_BIAS, HAS_RESIDUAL)
+            k = step * BLOCK_K
+            a = x.load([m, k])
+            first = _promoted(first, a, weight.load([n, k]).T, scale, of_step, SCALED)
+            if PARTS == 4:
+                second = _promoted(second, a, weight.load([n + BLOCK_N, k]).T, scale, of_step, SCALED)
+            third = _promoted(third, a, weight.load([n + apart, k]).T, other_scale, of_step, SCALED)
+            if PARTS == 4:
+                fourth = _promoted(fourth, a, weight.load([n + apart + BLOCK_N, k]).T, other_scale, of_step, SCALED)
+        for part in tl.static_range(PARTS // 2):
+            at = n + part * BLOCK_N
+            low, high = (first, third) if part == 0 else (second, fourth)
+            low = _finished(low, x_scale, scale_ptr, scale_stride, at, columns, SCALED, BLOCK_N)
+            if pair:
+                high = _finished(high, x_scale, scale_ptr, scale_stride, at + apart, columns, SCALED, BLOCK_N)
+            _stored(low, out, residual, m, at, columns, bias_ptr, high, EPILOGUE, HAS_BIAS, HAS_RESIDUAL)
+            if not pair:
+                at += apart
+                high = _finished(high, x_scale, scale_ptr, scale_stride, at, columns, SCALED, BLOCK_N)
+                _stored(high, out, residual, m, at, columns, bias_ptr, high, EPILOGUE, HAS_BIAS, HAS_RESIDUAL)

@@ -190,8 +190,10 @@ def _large(
 ) -> None:
     (rows, width), columns, sizes = values.shape, codes.shape[0], config.constexprs
     tokens, numbers, places = sizes["BLOCK_M"], sizes["BLOCK_N"], sizes["BLOCK_K"]
+    if weight.grouped and sizes["PARTS"] * numbers > 2 * BLOCK:
+        raise ValueError(f"quantized_linear: expected half of the parts in one block of {BLOCK}, got {dict(sizes)}")
     made = TensorDescriptor.from_tensor(result, [tokens, numbers])
-    tile = numbers if flags["EPILOGUE"] == EPILOGUES["swiglu"] else 2 * numbers
+    tile = numbers * sizes["PARTS"] // (2 if flags["EPILOGUE"] == EPILOGUES["swiglu"] else 1)
     tiles = triton.cdiv(result.shape[1], tile) * triton.cdiv(rows, tokens)
     with current_device(result):
         _quantized_linear_large_fwd_kernel[(min(tiles, _processors(result.device)),)](

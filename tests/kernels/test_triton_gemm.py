@@ -160,9 +160,11 @@ def test_tiles_by_descriptors(form, epilogue, monkeypatch):
     weight = Int8Weight.quantize(full) if form == "int8" else Fp8Weight.quantize(full, granularity=form)
     x, bias = (torch.randn(shape, device=DEVICE).half() for shape in ((67, 272), full.shape[:1]))
     residual = torch.randn(67, 128 if epilogue == "swiglu" else 152, device=DEVICE).half()
-    for extra in ((None, None), (bias, residual)):
+    for parts, extra in ((2, (None, None)), (4, (bias, residual))):
         call = (x, weight, *extra, "int8" if form == "int8" else "fp8", epilogue)
-        judge(*call, by_kernels(*call))
+        blocks = {"BLOCK_N": 32, "BLOCK_M": 32, "BLOCK_K": 128, "PARTS": parts, "GROUP": 2}
+        with configs.override(row("quantized_linear_bytes_many_descriptors", None, **blocks)):
+            judge(*call, by_kernels(*call))
     assert made == ["quantized_linear_bytes_many_descriptors"] * 2
 
 

@@ -74,8 +74,9 @@ SMALL += [
 ]
 SMALL += [
     row(f"quantized_linear_bytes_{size}", None, BLOCK_N=16, BLOCK_M=rows, BLOCK_K=128, GROUP=2)
-    for size, rows in (("few", 4), ("some", 8), ("many", 16), ("many_descriptors", 16))
+    for size, rows in (("few", 4), ("some", 8), ("many", 16))
 ]
+SMALL += [row("quantized_linear_bytes_many_descriptors", None, BLOCK_N=16, BLOCK_M=16, BLOCK_K=128, PARTS=2, GROUP=2)]
 SMALL += [
     row("quantized_linear_input", None, BLOCK_D=256),
     row("quantized_linear_merge", None, BLOCK_ROWS=2, BLOCK_D=32),
