@@ -19,7 +19,7 @@ from m4ov_kernels.gemm.triton_linear_kernels import (
     _quantized_linear_merge_kernel,
 )
 from m4ov_kernels.gemm.triton_linear_large import _quantized_linear_large_fwd_kernel
-from m4ov_kernels.gemm.triton_linear_launches import BITS, DESCRIPTORS, MANY, SIZES
+from m4ov_kernels.gemm.triton_linear_launches import BITS, DESCRIPTORS, MANY, PAIRS, SIZES
 from m4ov_kernels.gemm.triton_linear_tiles import ACTIVATIONS, KINDS
 from m4ov_kernels.gpu import DTYPES, Build, Config, Work
 from m4ov_kernels.gpu import SIZES as BYTES
@@ -95,7 +95,7 @@ def _flags(kind: str, activation: str, scaled: bool, bits: bool, config: Config,
 
 def _products() -> Iterator[Build]:
     for codes in ("int4", "bytes"):
-        for size in (*SIZES, MANY):
+        for size in (*SIZES, MANY, *([PAIRS] if codes == "int4" else [])):
             for special in ("", "_gfx"):
                 table = f"quantized_linear_{codes}_{size}{special}"
                 for out in BYTES:
@@ -116,6 +116,10 @@ def _of_mode(
         build = partial(_product, size, row, mode, out, bits, served)
         if not served:
             continue
+        if size == PAIRS:
+            if out == "bf16" and mode != "W4A8-int8" and (row.width is None or mode == "W4A16"):
+                yield build("swiglu", False, **VARIANTS["swiglu"])
+            continue
         if out != "bf16":
             if whole and mode in VARIED and size == MANY:
                 yield build("", False)
@@ -126,7 +130,7 @@ def _of_mode(
         if varied and size != MANY:
             yield build("", False)
         for note, more in VARIANTS.items() if varied else ():
-            if kind == "int4" or not more.get("ZEROS"):
+            if ("ZEROS" not in more) if kind == "fp8" else (note != "swiglu" or size != MANY):
                 yield build(note, False, **more)
         if size == MANY and whole and kind != "int4":  # of vision towers: 3420, and odd ones
             yield build("widths of 4", False, X_UNIT=4, W_UNIT=4)

@@ -236,8 +236,8 @@ def launch_mode(dtype: torch.dtype, rows: int, kind: str, activation: str, scale
         launch(1024, group, extra=(None if after == "swiglu" else bias, None), after=after)
     if kind == "int4":
         launch(1024, group, zeros=torch.empty(256, 8, dtype=torch.uint8))
-        launch(1024, 32)
-        launch(1024, 64)
+        for small, after in itertools.product((32, 64), ("none", "swiglu")):
+            launch(1024, small, after=after)
     else:
         launch(1028, group)
         launch(1027, group)

@@ -69,7 +69,7 @@ SMALL += [
 ]
 SMALL += [
     row(f"quantized_linear_int4_{size}", width, BLOCK_N=16, BLOCK_M=rows, BLOCK_K=step, GROUP=2)
-    for size, rows in (("few", 4), ("some", 8), ("many", 16))
+    for size, rows in (("few", 4), ("some", 8), ("many", 16), ("pairs", 16))
     for width, step in ((32, 32), (None, 64))
 ]
 SMALL += [
