@@ -19,7 +19,7 @@ from m4ov_kernels.gemm.triton_linear_kernels import (
     _quantized_linear_merge_kernel,
 )
 from m4ov_kernels.gemm.triton_linear_large import _quantized_linear_large_fwd_kernel
-from m4ov_kernels.gemm.triton_linear_launches import BITS, DESCRIPTORS, MANY, PAIRS, SIZES
+from m4ov_kernels.gemm.triton_linear_launches import BITS, DESCRIPTORS, MANY, MANY_CODES, PAIRS, SIZES
 from m4ov_kernels.gemm.triton_linear_tiles import ACTIVATIONS, KINDS
 from m4ov_kernels.gpu import DTYPES, Build, Config, Work
 from m4ov_kernels.gpu import SIZES as BYTES
@@ -95,14 +95,16 @@ def _flags(kind: str, activation: str, scaled: bool, bits: bool, config: Config,
 
 def _products() -> Iterator[Build]:
     for codes in ("int4", "bytes"):
-        for size in (*SIZES, MANY, *([PAIRS] if codes == "int4" else [])):
+        for size in (*SIZES, MANY, PAIRS, *([MANY_CODES] if codes == "int4" else [])):
             for special in ("", "_gfx"):
                 table = f"quantized_linear_{codes}_{size}{special}"
                 for out in BYTES:
                     for row, targets in configs.shipped(table, out):
                         served = tuple(t for t in targets if t.startswith("gfx") == bool(special))
                         for mode, (kind, _, _) in MODES.items():
-                            if (codes == "int4") == (kind == "int4"):
+                            both = MODES[mode][1] != "bf16"  # codes on both sides
+                            wanted = {MANY: kind != "int4" or not both, MANY_CODES: both}.get(size, True)
+                            if (codes == "int4") == (kind == "int4") and wanted:
                                 yield from _of_mode(size, row, mode, out, served, not special)
 
 
@@ -117,20 +119,20 @@ def _of_mode(
         if not served:
             continue
         if size == PAIRS:
-            if out == "bf16" and mode != "W4A8-int8" and (row.width is None or mode == "W4A16"):
+            if out == "bf16" and mode in ("W4A16", "W4A8-fp8", "fp8 block") and (row.width is None or mode == "W4A16"):
                 yield build("swiglu", False, **VARIANTS["swiglu"])
             continue
         if out != "bf16":
             if whole and mode in VARIED and size == MANY:
                 yield build("", False)
             continue
-        if row.width is None or mode == "W4A16":
-            yield build("", size != MANY)
+        if row.width is None or mode == "W4A16" or (size == MANY_CODES and mode == "W4A8-fp8"):
+            yield build("", size in SIZES)
         varied = whole and mode in VARIED and (size == MANY or (size == "few" and mode == "W4A16"))
         if varied and size != MANY:
             yield build("", False)
         for note, more in VARIANTS.items() if varied else ():
-            if ("ZEROS" not in more) if kind == "fp8" else (note != "swiglu" or size != MANY):
+            if not (kind == "fp8" and "ZEROS" in more) and not (note == "swiglu" and size == MANY):
                 yield build(note, False, **more)
         if size == MANY and whole and kind != "int4":  # of vision towers: 3420, and odd ones
             yield build("widths of 4", False, X_UNIT=4, W_UNIT=4)

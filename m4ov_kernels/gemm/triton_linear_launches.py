@@ -29,7 +29,9 @@ from m4ov_kernels.layout import as_rows
 
 # Rows of activations up to which a table serves; a tile holds so many.
 SIZES = {"few": 16, "some": 64}
-MANY, PAIRS = "many", "pairs"  # of gates and ups, which take twice the registers; of four-bit codes more than there are
+# More rows: of bfloat16 (and of eight-bit codes), of four-bit codes that meet others, of gates and ups, which take
+# twice the registers.
+MANY, MANY_CODES, PAIRS = "many", "many_codes", "pairs"
 # Architectures that load tiles by tensor descriptors (TMA), and those without e4m3 as the format means it.
 DESCRIPTORS, BITS = ("sm_90", "sm_100"), ("sm_80", "sm_86", "gfx942")
 _SPLIT_STEPS = 4  # of K, at least, in a split
@@ -47,10 +49,10 @@ class Operand:
     grouped: bool = False
 
 
-def table_of(kind: str, rows: int, pairs: bool, descriptors: bool, architecture: str) -> str:
-    many = PAIRS if pairs and kind == "int4" else MANY
-    size = next((name for name, most in SIZES.items() if rows <= most), many)
+def table_of(kind: str, activation: str, rows: int, pairs: bool, descriptors: bool, architecture: str) -> str:
     codes = "int4" if kind == "int4" else "bytes"
+    many = PAIRS if pairs and not descriptors else MANY_CODES if codes == "int4" and activation != "bf16" else MANY
+    size = next((name for name, most in SIZES.items() if rows <= most), many)
     special = "_gfx" if architecture.startswith("gfx") else "_descriptors" if descriptors else ""
     return f"quantized_linear_{codes}_{size}{special}"
 
@@ -104,7 +106,7 @@ def forward(
         values = values.view(torch.float8_e4m3fn) if activation == "fp8" else values
     bias = None if bias is None else bias.contiguous()
     descriptors = architecture in DESCRIPTORS and not bits and _by_descriptors(x, weight, residual, result, epilogue)
-    table = table_of(kind, rows, epilogue == "swiglu", descriptors, architecture)
+    table = table_of(kind, activation, rows, epilogue == "swiglu", descriptors, architecture)
     config = configs.get(table, result, weight.group if weight.grouped else None)
     sizes = config.constexprs
     if weight.grouped and (weight.group % sizes["BLOCK_K"] or (x.grouped and sizes["BLOCK_K"] != BLOCK)):

@@ -56,7 +56,7 @@ def remove(model: nn.Module) -> list[str]:
     te = _library()
     chosen = [name for name, module in model.named_modules() if type(module) is te.Linear]
     for name in chosen:
-        old = model.get_submodule(name)
+        old: Any = model.get_submodule(name)
         bias = isinstance(getattr(old, "bias", None), nn.Parameter)
         made = nn.Linear(old.in_features, old.out_features, bias=bias, device="meta", dtype=old.weight.dtype)
         _swap(model, name, made, old)

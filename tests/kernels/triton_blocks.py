@@ -69,12 +69,12 @@ SMALL += [
 ]
 SMALL += [
     row(f"quantized_linear_int4_{size}", width, BLOCK_N=16, BLOCK_M=rows, BLOCK_K=step, GROUP=2)
-    for size, rows in (("few", 4), ("some", 8), ("many", 16), ("pairs", 16))
+    for size, rows in (("few", 4), ("some", 8), ("many", 16), ("many_codes", 16), ("pairs", 16))
     for width, step in ((32, 32), (None, 64))
 ]
 SMALL += [
     row(f"quantized_linear_bytes_{size}", None, BLOCK_N=16, BLOCK_M=rows, BLOCK_K=128, GROUP=2)
-    for size, rows in (("few", 4), ("some", 8), ("many", 16))
+    for size, rows in (("few", 4), ("some", 8), ("many", 16), ("pairs", 16))
 ]
 SMALL += [row("quantized_linear_bytes_many_descriptors", None, BLOCK_N=16, BLOCK_M=16, BLOCK_K=128, PARTS=2, GROUP=2)]
 SMALL += [
