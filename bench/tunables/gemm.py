@@ -17,8 +17,8 @@ from m4ov_kernels.gpu import Config
 Make = Callable[[int, torch.dtype, torch.device, Size], Problem]
 
 
-def _problem(kind: str, rows: int | None) -> Make:
-    """W4A16, or fp8 in blocks; ``rows``: of the table's size, ``None``: many."""
+def _problem(kind: str, rows: int | None, activation: str) -> Make:
+    """W4A16, W4A8, or fp8 in blocks; ``rows``: of the table's size, ``None``: many."""
 
     def problem(width: int, dtype: torch.dtype, device: torch.device, size: Size) -> Problem:
         K = min(4096, -(-size.wide // 128) * 128)
@@ -31,7 +31,6 @@ def _problem(kind: str, rows: int | None) -> Make:
         else:
             weight = Fp8Weight.quantize(full, granularity="block")
             layout = layout_of(weight.values.view(torch.uint8), weight.scales, None, None, kind, K, 128)
-        activation = "bf16" if kind == "int4" else "fp8"
         out = torch.empty(x.shape[0], columns, dtype=dtype, device=device)
 
         def call() -> None:
@@ -86,18 +85,19 @@ _LOTS = ((128, 128, 128, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (64,
 _BYTES = ((128, 128, 128, 8, 3), (64, 128, 128, 4, 4), (128, 128, 128, 8, 2))
 _TMA = ((64, 128, 4, 8, 3), (64, 128, 2, 8, 4), (128, 128, 2, 8, 3), (64, 256, 2, 8, 3), (64, 64, 4, 4, 4))
 TUNABLES = (
-    Tunable("quantized_linear_int4_few", _shapes(*_FEW), _problem("int4", 16)),
-    Tunable("quantized_linear_int4_some", _shapes(*_SOME), _problem("int4", 64)),
-    Tunable("quantized_linear_int4_many", _shapes(*_LOTS), _problem("int4", None)),
-    Tunable("quantized_linear_bytes_few", _shapes(*_FEW), _problem("fp8", 16)),
-    Tunable("quantized_linear_bytes_some", _shapes(*_SOME), _problem("fp8", 64)),
-    Tunable("quantized_linear_bytes_many", _shapes(*_BYTES), _problem("fp8", None)),
-    Tunable("quantized_linear_bytes_many_descriptors", _parts, _problem("fp8", None)),
-    Tunable("quantized_linear_input", blocks("BLOCK_D", 1024, 2048, 4096), _problem("fp8", 64)),
+    Tunable("quantized_linear_int4_few", _shapes(*_FEW), _problem("int4", 16, "bf16")),
+    Tunable("quantized_linear_int4_some", _shapes(*_SOME), _problem("int4", 64, "bf16")),
+    Tunable("quantized_linear_int4_many", _shapes(*_LOTS), _problem("int4", None, "bf16")),
+    Tunable("quantized_linear_int4_many_codes", _shapes(*_LOTS), _problem("int4", None, "fp8")),
+    Tunable("quantized_linear_bytes_few", _shapes(*_FEW), _problem("fp8", 16, "fp8")),
+    Tunable("quantized_linear_bytes_some", _shapes(*_SOME), _problem("fp8", 64, "fp8")),
+    Tunable("quantized_linear_bytes_many", _shapes(*_BYTES), _problem("fp8", None, "fp8")),
+    Tunable("quantized_linear_bytes_many_descriptors", _parts, _problem("fp8", None, "fp8")),
+    Tunable("quantized_linear_input", blocks("BLOCK_D", 1024, 2048, 4096), _problem("fp8", 64, "fp8")),
     Tunable(
         "quantized_linear_merge",
         tiles("BLOCK_ROWS", "BLOCK_D", (1, 512), (1, 1024), (2, 512), (4, 256)),
-        _problem("int4", 16),
+        _problem("int4", 16, "bf16"),
     ),
     Tunable(
         "quantized_linear_dequantize",
