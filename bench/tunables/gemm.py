@@ -59,9 +59,8 @@ def _shapes(*shapes: tuple[int, int, int, int, int]) -> Callable[[int | None], I
 def _parts(_: int | None) -> Iterator[Config]:
     """Weights, tokens, parts, warps, stages."""
     for weights, tokens, parts, warps, stages in _TMA:
-        for group in (8, 16):
-            sizes = {"BLOCK_N": weights, "BLOCK_M": tokens, "BLOCK_K": 128, "PARTS": parts, "GROUP": group}
-            yield Config(sizes, warps, stages)
+        sizes = {"BLOCK_N": weights, "BLOCK_M": tokens, "BLOCK_K": 128, "PARTS": parts, "GROUP": 8}
+        yield Config(sizes, warps, stages)
 
 
 def _dequantize(width: int, dtype: torch.dtype, device: torch.device, size: Size) -> Problem:
