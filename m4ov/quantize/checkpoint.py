@@ -34,9 +34,9 @@ class QuantizedCheckpointError(ValueError):
     """A checkpoint is not what its configuration says; the message names the module."""
 
 
-def module_of(weight: Weight, bias: Tensor | None) -> nn.Module:
-    """The module that computes with a quantised weight."""
-    return _MODULES[type(weight)](weight, bias)  # type: ignore[no-any-return]
+def module_of(weight: Weight, linear: nn.Linear) -> nn.Module:
+    """The module that computes with a quantised weight in place of a linear, whose bias and dtype it takes over."""
+    return _MODULES[type(weight)](weight, linear.bias, compute_dtype=linear.weight.dtype)  # type: ignore[no-any-return]
 
 
 def write(
@@ -269,7 +269,7 @@ def load(folder: Path | str, *, dtype: torch.dtype | None = None) -> Any:
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     for name, weight in weights.items():
-        replace(model, name, module_of(weight, model.get_submodule(name).bias))
+        replace(model, name, module_of(weight, model.get_submodule(name)))
     return model.eval()
 
 

@@ -176,7 +176,7 @@ def _judge(
     rows = {name: inputs[group].rows.to(dtype) for group in plan.groups for name in group.names}
 
     def maker(name: str) -> Callable[[], nn.Module]:
-        return lambda: checkpoint.module_of(plan.weights[name], model.get_submodule(name).bias)
+        return lambda: checkpoint.module_of(plan.weights[name], model.get_submodule(name))
 
     advance = stages.stage("sensitivity, each alone", len(rows))
     loss, plan.found = sensitivity.measure(model, {n: maker(n) for n in rows}, rows, batches, advance=advance)

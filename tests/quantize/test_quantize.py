@@ -139,7 +139,7 @@ def test_the_loaded_model_computes_with_the_files_weights_and_answers_as_before(
     for name in linears_of(unquantised()):
         module = loaded.get_submodule(name)
         if not checkpoint.ignored(config, name):
-            assert module.weight.equal(read(tensors, config, name))
+            assert module.quantized_weight.equal(read(tensors, config, name))
             assert (module.bias is None) == (f"{name}.bias" not in tensors)
             assert module.bias is None or torch.equal(module.bias, tensors[f"{name}.bias"])
 
