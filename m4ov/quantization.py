@@ -103,6 +103,7 @@ def execute(options: argparse.Namespace, out: Path) -> int:
     from m4ov_kernels.patches import patch
 
     keep = quantize.Keep.parse(options.keep)
+    quantize.model_class(options.model)
     evaluation.set_threads(options.threads)
     console = Console()
     encoder = encoder_of(options.model)

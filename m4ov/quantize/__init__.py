@@ -5,7 +5,7 @@ from __future__ import annotations
 from m4ov.quantize.calibration import Batch, collect, run
 from m4ov.quantize.checkpoint import QuantizedCheckpointError, is_quantized, load
 from m4ov.quantize.data import Calibration
-from m4ov.quantize.flow import Result, half_dtype, load_source, quantize
+from m4ov.quantize.flow import Result, half_dtype, load_source, model_class, quantize
 from m4ov.quantize.plan import Layer, Options
 from m4ov.quantize.progress import Stages
 from m4ov.quantize.report import Report, Side, measure_side, print_report
@@ -31,6 +31,7 @@ __all__ = [
     "load",
     "load_source",
     "measure_side",
+    "model_class",
     "print_report",
     "quantize",
     "run",

@@ -77,7 +77,7 @@ def write(
         model.save_pretrained(temporary, state_dict=state, save_original_format=moe)
         _copy_rest(source, temporary)
         written = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        untied = "lm_head" in quantized
+        untied = model.lm_head.weight is not model.get_input_embeddings().weight
         written = _edited(written, dtype, untied) | {"quantization_config": config}
         (temporary / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         verify(temporary, model, read(temporary, tensors_of(temporary)), quantized)

@@ -100,7 +100,7 @@ def test_weights_are_those_of_the_source_rounded_to_nearest(made, scheme, capsys
         off = (expected.dequantize(torch.float32) - wide[f"{name}.weight"]).norm() / wide[f"{name}.weight"].norm()
         assert layer["weight_error"] == pytest.approx(float(off), rel=1e-4)
         assert 0 < layer["error"] < 0.5
-    assert quantised >= len(report) - 4
+    assert quantised >= len(report) - 5  # the head, and two groups at most
     rest = {name: value for name, value in wide.items() if name.removesuffix(".weight") not in report}
     assert all(torch.equal(tensors[name], value.bfloat16()) for name, value in rest.items())
     for name in ("tokenizer.json", "chat_template.jinja", "preprocessor_config.json"):
