@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", type=Path, help="a folder that the quickstart or `m4ov quantize` wrote")
+    parser.add_argument(
+        "model", metavar="MODEL", type=Path, help="a folder that the quickstart or `m4ov quantize` wrote"
+    )
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="questions of each split (default: all)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="of PyTorch (default: all cores)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")

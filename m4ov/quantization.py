@@ -47,13 +47,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibrator", default="own", metavar="C", help="who finds awq's scales: own, modelopt")
     parser.add_argument("--vision", action=yes_no, default=False, help="the vision tower")
     parser.add_argument("--merger", action=yes_no, default=False, help="between tower and text")
-    parser.add_argument("--lm-head", action="store_true", help="the head (a tied one is untied from the embeddings); not every engine loads one")
+    parser.add_argument(
+        "--lm-head",
+        action="store_true",
+        help="the head (a tied one is untied from the embeddings); not every engine loads one",
+    )
     parser.add_argument(
         "--keep",
         default="auto",
         metavar="K",
-        help="the most sensitive linears stay in 16 bits: a number of them, a share of the weights at most (3%%), auto: "
-        "5%%, and only where it hurts (default: auto)",
+        help="the most sensitive linears stay in 16 bits: a number of them, a share of the weights at most (3%%), "
+        "auto: 5%%, and only where it hurts (default: auto)",
     )
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="questions of the evaluation (default: all)")
     parser.add_argument("--no-evaluate", action="store_true", help="do not ask the quickstart's held-out questions")
@@ -77,7 +81,8 @@ def prepare(options: argparse.Namespace) -> Path:
             raise ValueError("--calibrator modelopt: finds the scales of --scheme w4 --method awq, and nothing else")
         if importlib.util.find_spec("modelopt") is None:
             raise ValueError(
-                "--calibrator modelopt: nvidia-modelopt is not installed; pip install 'm4ov[quantize]', or --calibrator own"
+                "--calibrator modelopt: nvidia-modelopt is not installed; pip install 'm4ov[quantize]' "
+                "(or --calibrator own)"
             )
     evaluation.checkpoint(options.model)
     if options.calibrate not in (None, "none", "quickstart") and not Path(options.calibrate).exists():
@@ -109,7 +114,9 @@ def execute(options: argparse.Namespace, out: Path) -> int:
     encoder = encoder_of(options.model)
     calibration = _calibration(options, encoder)
     if calibration is None and options.method == "awq":
-        raise ValueError(f"--calibrate: awq needs data; {options.model} is no quickstart's model, so there is no default")
+        raise ValueError(
+            f"--calibrate: awq needs data; {options.model} is no quickstart's model, so there is no default"
+        )
     if calibration is None and options.keep != "auto" and keep.asks:
         raise ValueError(f"--calibrate: --keep {options.keep} needs data to judge with")
     questions = None if encoder is None or options.no_evaluate else (encoder, evaluation.held_out(encoder))

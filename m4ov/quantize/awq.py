@@ -84,7 +84,7 @@ def clip(name: str, weight: Tensor, inputs: Inputs, scheme: Scheme, group_size: 
     """
     if scheme.name != "w4" or name.rpartition(".")[2] in _NOT_CLIPPED:
         return weight
-    N, K = weight.shape
+    K = weight.shape[1]
     size = K if group_size == WHOLE_ROW else group_size
     grouped = inputs.rows.float().unflatten(-1, (K // size, size))  # [R, G, g]
     gram = torch.einsum("rgk,rgl->gkl", grouped, grouped)

@@ -146,14 +146,18 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise QuantizedCheckpointError(f"{path}: not a safetensors file ({error})") from None
+        found |= _tensors_of(path)
     if not found:
         raise QuantizedCheckpointError(f"{folder}: expected .safetensors files; it has none")
     return found
+
+
+def _tensors_of(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise QuantizedCheckpointError(f"{path}: not a safetensors file ({error})") from None
 
 
 def ignored(config: Mapping[str, Any], name: str) -> bool:
@@ -164,7 +168,9 @@ def ignored(config: Mapping[str, Any], name: str) -> bool:
     )
 
 
-def verify(folder: Path, model: nn.Module, weights: Mapping[str, Weight], quantized: Iterable[str] | None = None) -> None:
+def verify(
+    folder: Path, model: nn.Module, weights: Mapping[str, Weight], quantized: Iterable[str] | None = None
+) -> None:
     """Hold a checkpoint against the model's modules: each linear is quantised in the files or left out by the
     configuration, and not both, and each weight has its module's shape.
 
@@ -201,13 +207,15 @@ def read(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Weight]:
         QuantizedCheckpointError: one is not as its format has it.
     """
     config = _quantization_config(folder)
-    found: dict[str, Weight] = {}
-    for name in sorted({key.rpartition(".")[0] for key in tensors if key.rpartition(".")[2] in _LEAVES}):
-        try:
-            found[name] = formats.read(tensors, config, name)
-        except (TypeError, ValueError) as error:
-            raise QuantizedCheckpointError(f"{folder}: {name}: {error}") from error
-    return found
+    names = sorted({key.rpartition(".")[0] for key in tensors if key.rpartition(".")[2] in _LEAVES})
+    return {name: _read(folder, tensors, config, name) for name in names}
+
+
+def _read(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str) -> Weight:
+    try:
+        return formats.read(tensors, config, name)
+    except (TypeError, ValueError) as error:
+        raise QuantizedCheckpointError(f"{folder}: {name}: {error}") from error
 
 
 def _quantization_config(folder: Path) -> dict[str, Any]:

@@ -42,8 +42,8 @@ class Calibration:
             return
         if data != QUICKSTART and not (path / "train" / "questions.json").is_file():
             raise ValueError(
-                f"--calibrate: expected quickstart, a folder with train/questions.json (as easy-vqa's), or .safetensors "
-                f"batches; got {data}"
+                f"--calibrate: expected quickstart, a folder with train/questions.json (as easy-vqa's), or "
+                f".safetensors batches; got {data}"
             )
         encoder = encoder_of(model)
         if encoder is None:
@@ -87,5 +87,7 @@ class Calibration:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"--calibrate: {path}: not a safetensors file ({error})") from error
         if "labels" not in tensors:
-            raise ValueError(f"--calibrate: {path}: expected labels among its tensors; got {', '.join(sorted(tensors))}")
+            raise ValueError(
+                f"--calibrate: {path}: expected labels among its tensors; got {', '.join(sorted(tensors))}"
+            )
         return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}

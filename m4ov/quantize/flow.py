@@ -99,9 +99,11 @@ def quantize(options: Options, calibration: Calibration | None, stages: Stages) 
     if calibration is not None:
         loss = _judge(model, plan, inputs, calibration, options.keep, dtype, stages)
     quantized = {name: weight for name, weight in plan.weights.items() if name not in plan.kept}
+    if not quantized:
+        raise ValueError("--keep: nothing would be quantised; keep less")
     for part in sorted(options.parts):
         if not any(plan.part[name] == part for name in quantized):
-            raise ValueError(f"--keep: nothing of the {part} part would be quantised; keep less, or leave it out")
+            plan.notes.append(f"the {part} part was asked for, and all of it is kept in 16 bits (--keep)")
     done = stages.stage("writing", 1)
     checkpoint.write(model, quantized, scheme, options.model, options.out, dtype)
     done()

@@ -90,9 +90,7 @@ def find(model: nn.Module) -> list[Group]:
     return list(dict.fromkeys(known.get(name) or Group((name,), part_of(name)) for name in names))
 
 
-def _recognised(
-    name: str, module: Any, modules: dict[str, nn.Module]
-) -> Iterator[tuple[tuple[str, ...], Fold | None]]:
+def _recognised(name: str, module: Any, modules: dict[str, nn.Module]) -> Iterator[tuple[tuple[str, ...], Fold | None]]:
     def has(*children: str) -> bool:
         return all(isinstance(getattr(module, child, None), nn.Linear) for child in children)
 

@@ -99,7 +99,9 @@ class Keep:
             return cls(count=int(text))
         if re.fullmatch(r"\d+(\.\d+)?%", text) and float(text[:-1]) <= 100:
             return cls(budget=float(text[:-1]) / 100)
-        raise ValueError(f"--keep: expected auto, a number of linears (4), or a share of the weights (3%); got {text!r}")
+        raise ValueError(
+            f"--keep: expected auto, a number of linears (4), or a share of the weights (3%); got {text!r}"
+        )
 
     @property
     def asks(self) -> bool:
