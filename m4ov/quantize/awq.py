@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from m4ov.quantize.calibration import Inputs
-from m4ov.quantize.linears import Fold, Group
+from m4ov.quantize.linears import Fold, Group, linear
 from m4ov.quantize.schemes import WHOLE_ROW, Scheme
 
 ALPHAS = tuple(step / 20 for step in range(21))
@@ -70,7 +70,7 @@ def apply(model: nn.Module, group: Group, scale: Tensor) -> None:
             part.copy_(part / scale.view(-1, *[1] * (part.ndim - 1)))
     columns = scale[fold.index]
     for name in group.names:
-        weight = model.get_submodule(name).weight
+        weight = linear(model, name).weight
         weight.copy_(weight * columns)
 
 

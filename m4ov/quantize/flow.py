@@ -17,7 +17,7 @@ from m4ov.models.qwen3_vl import cast_parameters
 from m4ov.quantize import awq, checkpoint, modelopt, sensitivity
 from m4ov.quantize.calibration import Inputs, collect
 from m4ov.quantize.data import Calibration
-from m4ov.quantize.linears import Group
+from m4ov.quantize.linears import Group, linear
 from m4ov.quantize.plan import Layer, Options, Plan
 from m4ov.quantize.progress import Stages
 from m4ov.quantize.schemes import SCHEMES
@@ -129,7 +129,7 @@ def _scale(
         advance = stages.stage("searching scales", len(foldable))
         for group in foldable:
             assert group.fold is not None
-            weights = [model.get_submodule(name).weight for name in group.names]
+            weights = [linear(model, name).weight for name in group.names]
             size = plan.size[group.names[0]]
             found[group] = awq.search(weights, inputs[group], group.fold, SCHEMES[options.scheme], size, dtype)
             advance()
@@ -154,7 +154,7 @@ def _pack(
     advance = stages.stage("packing", len(plan.size))
     for group in plan.groups:
         for name in group.names:
-            size, exact = plan.size[name], model.get_submodule(name).weight.detach().float()
+            size, exact = plan.size[name], linear(model, name).weight.detach().float()
             weight = exact
             if options.method == "awq":
                 weight = awq.clip(name, exact, inputs[group], scheme, size, dtype)
@@ -178,7 +178,7 @@ def _judge(
     rows = {name: inputs[group].rows.to(dtype) for group in plan.groups for name in group.names}
 
     def maker(name: str) -> Callable[[], nn.Module]:
-        return lambda: checkpoint.module_of(plan.weights[name], model.get_submodule(name))
+        return lambda: checkpoint.module_of(plan.weights[name], linear(model, name))
 
     advance = stages.stage("sensitivity, each alone", len(rows))
     loss, plan.found = sensitivity.measure(model, {n: maker(n) for n in rows}, rows, batches, advance=advance)

@@ -72,6 +72,13 @@ def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
+def linear(model: nn.Module, name: str) -> nn.Linear:
+    """The linear of that name."""
+    found = model.get_submodule(name)
+    assert isinstance(found, nn.Linear), name
+    return found
+
+
 def is_router(name: str) -> bool:
     """A mixture's router, which chooses experts: no scheme is worth another choice."""
     return name.endswith(".mlp.gate")
@@ -86,8 +93,8 @@ def find(model: nn.Module) -> list[Group]:
         for names, fold in _recognised(name, module, modules):
             full = tuple(f"{name}.{child}" for child in names)
             known |= dict.fromkeys(full, Group(full, part_of(full[0]), fold))
-    names = [name for name in linears_of(model) if not is_router(name)]
-    return list(dict.fromkeys(known.get(name) or Group((name,), part_of(name)) for name in names))
+    every = [name for name in linears_of(model) if not is_router(name)]
+    return list(dict.fromkeys(known.get(name) or Group((name,), part_of(name)) for name in every))
 
 
 def _recognised(name: str, module: Any, modules: dict[str, nn.Module]) -> Iterator[tuple[tuple[str, ...], Fold | None]]:

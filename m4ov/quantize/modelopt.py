@@ -69,7 +69,8 @@ def scales(
     copied = mtq.quantize(copy.deepcopy(model), config, forward_loop=calibrate)
     found: dict[Group, Tensor] = {}
     for group in dict.fromkeys(wanted.values()):
-        own = [getattr(copied.get_submodule(name).input_quantizer, "_pre_quant_scale", None) for name in group.names]
+        quantizers: list[Any] = [copied.get_submodule(name).input_quantizer for name in group.names]
+        own: list[Any] = [getattr(quantizer, "_pre_quant_scale", None) for quantizer in quantizers]
         if any(scale is None for scale in own):
             raise RuntimeError(f"--calibrator modelopt: ModelOpt gave {group.names[0]} no scale; was it reached?")
         assert group.fold is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from m4ov.quantize.linears import PARTS, Group, find
+from m4ov.quantize.linears import PARTS, Group, find, linear
 from m4ov.quantize.schemes import WHOLE_ROW, Scheme, Weight
 from m4ov.quantize.sensitivity import Keep, Sensitivity
 
@@ -79,15 +79,15 @@ class Plan:
         self.groups: list[Group] = []
         self.notes: list[str] = []
         for group in find(model):
-            linear = model.get_submodule(group.names[0])
-            size = scheme.group_size(linear.in_features, options.group_size)
+            in_features = linear(model, group.names[0]).in_features
+            size = scheme.group_size(in_features, options.group_size)
             for name in group.names:
-                self.shapes[name] = tuple(model.get_submodule(name).weight.shape)  # type: ignore[assignment]
+                self.shapes[name] = (linear(model, name).out_features, in_features)
                 self.part[name] = group.part
             if group.part not in options.parts:
                 reason = f"{group.part} is not asked for"
             elif size is None:
-                reason = f"its {linear.in_features} inputs are in no whole groups of 32"
+                reason = f"its {in_features} inputs are in no whole groups of 32"
             else:
                 self.groups.append(group)
                 self.size |= dict.fromkeys(group.names, size)

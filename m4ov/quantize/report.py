@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from m4ov.quantize.calibration import Batch, run
+from m4ov.quantize.checkpoint import tensors_of
 from m4ov.quantize.flow import Result
 from m4ov.quantize.plan import Layer, Options
 from m4ov.quantize.schemes import SCHEMES
@@ -26,12 +28,14 @@ class Side:
 
     Attributes:
         file_bytes: of its safetensors files.
+        half_bytes: what those would be if what is wider were 16 bits.
         accuracy: split → share of right answers.
         loss: on the calibration batches; ``None`` without data.
         tokens_per_second: of forward passes over them, the median of several.
     """
 
     file_bytes: int
+    half_bytes: int
     accuracy: Mapping[str, float] = field(default_factory=dict)
     loss: float | None = None
     tokens_per_second: float | None = None
@@ -73,13 +77,19 @@ def file_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
+def half_bytes(folder: Path) -> int:
+    """Of a checkpoint's tensors, if those wider than 16 bits had 16."""
+    return sum(tensor.numel() * min(tensor.element_size(), 2) for tensor in tensors_of(folder).values())
+
+
 @torch.no_grad()
 def measure_side(
     model: Any, folder: Path, batches: Sequence[Batch], accuracy: Mapping[str, float], *, repeats: int = 3
 ) -> Side:
     """Loss and speed of a model on batches that it has seen once already."""
+    sizes = file_bytes(folder), half_bytes(folder)
     if not batches:
-        return Side(file_bytes(folder), accuracy)
+        return Side(*sizes, accuracy)
     losses = [float(run(model, batch).loss) for batch in batches]
     tokens = sum(batch.tokens if isinstance(batch, PackedBatch) else batch["input_ids"].numel() for batch in batches)
     seconds = []
@@ -88,41 +98,53 @@ def measure_side(
         for batch in batches:
             run(model, batch)
         seconds.append(time.perf_counter() - began)
-    return Side(file_bytes(folder), accuracy, sum(losses) / len(losses), tokens / statistics.median(seconds))
+    return Side(*sizes, accuracy, sum(losses) / len(losses), tokens / statistics.median(seconds))
 
 
 def print_report(report: Report, console: Console) -> None:
     """The same for a terminal."""
     options, result = report.options, report.result
-    table = Table(title=f"{options.model} in {options.scheme} ({options.method})", title_justify="left")
-    for name in ("linear", "[N, K]", "bits", "weight off by", "outputs off by", "loss change", ""):
-        table.add_column(name, justify="left" if name in ("linear", "") else "right")
+    table = Table(
+        title=f"{options.model} in {options.scheme} ({options.method})", title_justify="left", box=SIMPLE_HEAD
+    )
+    for name in ("linear", "bits", "weight off", "output off", "Δ loss", ""):
+        words = name in ("linear", "")
+        table.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=not words)
     for layer in result.layers:
         if layer.kept is not None and layer.kept.endswith("is not asked for"):
             continue
         remarks = [] if layer.kept is None else [f"kept: {layer.kept}"]
-        remarks += ["scale folded"] if layer.scaled else []
+        remarks += ["scaled"] if layer.scaled else []
         remarks += ["slow in engines"] if layer.slow else []
         table.add_row(
-            layer.name,
-            f"{layer.shape[0]}, {layer.shape[1]}",
+            layer.name.removeprefix("model.").removeprefix("language_model."),
             f"{layer.bits:.2f}",
             _share(layer.weight_error),
             _share(layer.error),
-            "–" if layer.loss_change is None else f"{layer.loss_change:+.5f}",
+            "–" if layer.loss_change is None else f"{layer.loss_change:+.1e}",
             "; ".join(remarks),
         )
     console.print(table)
     console.print(summary(report))
+    left: dict[str, int] = {}
+    for layer in result.layers:
+        if layer.kept is not None:
+            left[layer.kept] = left.get(layer.kept, 0) + 1
+    for reason, count in left.items():
+        console.print(f"in 16 bits, {count} linear{'s' if count > 1 else ''}: {reason}")
+    for note in result.notes:
+        console.print(note)
 
 
 def summary(report: Report) -> Table:
     """Before and after."""
     before, after = report.before, report.after
-    table = Table(show_header=True)
+    table = Table(box=SIMPLE_HEAD)
     for name in ("", "before", "after"):
         table.add_column(name, justify="right" if name else "left")
-    table.add_row("files", f"{before.file_bytes / 1e6:,.2f} MB", f"{after.file_bytes / 1e6:,.2f} MB")
+    wider = before.file_bytes > 1.5 * before.half_bytes
+    whole = f" ({before.half_bytes / 1e6:,.2f} in 16 bits)" if wider else ""
+    table.add_row("files, MB", f"{before.file_bytes / 1e6:,.2f}{whole}", f"{after.file_bytes / 1e6:,.2f}")
     table.add_row("bits a weight of the linears", "16.00", f"{bits(report.result.layers):.2f}")
     for split, value in before.accuracy.items():
         table.add_row(f"{split}: right answers", f"{value:.2%}", f"{after.accuracy[split]:.2%}")
@@ -134,14 +156,6 @@ def summary(report: Report) -> Table:
             f"{before.tokens_per_second:,.0f}",
             f"{after.tokens_per_second:,.0f}",
         )
-    left: dict[str, int] = {}
-    for layer in report.result.layers:
-        if layer.kept is not None:
-            left[layer.kept] = left.get(layer.kept, 0) + 1
-    for reason, count in left.items():
-        table.add_row(f"in 16 bits: {count}", "", reason)
-    for note in report.result.notes:
-        table.add_row("note", "", note)
     return table
 
 
