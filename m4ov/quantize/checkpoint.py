@@ -62,14 +62,14 @@ def write(
         name: value.to(dtype) if isinstance(value, nn.Parameter) and value.is_floating_point() else value
         for name, value in model.state_dict(keep_vars=True).items()
     }
-    fragments: dict[str, list[str]] = {}
+    config: dict[str, Any] = {}
     for name, weight in quantized.items():
         del state[f"{name}.weight"]
         tensors, fragment = formats.write(weight, scheme.format, name)
-        state |= tensors
-        fragments.setdefault(json.dumps(fragment), []).append(name)
+        assert fragment == (config or fragment), name  # one scheme for all
+        state, config = state | tensors, fragment
     left = [name for name in linears_of(model) if name not in quantized]
-    config = _configuration(fragments, left, _experts(model))
+    config = _configuration(config, quantized, left, _experts(model))
     temporary = out.with_name(f".{out.name}.writing-{os.getpid()}")
     try:
         # In the layout that engines know: transformers stores a mixture's experts transposed.
@@ -88,19 +88,14 @@ def write(
     return config
 
 
-def _configuration(fragments: Mapping[str, list[str]], left: Iterable[str], experts: list[str]) -> dict[str, Any]:
-    """One configuration of all fragments. Several groups name their modules, because an engine that fuses q, k and v
-    would find the class before their names."""
-    parts = sorted(fragments.items(), key=lambda item: -len(item[1]))
-    config: dict[str, Any] = json.loads(parts[0][0])
+def _configuration(
+    config: dict[str, Any], named: Iterable[str], left: Iterable[str], experts: list[str]
+) -> dict[str, Any]:
+    """A writer's configuration with the modules that are not quantised."""
     left = list(left)
     if config["quant_method"] == "fp8":
         config["modules_to_not_convert"] = sorted({*left, *experts})
         return config
-    if len(parts) > 1:
-        groups = [json.loads(text)["config_groups"]["group_0"] | {"targets": sorted(names)} for text, names in parts]
-        config["config_groups"] = {f"group_{place}": group for place, group in enumerate(groups)}
-    named = [name for names in fragments.values() for name in names]
     ignore = []
     for tower in ("visual", "vision_tower"):  # engines have linears there that transformers has not
         inside = [name for name in left if f".{tower}." in f".{name}."]

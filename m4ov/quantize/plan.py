@@ -78,19 +78,26 @@ class Plan:
         self.found: dict[str, Sensitivity] = {}
         self.groups: list[Group] = []
         self.notes: list[str] = []
-        for group in find(model):
-            in_features = linear(model, group.names[0]).in_features
-            size = scheme.group_size(in_features, options.group_size)
+        groups = find(model)
+        widths = {group: linear(model, group.names[0]).in_features for group in groups}
+        asked = {group: scheme.group_size(widths[group], options.group_size) for group in groups}
+        fitting = [size for group, size in asked.items() if size is not None and group.part in options.parts]
+        # One for the whole model: engines and transformers look for one scheme of all linears.
+        common = min(fitting, default=WHOLE_ROW)
+        if scheme.name == "w4" and common != options.group_size:
+            self.notes.append(f"groups of {common}: not every linear has whole groups of {options.group_size}")
+        for group in groups:
+            in_features = widths[group]
             for name in group.names:
                 self.shapes[name] = (linear(model, name).out_features, in_features)
                 self.part[name] = group.part
             if group.part not in options.parts:
                 reason = f"{group.part} is not asked for"
-            elif size is None:
+            elif asked[group] is None:
                 reason = f"its {in_features} inputs are in no whole groups of 32"
             else:
                 self.groups.append(group)
-                self.size |= dict.fromkeys(group.names, size)
+                self.size |= dict.fromkeys(group.names, common)
                 continue
             self.kept |= dict.fromkeys(group.names, reason)
         for part in PARTS:

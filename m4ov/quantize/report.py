@@ -108,14 +108,15 @@ def print_report(report: Report, console: Console) -> None:
         title=f"{options.model} in {options.scheme} ({options.method})", title_justify="left", box=SIMPLE_HEAD
     )
     for name in ("linear", "bits", "weight off", "output off", "Δ loss", ""):
-        words = name in ("linear", "")
-        table.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=not words)
+        table.add_column(
+            name, justify="left" if name in ("linear", "") else "right", overflow="fold", no_wrap=bool(name)
+        )
     for layer in result.layers:
         if layer.kept is not None and layer.kept.endswith("is not asked for"):
             continue
         remarks = [] if layer.kept is None else [f"kept: {layer.kept}"]
         remarks += ["scaled"] if layer.scaled else []
-        remarks += ["slow in engines"] if layer.slow else []
+        remarks += ["slow*"] if layer.slow else []
         table.add_row(
             layer.name.removeprefix("model.").removeprefix("language_model."),
             f"{layer.bits:.2f}",
@@ -125,6 +126,9 @@ def print_report(report: Report, console: Console) -> None:
             "; ".join(remarks),
         )
     console.print(table)
+    if any(layer.slow for layer in result.layers):
+        gate = " and ".join(map(str, SCHEMES[options.scheme].gate))
+        console.print(f"* engines' fast kernels want N and K in multiples of {gate}")
     console.print(summary(report))
     left: dict[str, int] = {}
     for layer in result.layers:
