@@ -67,7 +67,8 @@ def write(
         del state[f"{name}.weight"]
         tensors, fragment = formats.write(weight, scheme.format, name)
         assert fragment == (config or fragment), name  # one scheme for all
-        state, config = state | tensors, fragment
+        state |= tensors
+        config = fragment
     left = [name for name in linears_of(model) if name not in quantized]
     config = _configuration(config, quantized, left, _experts(model))
     temporary = out.with_name(f".{out.name}.writing-{os.getpid()}")

@@ -275,6 +275,27 @@ def test_compressed_tensors_reads_what_is_written(made):
                     assert matched == quantised
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_transformers_loads_what_is_written(made, scheme):
+    """With compressed-tensors, and its own block fp8: every tensor has its place, and every weight our values."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    out = everything(made, scheme)
+    how = (
+        transformers.FineGrainedFP8Config(dequantize=True)
+        if scheme == "fp8-block"
+        else transformers.CompressedTensorsConfig(run_compressed=False)
+    )
+    theirs, info = transformers.Qwen3VLForConditionalGeneration.from_pretrained(
+        out, dtype=torch.bfloat16, quantization_config=how, output_loading_info=True
+    )
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tensors, config = files(out), config_of(out)["quantization_config"]
+    for name, linear in linears_of(theirs).items():
+        if not checkpoint.ignored(config, name):
+            assert torch.equal(linear.weight, read(tensors, config, name).dequantize(torch.bfloat16)), name
+
+
 def test_modelopt_finds_scales(made):
     pytest.importorskip("modelopt.torch.quantization", reason="nvidia-modelopt is not installed")
     arguments = ["--scheme", "w4", "--vision", "--method", "awq", "--calibrator", "modelopt", "--keep", "0"]
