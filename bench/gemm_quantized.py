@@ -182,7 +182,9 @@ def _fits(name: str, case: cases.QuantizedCase) -> bool:
     return case.kind == "fp8" or name == EAGER or ROUNDS_TO.get(name, "bf16") == case.activation
 
 
-def check(case: cases.QuantizedCase, layer: Layer, call: Callable[[Tensor, Tensor], Tensor], input: Tensor) -> gate.Gate:
+def check(
+    case: cases.QuantizedCase, layer: Layer, call: Callable[[Tensor, Tensor], Tensor], input: Tensor
+) -> gate.Gate:
     output = call(input, torch.tensor(0))
     plain = definition(layer, case.activation)(input, torch.tensor(0))
     unrounded = gate.compare(_UNROUNDED, output, plain, input.double() @ layer.exact.t())

@@ -128,7 +128,8 @@ def _matmul_nbits(weight: Int4Weight, level: int) -> Layer:
     options = {"K": columns, "N": rows, "bits": 4, "block_size": group, "accuracy_level": level}
     node = helper.make_node("MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft", **options)
     ends = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["M", size]) for name, size in (("x", columns), ("y", rows))
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["M", size])
+        for name, size in (("x", columns), ("y", rows))
     ]
     graph = helper.make_graph([node], "peer", ends[:1], ends[1:], [codes, scales])
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
@@ -196,10 +197,10 @@ def _zentorch_int4(weight: Int4Weight, activation: str) -> Layer:
     import zentorch  # noqa: F401  (registers the operators)
 
     packed = torch.ops.zentorch.zentorch_woq_repack_weight(_signed(weight))  # int32 [N, K / 8]
+    by_group = weight.scales.t().contiguous()  # [G, N]
     if activation == "int8":
-        scales = weight.scales.clone()
-        return lambda input: torch.ops.zentorch.zentorch_dynamic_qlinear(input, packed, scales)
-    turned, by_group = packed.t(), weight.scales.t().contiguous()
+        return lambda input: torch.ops.zentorch.zentorch_dynamic_qlinear(input, packed, by_group)
+    turned = packed.t()
     return lambda input: torch.ops.zentorch.zentorch_woq_linear(input, turned, by_group, None)
 
 

@@ -34,7 +34,6 @@ M4OV_INLINE I dot_words(I a, I b) { return _mm_madd_epi16(a, b); }
 #endif
 
 constexpr int64_t kWidth = sizeof(I), kLine = 64;
-constexpr int64_t kAhead = 4096;  // bytes; hardware prefetchers stop at the end of a page
 
 // The optimiser may assume nothing of x: an operation on it is made in every step.
 template <typename T>
@@ -42,18 +41,24 @@ M4OV_INLINE void hide(T& x) {
   asm volatile("" : "+x"(x));
 }
 
+// Several streams at a time, far apart: with one, the hardware's prefetchers stop at the end of every page. (On Zen 4, one
+// core, GB/s: one stream 18, with software prefetches 18, two 22.6, four 25, eight 24; in huge pages 29 and 31.)
 uint64_t read_range(const char* p, int64_t bytes) {
-  constexpr int64_t kSums = 4, kStep = kSums * kLine, kEach = kLine / kWidth;
-  I sums[kSums] = {};
+  constexpr int kStreams = 4;
+  constexpr int64_t kEach = int64_t{1} << 18;
+  I sums[kStreams] = {};
   int64_t i = 0;
-  for (; i + kStep <= bytes; i += kStep) {
-    for (int64_t j = 0; j < kSums; ++j) {
-      const char* const line = p + i + j * kLine;
-      _mm_prefetch(line + kAhead, _MM_HINT_T0);
-      for (int64_t k = 0; k < kEach; ++k) sums[j] = exclusive_or(sums[j], load_bits(line + k * kWidth));
+  for (; i + kStreams * kEach <= bytes; i += kStreams * kEach) {
+    for (int64_t k = 0; k < kEach; k += kLine) {
+      for (int j = 0; j < kStreams; ++j) {
+        for (int64_t v = 0; v < kLine; v += kWidth) sums[j] = exclusive_or(sums[j], load_bits(p + i + j * kEach + k + v));
+      }
     }
   }
-  uint64_t words[kSums * kWidth / 8], all = 0;
+  for (; i + kLine <= bytes; i += kLine) {
+    for (int64_t v = 0; v < kLine; v += kWidth) sums[0] = exclusive_or(sums[0], load_bits(p + i + v));
+  }
+  uint64_t words[kStreams * kWidth / 8], all = 0;
   memcpy(words, sums, sizeof words);
   for (const uint64_t word : words) all ^= word;
   for (; i + 8 <= bytes; i += 8) {

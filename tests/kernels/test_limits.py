@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(extension is None, reason="the compiled extensio
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_reading_sees_every_byte(isa, threads):
-    for size in (0, 1, 7, 8, 63, 64, 65, 4095, 70_001, 1 << 20):
+    for size in (0, 1, 7, 8, 63, 64, 65, 4095, 70_001, 1 << 20, (5 << 20) + 77):
         raw = torch.randint(0, 256, (size + 3,), dtype=torch.uint8)[3:]  # at no even address
         words = np.pad(raw.numpy(), (0, -size % 8)).view(np.uint64)
         expected = functools.reduce(operator.xor, words.tolist(), 0)
