@@ -5,22 +5,22 @@ from __future__ import annotations
 import torch
 
 from m4ov_bench.case import (
-    AttentionCase as AttentionCase,
-    DecodingCase as DecodingCase,
-    FeatureRowsCase as FeatureRowsCase,
-    GatedCase as GatedCase,
-    GeluCase as GeluCase,
-    HeadCase as HeadCase,
-    KlCase as KlCase,
-    LinearCase as LinearCase,
-    LogprobCase as LogprobCase,
-    NormCase as NormCase,
-    PackingCase as PackingCase,
-    PixelCase as PixelCase,
-    PositionEmbeddingsCase as PositionEmbeddingsCase,
-    PositionsCase as PositionsCase,
-    QuantizedCase as QuantizedCase,
-    RopeCase as RopeCase,
+    AttentionCase,
+    DecodingCase,
+    FeatureRowsCase,
+    GatedCase,
+    GeluCase,
+    HeadCase,
+    KlCase,
+    LinearCase,
+    LogprobCase,
+    NormCase,
+    PackingCase,
+    PixelCase,
+    PositionEmbeddingsCase,
+    PositionsCase,
+    QuantizedCase,
+    RopeCase,
 )
 
 NORM = (

@@ -1,5 +1,5 @@
-"""What invariance costs: ``invariant_linear`` against ``F.linear`` (eager); the limit is ``torch.mm`` of the same. And the
-quantised linears, of ``gemm_quantized``.
+"""What invariance costs: ``invariant_linear`` against ``F.linear`` (eager); the limit is ``torch.mm`` of the same. The
+quantised linears are in ``gemm_quantized``.
 
 Attention and the head have no row here: their compiled CPU kernels always keep a row's bits, so that asking for it is
 free (their own rows have PyTorch's attention and unfused heads beside them).
