@@ -2,5 +2,6 @@
 
 from m4ov_kernels.gemm.native_backward import quantized_linear_bwd
 from m4ov_kernels.gemm.native_invariant import invariant_linear_fwd
+from m4ov_kernels.gemm.native_linear import quantized_linear_fwd
 
-__all__ = ["invariant_linear_fwd", "quantized_linear_bwd"]
+__all__ = ["invariant_linear_fwd", "quantized_linear_bwd", "quantized_linear_fwd"]
