@@ -26,16 +26,22 @@ _LARGEST_INT8, _LARGEST_FP8, _LEAST_SCALE = 127.0, 448.0, 2.0**-126
 
 
 class Rotating:
-    """A peer with ``copies`` packed weights, made by ``pack`` at the first call."""
+    """A peer with ``copies`` packed weights, made by ``pack`` at the first call. The first call with so many rows goes
+    to each copy: some pack, or compile, only then."""
 
     def __init__(self, pack: Callable[[], Layer], copies: int) -> None:
         self._pack, self._copies = pack, copies
         self._made: list[Layer] = []
+        self._seen: set[torch.Size] = set()
 
     def __call__(self, input: Tensor, which: Tensor) -> Tensor:
         if not self._made:
             self._made = [self._pack() for _ in range(self._copies)]
         with torch.no_grad():
+            if input.shape not in self._seen:
+                self._seen.add(input.shape)
+                for layer in self._made:
+                    layer(input)
             return self._made[int(which) % self._copies](input)
 
 

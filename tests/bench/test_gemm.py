@@ -74,16 +74,23 @@ def test_copies_are_apart_and_equal():
 
 
 def test_each_copy_is_packed_once_and_taken_by_turns():
-    packed = []
+    packed, called = [], []
+
+    def layer(made, input):
+        called.append(made)
+        return input + made
 
     def pack():
         packed.append(len(packed))
-        return functools.partial(lambda made, input: input + made, packed[-1])
+        return functools.partial(layer, packed[-1])
 
     peer = peers.gemm.Rotating(pack, 2)
-    found = [float(peer(torch.zeros(()), torch.tensor(which))) for which in (0, 1, 2, 3)]
+    found = [float(peer(torch.zeros(1), torch.tensor(which))) for which in (0, 1, 2, 3)]
     assert found == [0, 1, 0, 1]
     assert packed == [0, 1]
+    assert called == [0, 1, 0, 1, 0, 1]  # each of them once before the first is timed
+    peer(torch.zeros(2), torch.tensor(1))
+    assert called[6:] == [0, 1, 1]
 
 
 def test_threads_are_as_the_case_says_and_then_as_before():
