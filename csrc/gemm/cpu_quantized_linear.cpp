@@ -65,7 +65,16 @@ struct Product {
   void multiply_rows(float* sums, const Segment& segment, int64_t index, int64_t first, int64_t rows, const Right* right,
                      const Mine& mine) const {
     const int64_t tiles = blocks_of(rows, kTileRows);
+    // Codes that are multiplied where they lie: those of the next segment come from memory meanwhile.
+    const uint8_t* next = nullptr;
+    if constexpr (kBytes && kKind == kInt8) next = right + segment.count * kPanel;
     for (int64_t i = 0; i < tiles; ++i) {
+      if (next) {
+        const int64_t lines = segment.count * kPanel / 64;
+        for (int64_t j = i * lines / tiles; j < (i + 1) * lines / tiles; ++j) {
+          _mm_prefetch(reinterpret_cast<const char*>(next) + 64 * j, _MM_HINT_T1);
+        }
+      }
       const int64_t begin = i * rows / tiles, count = (i + 1) * rows / tiles - begin;
       float* c = sums + begin * kPanel;
       const E* rows_of_left = left.rows(segment, first + begin);

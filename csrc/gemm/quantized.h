@@ -122,15 +122,23 @@ struct Eighths {
   }
 };
 
+// The segment after this one comes from memory while rows pass by.
+M4OV_INLINE void prefetch_next(const uint8_t* line) {
+  _mm_prefetch(reinterpret_cast<const char*>(line) + 4096, _MM_HINT_T1);
+}
+
 template <bool kZeros>
 static void unpack_int4(Bf16* to, const uint8_t* codes, const uint8_t* zeros, int64_t places) {
   const Nibbles<kZeros> nibbles;
-  for (int v = 0; v < 4; ++v) {
-    const __m512i rest = Nibbles<kZeros>::rest(zeros + 16 * v);
-    for (int64_t s = 0; s < places / 8; ++s) {
-      const __m512i words = _mm512_loadu_si512(codes + s * kStepBytes<kInt4> + 64 * v);
+  __m512i rest[4];
+  for (int v = 0; v < 4; ++v) rest[v] = Nibbles<kZeros>::rest(zeros + 16 * v);
+  for (int64_t s = 0; s < places / 8; ++s, codes += kStepBytes<kInt4>, to += 8 * kPanel) {
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) _mm512_store_si512(to + (s * 4 + j) * 2 * kPanel + 32 * v, nibbles.at(words, j, rest));
+    for (int v = 0; v < 4; ++v) {
+      const __m512i words = _mm512_loadu_si512(codes + 64 * v);
+      prefetch_next(codes + 64 * v);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) _mm512_store_si512(to + j * 2 * kPanel + 32 * v, nibbles.at(words, j, rest[v]));
     }
   }
 }
@@ -138,23 +146,30 @@ static void unpack_int4(Bf16* to, const uint8_t* codes, const uint8_t* zeros, in
 template <bool kZeros>
 static void unpack_int4(uint8_t* to, const uint8_t* codes, const uint8_t* zeros, int64_t places) {
   const __m512i low = _mm512_set1_epi8(15);
-  for (int v = 0; v < 4; ++v) {
-    const __m512i rest = kZeros ? rest_of_zeros(zeros + 16 * v, 0x01010101) : _mm512_setzero_si512();
-    for (int64_t s = 0; s < places / 8; ++s) {
-      const __m512i words = _mm512_loadu_si512(codes + s * kStepBytes<kInt4> + 64 * v);
+  __m512i rest[4];
+  for (int v = 0; v < 4; ++v) rest[v] = kZeros ? rest_of_zeros(zeros + 16 * v, 0x01010101) : _mm512_setzero_si512();
+  for (int64_t s = 0; s < places / 8; ++s, codes += kStepBytes<kInt4>, to += 8 * kPanel) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const __m512i words = _mm512_loadu_si512(codes + 64 * v);
+      prefetch_next(codes + 64 * v);
       __m512i even = _mm512_and_si512(words, low), odd = _mm512_and_si512(_mm512_srli_epi16(words, 4), low);
-      if constexpr (kZeros) even = _mm512_add_epi8(even, rest), odd = _mm512_add_epi8(odd, rest);
-      _mm512_store_si512(to + 2 * s * 4 * kPanel + 64 * v, even);
-      _mm512_store_si512(to + (2 * s + 1) * 4 * kPanel + 64 * v, odd);
+      if constexpr (kZeros) even = _mm512_add_epi8(even, rest[v]), odd = _mm512_add_epi8(odd, rest[v]);
+      _mm512_store_si512(to + 64 * v, even);
+      _mm512_store_si512(to + 4 * kPanel + 64 * v, odd);
     }
   }
 }
 
 static void unpack_fp8(Bf16* to, const uint8_t* codes, int64_t places) {
   const Eighths eighths;
-  for (int64_t i = 0; i < places * kPanel; i += 32) {
-    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
-    _mm512_store_si512(to + i, eighths.of(bytes));
+  for (int64_t i = 0; i < places * kPanel; i += 64) {
+    prefetch_next(codes + i + 4096);  // a segment is 8 KiB
+#pragma GCC unroll 2
+    for (int half = 0; half < 64; half += 32) {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i + half));
+      _mm512_store_si512(to + i + half, eighths.of(bytes));
+    }
   }
 }
 

@@ -213,7 +213,7 @@ def _operands(weight: Any, backend: str, device_type: str, paired: bool) -> tupl
         return held.codes, held.scales, held.zeros, held.order, factor, held.group
     if type(weight) is Panels:
         weight = weight.weight()
-    N, K = weight.shape
+    K = weight.shape[1]
     if type(weight) is Int4Weight:
         group = K if weight.group_size == WHOLE_ROW else weight.group_size
         return weight.packed, weight.scales, weight.zeros, weight.g_idx, None, group
@@ -326,7 +326,7 @@ QUANTIZED_LINEAR = Operator(
     results=lambda *_: 1,
     setup_context=_setup_context,
     backward=_backward,
-    native=(),
+    native=("cpu",),
     serves=("int4_linear", "int8_linear", "fp8_linear"),
     public=False,
     backends=("native",),

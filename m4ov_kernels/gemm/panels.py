@@ -208,7 +208,7 @@ def _out_of_panels(panels: Tensor, rows: int, paired: bool) -> Tensor:
     halves = 2 if paired else 1
     lanes = panels.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # [P, 64, C]
     lanes = lanes.unflatten(0, (-1, halves)).transpose(0, 1)  # [halves, P / halves, 64, C]
-    return lanes.flatten(1, 2)[:, : rows // halves].flatten(0, 1)
+    return lanes.flatten(1, 2)[:, : rows // halves].flatten(0, 1).contiguous()
 
 
 def _own(tensor: Tensor | None) -> Tensor | None:

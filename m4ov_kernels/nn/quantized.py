@@ -1,4 +1,4 @@
-"""Linear layers of quantised weights: ``Int4Linear``, ``Int8Linear``, ``Fp8Linear``, each in the place of ``nn.Linear``."""
+"""``Int4Linear``, ``Int8Linear``, ``Fp8Linear``: linear layers of quantised weights, in the place of ``nn.Linear``."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class QuantizedLinear(nn.Module, Generic[W]):
         on_cpu = weight.device.type == "cpu"
         if on_cpu and not isinstance(weight, Panels):
             weight = lay_out(weight)
-        self._held = weight
+        self._held: Any = weight
 
     @property
     def quantized_weight(self) -> W:
@@ -90,7 +90,7 @@ class QuantizedLinear(nn.Module, Generic[W]):
         device = input.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             input = input if input.dtype is torch.float64 else input.to(torch.get_autocast_dtype(device))
-        bias: Tensor | None = self.bias
+        bias: Any = self.bias
         return self._linear(input, bias if bias is None or bias.dtype is input.dtype else bias.to(input.dtype))
 
     def extra_repr(self) -> str:
@@ -129,9 +129,7 @@ class QuantizedLinear(nn.Module, Generic[W]):
         names = (*self._required, *self._optional)
         ours = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
         rest = {name: value for name, value in state_dict.items() if name.removeprefix(prefix) not in ours}
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         missing = [prefix + name for name in self._required if name not in ours]
         if missing:
             missing_keys.extend(missing if strict or ours else [])

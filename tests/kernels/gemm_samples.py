@@ -10,7 +10,7 @@ from m4ov_kernels import fp8_linear, int4_linear, int8_linear
 from m4ov_kernels.gemm.panels import Panels
 from m4ov_kernels.gemm.weights import Fp8Weight, Int4Weight, Int8Weight
 
-MATRIX, GROUPS = torch.randn(72, 40), (torch.randperm(40) // 32).int()
+MATRIX, GROUPS = torch.randn(72, 40) * 0.1, (torch.randperm(40) // 32).int()
 INT4 = Int4Weight.quantize(MATRIX, group_size=32, symmetric=False, g_idx=GROUPS)
 INT8 = Int8Weight.quantize(MATRIX)
 FP8 = Fp8Weight.quantize(MATRIX, granularity="block")

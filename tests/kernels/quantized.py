@@ -83,7 +83,7 @@ weights = st.one_of(int4_weights(), int8_weights(), fp8_weights())
 
 
 def drawn_weight(kind: str, N: int, K: int, draw: Draw) -> Int4Weight | Int8Weight | Fp8Weight:
-    """Of one shape: half with usual scales, half with those at the ends of their dtype; some rows or groups of zeros."""
+    """Of one shape: half with usual scales, half with those at the ends of their dtype; some with a row of zeros."""
     generator = torch.Generator().manual_seed(draw.integer(0, 2**31))
     dtype, ends = draw.choice(SCALES), draw.one_in(2)
 

@@ -26,7 +26,7 @@ LAYERS = {"int4": Int4Linear, "int8": Int8Linear, "fp8": Fp8Linear}
 kinds = st.sampled_from(tuple(LAYERS))
 
 
-@pytest.fixture(params=LAYERS)
+@pytest.fixture(params=list(LAYERS))
 def layer(request):
     return LAYERS[request.param].from_linear(nn.Linear(40, 70, dtype=torch.bfloat16))
 
@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_said(layer):
         layer.load_state_dict({name: value for name, value in state.items() if name != missing})
     with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "weight_other"'):
         layer.load_state_dict({**state, "weight_other": torch.ones(2)})
-    with pytest.raises(RuntimeError, match="weight_scale.* must be finite"):
+    with pytest.raises(RuntimeError, match=r"scales must be finite"):
         layer.load_state_dict({**state, "weight_scale": state["weight_scale"] * torch.nan})
     wider = type(layer).from_linear(nn.Linear(48, 70, dtype=torch.bfloat16))
     with pytest.raises(RuntimeError, match=r"size mismatch for \*: \[70, 48\] in the checkpoint, \[70, 40\] here"):

@@ -97,8 +97,9 @@ def _product(x: Tensor, weight: Any, bias: Tensor | None, activation: str) -> tu
     walk = 1 + math.sqrt(x.shape[-1]) / 8
     bound = 4 * SINGLE * walk * partial.sqrt() + TINY * (matrix.abs() + step).sum(1)
     codes = (matrix / step).abs()
-    past = (rows.abs() @ matrix.abs().t() > LIMIT) | (rows.abs().sum(1, keepdim=True) * 2 * codes.max() > LIMIT)
-    past = past | (product.abs() > LIMIT)
+    size = rows.abs().nan_to_num(0.0, 0.0, 0.0)  # what is infinite itself stays so in any order
+    past = (size @ matrix.abs().t() > LIMIT) | (size.sum(1, keepdim=True) * 2 * codes.max() > LIMIT)
+    past = past | (product.nan_to_num(0.0, 0.0, 0.0).abs() > LIMIT)
     if activation != "bf16":
         scale = single.double().abs().amax(1, keepdim=True) / 127
         if getattr(weight, "input_scale", None) is not None:
@@ -136,7 +137,7 @@ def _terms(call: Call) -> dict[str, Tensor]:
     if arguments["residual"] is not None:
         residual = arguments["residual"].double().reshape(value.shape)
         off = off + 2 * SINGLE * (value.abs() + residual.abs())
-    terms = {"output": torch.where(past, BEYOND, off / share).reshape(*x.shape[:-1], -1)}
+    terms = {"output": torch.where(past, BEYOND, off / share).reshape(*x.shape[:-1], value.shape[1])}
     if not call.wanted:
         return terms
     grad = call.grads["output"].double().reshape(value.shape).abs()
