@@ -231,9 +231,9 @@ QUANTIZED = (
     QuantizedCase(128, quick=True),
     QuantizedCase(512),
     QuantizedCase(512, threads=2),
-    QuantizedCase(128, kind="int8", quick=True),
-    QuantizedCase(128, 1152, 4304, "int8"),
+    QuantizedCase(128, kind="int8"),
+    QuantizedCase(128, 1152, 4304, "int8", quick=True),
     QuantizedCase(128, 4304, 1152, "int8"),
     QuantizedCase(512, kind="int8", threads=2),
-    QuantizedCase(128, kind="fp8", activation="bf16", quick=True),
+    QuantizedCase(128, kind="fp8", activation="bf16"),
 )

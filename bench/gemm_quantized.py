@@ -28,7 +28,7 @@ from m4ov_kernels.dispatch import Implementation, native_extension
 from m4ov_kernels.gemm.weights import Fp8Weight, Int4Weight, Int8Weight
 
 CPU = torch.device("cpu")
-_EFFORT = measure.Effort(seconds=3.0, each=1.0, fewest=5, most=40)
+_EFFORT = measure.Effort(seconds=2.0, each=0.8, fewest=5, most=40)
 _INPUTS = 3
 _LOOP = 2e8  # operations that the limit makes: half a millisecond
 _UNROUNDED = "output, of the input as it is"
@@ -42,6 +42,7 @@ def benchmark(session: Session) -> Iterator[Row]:
         session = replace(session, given_effort=_EFFORT)
     for case in cases.QUANTIZED:
         if session.wants(case) and case.threads <= cores:
+            layers.of(case)  # made with all threads
             with threads(case.threads):
                 yield from rows(session, subject(case, layers))
 
