@@ -80,13 +80,13 @@ struct Input {
         wide[i] = 0.0f;
         if (feature < 0) continue;
         widen(wide + i, row + feature, 1);
-        if (a.input_scale) wide[i] *= a.input_scale[feature];
+        if (kKind == kInt4 && a.input_scale) wide[i] *= a.input_scale[feature];
       }
       for (int64_t i = a.places; i < end; ++i) wide[i] = 0.0f;
       return;
     }
     widen(wide, row, a.width);
-    if (a.input_scale) {
+    if (kKind == kInt4 && a.input_scale) {
       for (int64_t i = 0; i < a.width; ++i) wide[i] *= a.input_scale[i];
     }
     for (int64_t i = a.width; i < end; ++i) wide[i] = 0.0f;
