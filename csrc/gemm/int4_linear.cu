@@ -101,44 +101,58 @@ struct Place {
   __device__ __forceinline__ Place(const Run& run, int round) : Place(run) { this->round = round; }
 };
 
-__device__ __forceinline__ int clamp(int64_t value, int most) {
-  return value < 0 ? 0 : value > most ? most : static_cast<int>(value);
+__device__ __forceinline__ uint32_t least(uint32_t a, uint32_t b) { return a < b ? a : b; }
+
+// One multiply-add of 32 bits to 64.
+__device__ __forceinline__ const char* along(const void* p, uint32_t count, uint32_t bytes) {
+  return static_cast<const char*>(p) + static_cast<uint64_t>(count) * bytes;
 }
 
-// Starts the copies of one chunk: codes and input. What does not exist becomes 0.
+// Starts the copies of one chunk. Of codes past the end of a row or of the matrix others are read: their input is 0, or
+// their result is not written. Of rows past the end of the input nothing is read, nor is their result written.
 template <int kGroup, int kTiles>
 __device__ __forceinline__ void fetch(const Int4Linear& a, Stage<kGroup, kTiles>& stage, const Place& at, bool wide) {
-  const int64_t row_bytes = (a.width + 7) / 8 * 4;
-  const int row = threadIdx.x / 4, piece = threadIdx.x % 4;
-  const int64_t byte = static_cast<int64_t>(at.chunk) * (kWords * 4) + piece * 16;
-  const int bytes = clamp(row_bytes - byte, 16);
-  const int64_t feature = static_cast<int64_t>(at.feature) * kFeatures + row;
-  const uint8_t* const codes = static_cast<const uint8_t*>(a.codes);
+  const uint32_t row_bytes = static_cast<uint32_t>(a.width + 7) / 8 * 4, last = static_cast<uint32_t>(a.columns - 1);
+  const uint32_t row = threadIdx.x / 4, piece = threadIdx.x % 4, byte = at.chunk * (kWords * 4) + piece * 16;
+  const uint32_t feature = at.feature * kFeatures + row;
+  uint32_t* const to = stage.codes + 4 * code_piece(row, piece);  // 32 rows on, the order of the pieces is the same
+  if (wide) {
+    const char* const from = static_cast<const char*>(a.codes) + least(byte, row_bytes - 16);
 #pragma unroll
-  for (int i = 0; i < kFeatures; i += kThreads / 4) {
-    const bool there = bytes > 0 && feature + i < a.columns;
-    const uint8_t* from = there ? codes + (feature + i) * row_bytes + byte : codes;
-    uint32_t* to = stage.codes + 4 * code_piece(row + i, piece);
-    if (wide) {
-      copy_async<16>(to, from, there ? 16 : 0);
-    } else {
+    for (int i = 0; i < kFeatures; i += kThreads / 4) {
+      copy_async<16>(to + kWords * i, along(from, least(feature + i, last), row_bytes), 16);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kFeatures; i += kThreads / 4) {
+      const char* const from = along(a.codes, least(feature + i, last), row_bytes);
 #pragma unroll
       for (int word = 0; word < 4; ++word) {
-        const bool this_too = there && 4 * word < bytes;
-        copy_async<4>(to + word, this_too ? from + 4 * word : codes, this_too ? 4 : 0);
+        copy_async<4>(to + kWords * i + word, from + least(byte + 4 * word, row_bytes - 4), 4);
       }
     }
   }
-  const int place = threadIdx.x / kWords, input_at = threadIdx.x % kWords, input_row = at.round * 8 * kTiles + place;
-  const int64_t k = static_cast<int64_t>(at.chunk) * kChunk + input_at * 8;
-  const int input_bytes = clamp((a.width - k) * 2, 16);
-  const __nv_bfloat16* const input = static_cast<const __nv_bfloat16*>(a.input);
+  const uint32_t place = threadIdx.x / kWords, first = at.round * (8 * kTiles) + place;
+  const uint32_t k = at.chunk * kChunk + threadIdx.x % kWords * 8, width = static_cast<uint32_t>(a.width);
+  const bool ends = static_cast<uint32_t>(at.chunk + 1) * kChunk > width;
+  const char* const from = static_cast<const char*>(a.input) + k * 2;
 #pragma unroll
   for (int i = 0; i < 8 * kTiles; i += kThreads / kWords) {
-    const bool there = input_bytes > 0 && input_row + i < a.rows;
-    copy_async<16>(stage.input + 4 * input_piece<kGroup>(place + i, input_at),
-                   there ? input + (input_row + i) * a.input_row + k : input, there ? input_bytes : 0);
+    uint32_t* const to = stage.input + 4 * input_piece<kGroup>(place + i, threadIdx.x % kWords);
+    const char* const row_from = along(from, first + i, static_cast<uint32_t>(a.input_row) * 2);
+    if (first + i >= static_cast<uint32_t>(a.rows)) continue;
+    if (ends) {
+      copy_async<16>(to, row_from, k < width ? least(2 * (width - k), 16) : 0);
+    } else {
+      copy_async<16>(to, row_from, 16);
+    }
   }
+}
+
+__device__ __forceinline__ float half_of(uint32_t bits) {
+  __half value;
+  memcpy(&value, &bits, sizeof(value));
+  return to_float(value);
 }
 
 // The scales and zero points of one feature of the tile (a thread's) in the groups of a chunk, on their way to shared
@@ -146,40 +160,29 @@ __device__ __forceinline__ void fetch(const Int4Linear& a, Stage<kGroup, kTiles>
 // 0.
 template <int kGroups>
 struct Factors {
-  float scales[kGroups];
+  uint32_t scales[kGroups];  // bits as they are in memory
   uint8_t zeros[kGroups];
 
-  template <typename T>
-  __device__ __forceinline__ void load_scales(const Int4Linear& a, int64_t row, int64_t group) {
-    const T* p = static_cast<const T*>(a.scales) + row;
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) scales[i] = to_float(__ldg(p + (group + i < a.groups ? group + i : a.groups - 1)));
-  }
-
   __device__ __forceinline__ void load(const Int4Linear& a, const Place& at) {
-    const int64_t feature = static_cast<int64_t>(at.feature) * kFeatures + threadIdx.x;
-    const int64_t group = static_cast<int64_t>(at.chunk) * kGroups;
-    const int64_t row = (feature < a.columns ? feature : a.columns - 1) * a.groups;
-    if (a.scale_dtype == kBFloat16) {
-      load_scales<__nv_bfloat16>(a, row, group);
-    } else if (a.scale_dtype == kFloat16) {
-      load_scales<__half>(a, row, group);
-    } else {
-      load_scales<float>(a, row, group);
-    }
+    const uint32_t groups = static_cast<uint32_t>(a.groups), last = static_cast<uint32_t>(a.columns - 1);
+    const uint64_t row = static_cast<uint64_t>(least(at.feature * kFeatures + threadIdx.x, last)) * groups;
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
-      const int64_t g = group + i < a.groups ? group + i : a.groups - 1;
-      zeros[i] = a.zeros == nullptr ? 8 : __ldg(a.zeros + row + g) & 15;
+      const uint64_t place = row + least(at.chunk * kGroups + i, groups - 1);
+      scales[i] = a.scale_dtype == kFloat32 ? __ldg(static_cast<const uint32_t*>(a.scales) + place)
+                                            : __ldg(static_cast<const uint16_t*>(a.scales) + place);
+      zeros[i] = a.zeros == nullptr ? 8 : __ldg(a.zeros + place) & 15;
     }
   }
 
   template <typename AStage>
-  __device__ __forceinline__ void store(AStage& stage) const {
+  __device__ __forceinline__ void store(const Int4Linear& a, AStage& stage) const {
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
-      const bool large = fabsf(scales[i]) >= kLargeScale;
-      stage.scales[i][threadIdx.x] = large ? scales[i] : scales[i] * kDivisor;
+      const float scale = a.scale_dtype == kFloat16 ? half_of(scales[i])
+                                                    : __uint_as_float(scales[i] << (a.scale_dtype == kFloat32 ? 0 : 16));
+      const bool large = fabsf(scale) >= kLargeScale;
+      stage.scales[i][threadIdx.x] = large ? scale : scale * kDivisor;
       stage.minus[i][threadIdx.x] = static_cast<uint16_t>((large ? kMinus : kMinusDivided) | zeros[i]);
     }
   }
@@ -193,28 +196,48 @@ struct alignas(4 * kCount) Words {
 // (q − z) f of 8 codes: pairs (0, 4), (1, 5), (2, 6), (3, 7), in bf16, exact. `minus`: −(128 + z) f, `factor`: f, twice.
 __device__ __forceinline__ void dequantize(uint32_t word, uint32_t factor, uint32_t minus, uint32_t (&pairs)[4]) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) pairs[i] = fma_bf16x2((word >> (4 * i) & kNibbles) | kMagic, factor, minus);
+  for (int i = 0; i < 4; ++i) pairs[i] = fma_bf16x2(masked_or(word >> (4 * i), kNibbles, kMagic), factor, minus);
 }
 
+// Where a lane reads codes and input. A quad of lanes has all words of a group of a row, kTogether each. What changes from
+// group to group, and from word to word, is an exclusive or.
+template <int kGroup>
+struct Lane {
+  static constexpr int kTogether = kGroup / 32;
+  int row, codes, input;  // of its first codes; in 4 bytes
+
+  __device__ __forceinline__ Lane() {
+    const int lane = threadIdx.x % kWarp, g = lane / 4, word = kTogether * (lane % 4);
+    row = threadIdx.x / kWarp * 32 + g;
+    codes = 4 * code_piece(row, word / 4) + word % 4;
+    input = 4 * input_piece<kGroup>(g, word);
+#ifdef __CUDACC__
+    asm volatile("" : "+r"(row), "+r"(codes), "+r"(input));  // lest they be computed again for every chunk
+#endif
+  }
+  __device__ __forceinline__ int codes_of(int group) const { return codes ^ 4 * kTogether * group; }
+  __device__ __forceinline__ int input_of(int group, int word) const {
+    return input ^ 4 * (4 * kTogether * group + word);
+  }
+};
+
 // sums += the products of one chunk, for this warp's 32 features as two operands of 16 rows; in the layout of mma_bf16's
-// C.
+// C. `at`: where this lane reads.
 template <int kGroup, int kTiles>
-__device__ __forceinline__ void multiply(const Stage<kGroup, kTiles>& stage, float (&sums)[2][kTiles][4]) {
-  constexpr int kTogether = kGroup / 32;  // words of a lane in a group: a quad of lanes has all of a row
-  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4, first = threadIdx.x / kWarp * 32 + g;
+__device__ __forceinline__ void multiply(const Stage<kGroup, kTiles>& stage, const Lane<kGroup>& at,
+                                         float (&sums)[2][kTiles][4]) {
+  constexpr int kTogether = Lane<kGroup>::kTogether;
 #pragma unroll
   for (int group = 0; group < kChunk / kGroup; ++group) {
-    const int word = 4 * kTogether * group + kTogether * t;
     Words<kTogether> codes[2][2];
     uint32_t factor[2][2], minus[2][2];
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = first + 16 * m + 8 * half;
-        const uint32_t* p = stage.codes + 4 * code_piece(row, word / 4) + word % 4;
+        const uint32_t* p = stage.codes + at.codes_of(group) + kWords * (16 * m + 8 * half);
         codes[m][half] = *reinterpret_cast<const Words<kTogether>*>(p);
-        minus[m][half] = stage.minus[group][row] * 0x00010001u;
+        minus[m][half] = stage.minus[group][at.row + 16 * m + 8 * half] * 0x00010001u;
         factor[m][half] = (minus[m][half] & kExponents) - kSevenExponents;
       }
     }
@@ -224,7 +247,7 @@ __device__ __forceinline__ void multiply(const Stage<kGroup, kTiles>& stage, flo
       uint32_t input[kTiles][2][2];
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        const uint32_t* p = stage.input + 4 * input_piece<kGroup>(8 * n + g, word + i);
+        const uint32_t* p = stage.input + at.input_of(group, i) + kChunk / 2 * 8 * n;
         const Words<4> x = *reinterpret_cast<const Words<4>*>(p);  // pairs (0, 1), (2, 3), (4, 5), (6, 7)
         input[n][0][0] = __byte_perm(x.values[0], x.values[2], 0x5410);
         input[n][0][1] = __byte_perm(x.values[0], x.values[2], 0x7632);
@@ -248,7 +271,7 @@ __device__ __forceinline__ void multiply(const Stage<kGroup, kTiles>& stage, flo
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float scale = stage.scales[group][first + 16 * m + 8 * (i / 2)];
+        const float scale = stage.scales[group][at.row + 16 * m + 8 * (i / 2)];
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) sums[m][n][i] = fmaf(scale, products[m][n][i], sums[m][n][i]);
       }
@@ -338,13 +361,14 @@ __global__ void __launch_bounds__(kThreads, 4) int4_linear_kernel(const Int4Line
   const int steps = run.count * static_cast<int>((a.rows + 8 * kTiles - 1) / (8 * kTiles));
   const bool wide = a.width % 32 == 0 && reinterpret_cast<uintptr_t>(a.codes) % 16 == 0;
 
+  const Lane<kGroup> lane;
   Place here(run), ahead(run);
-  Factors<kChunk / kGroup> factors;
+  Factors<kChunk / kGroup> factors{};
   for (int i = 0; i < kDepth - 1; ++i) {
     if (i < steps) {
       fetch(a, stages[i], ahead, wide);
       factors.load(a, ahead);
-      factors.store(stages[i]);
+      factors.store(a, stages[i]);
       ahead.advance(run);
     }
     copy_commit();
@@ -363,8 +387,8 @@ __global__ void __launch_bounds__(kThreads, 4) int4_linear_kernel(const Int4Line
       ahead.advance(run);
     }
     copy_commit();
-    multiply(stages[current], sums);
-    if (more) factors.store(filled);  // only now, so that nothing waits for their loads
+    multiply(stages[current], lane, sums);
+    if (more) factors.store(a, filled);  // only now, so that nothing waits for their loads
     current = current == kDepth - 1 ? 0 : current + 1;
     if (here.chunk == run.chunks - 1 || here.done == run.count - 1) {
       const int64_t begin = static_cast<int64_t>(here.feature) * run.chunks, end = begin + run.chunks;
@@ -405,7 +429,10 @@ Int4LinearPlan int4_linear_cuda_plan(int64_t rows, int64_t columns, int64_t widt
 
 const char* int4_linear_cuda(const Int4Linear& a, void* stream) {
   if (a.rows == 0) return nullptr;
-  if (a.columns < 1 || a.width < 1 || a.width > INT32_MAX) return "int4_linear: columns or width out of range";
+  constexpr int64_t kMost = int64_t{1} << 30;  // so that 32 bits count elements of a row, and rows
+  if (a.columns < 1 || a.width < 1 || a.columns > kMost || a.width > kMost || a.rows > kMost || a.input_row > kMost) {
+    return "int4_linear: sizes out of range";
+  }
   const int64_t chunks = chunks_of(a.columns, a.width);
   if (a.blocks < 1 || a.blocks > chunks || a.blocks > kMaxGrid) return "int4_linear: blocks not as planned";
   if (chunks / a.blocks > INT32_MAX / (a.rows + 1)) return "int4_linear: too large";

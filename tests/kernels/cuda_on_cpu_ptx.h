@@ -20,6 +20,11 @@ inline int atomicAdd(int* p, int value) {
   return before;
 }
 inline void __threadfence() {}
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
 template <typename T>
 T __ldcg(const T* p) {
   return __ldg(p);
@@ -125,6 +130,8 @@ void copy_wait() {
     groups.pop_front();
   }
 }
+
+inline uint32_t masked_or(uint32_t value, uint32_t mask, uint32_t bits) { return (value & mask) | bits; }
 
 inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t result = 0;

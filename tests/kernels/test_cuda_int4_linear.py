@@ -1,5 +1,5 @@
-"""The CUDA C++ source of int4_linear, run on the CPU thread by thread (``cuda_on_cpu.h``, ``cuda_on_cpu_ptx.h``), called
-as on a GPU and judged against the dequantised weight in float64.
+"""The CUDA C++ source of int4_linear, run on the CPU thread by thread (``cuda_on_cpu_ptx.h``), called as on
+a GPU and judged against the dequantised weight in float64.
 
 Stands in for a GPU where there is none: index arithmetic, the order of codes and operands, barriers, copies that arrive
 late, stream-K's partial sums. It says nothing about speed, nor of what the tensor cores round within a product.
@@ -324,7 +324,7 @@ def test_bad_arguments_are_refused(library):
             setattr(arguments, name, value)
         return library.run(ctypes.byref(arguments))
 
-    assert error(columns=0) == b"int4_linear: columns or width out of range"
+    assert error(columns=0) == b"int4_linear: sizes out of range"
     assert error(blocks=2) == error(blocks=0) == b"int4_linear: blocks not as planned"
     assert error(input=8) == error(input_row=68) == b"int4_linear: rows of the input are not 16-byte aligned"
     assert error(codes=18) == b"int4_linear: codes are not 4-byte aligned"
