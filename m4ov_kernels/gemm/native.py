@@ -9,6 +9,7 @@ from m4ov_kernels import _C
 from m4ov_kernels.layout import DTYPES, as_rows, output, scratch
 
 
+
 def invariant_linear_fwd(
     input: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool = False, out: Tensor | None = None
 ) -> Tensor:

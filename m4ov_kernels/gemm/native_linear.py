@@ -1,5 +1,5 @@
-"""``quantized_linear`` through the compiled kernels: on the CPU, where the weight's tensors are those of its panels; on a
-GPU see ``native_cuda.py``."""
+"""``quantized_linear`` through the compiled kernel (CPU): the weight's tensors are those of its panels. On a GPU they are
+canonical, and ``native_cuda.py`` serves."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def quantized_linear_fwd(
     """``[M, K]`` → ``[M, N]``, or ``[M, N / 2]`` of gates and ups."""
     if input.is_cuda:
         operands = (codes, scales, zeros, order, input_scale, bias, residual)
-        options = (kind, out_features, group, activation, epilogue)
-        return native_cuda.quantized_linear_fwd(input, *operands, *options, out=out)
+        scheme = (kind, out_features, group, activation, epilogue)
+        return native_cuda.quantized_linear_fwd(input, *operands, *scheme, out=out)
     tokens, width = input.shape
     columns = out_features // 2 if epilogue == "swiglu" else out_features
     result = output(out, (tokens, columns), input, input.dtype)
@@ -55,7 +55,7 @@ def quantized_linear_fwd(
     pointers = (input, codes, scales, zeros, order, input_scale, bias, residual, result)
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in pointers]
     sizes = (tokens, out_features, width, places, group, scales.shape[1], input_row, residual_row)
-    switches = (
+    options = (
         KINDS[kind],
         ACTIVATIONS[activation],
         EPILOGUES[epilogue],
@@ -63,6 +63,6 @@ def quantized_linear_fwd(
         DTYPES[input.dtype],
         torch.get_num_threads(),
     )
-    memory, address = scratch(_C.quantized_linear((*addresses, 0), sizes, switches))
-    _C.quantized_linear((*addresses, address), sizes, switches)
+    memory, address = scratch(_C.quantized_linear((*addresses, 0), sizes, options))
+    _C.quantized_linear((*addresses, address), sizes, options)
     return result
