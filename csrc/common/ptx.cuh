@@ -33,6 +33,9 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Keeps what was computed before a loop from being computed again inside, to save a register.
+__device__ __forceinline__ void once(int& value) { asm volatile("" : "+r"(value)); }
+
 // (value & mask) | bits in one instruction, which the compiler makes two of where both are constants.
 __device__ __forceinline__ uint32_t masked_or(uint32_t value, uint32_t mask, uint32_t bits) {
   uint32_t result;

@@ -111,7 +111,7 @@ __device__ __forceinline__ const char* along(const void* p, uint32_t count, uint
 // Starts the copies of one chunk. Of codes past the end of a row or of the matrix others are read: their input is 0, or
 // their result is not written. Of rows past the end of the input nothing is read, nor is their result written.
 template <int kGroup, int kTiles>
-__device__ __forceinline__ void fetch(const Int4Linear& a, Stage<kGroup, kTiles>& stage, const Place& at, bool wide) {
+__device__ __forceinline__ void fetch(const Int4Linear& a, Stage<kGroup, kTiles>& stage, const Place& at, int wide) {
   const uint32_t row_bytes = static_cast<uint32_t>(a.width + 7) / 8 * 4, last = static_cast<uint32_t>(a.columns - 1);
   const uint32_t row = threadIdx.x / 4, piece = threadIdx.x % 4, byte = at.chunk * (kWords * 4) + piece * 16;
   const uint32_t feature = at.feature * kFeatures + row;
@@ -211,9 +211,7 @@ struct Lane {
     row = threadIdx.x / kWarp * 32 + g;
     codes = 4 * code_piece(row, word / 4) + word % 4;
     input = 4 * input_piece<kGroup>(g, word);
-#ifdef __CUDACC__
-    asm volatile("" : "+r"(row), "+r"(codes), "+r"(input));  // lest they be computed again for every chunk
-#endif
+    once(row), once(codes), once(input);
   }
   __device__ __forceinline__ int codes_of(int group) const { return codes ^ 4 * kTogether * group; }
   __device__ __forceinline__ int input_of(int group, int word) const {
@@ -359,7 +357,8 @@ __global__ void __launch_bounds__(kThreads, 4) int4_linear_kernel(const Int4Line
   __shared__ Stage<kGroup, kTiles> stages[kDepth];
   const Run run(a);
   const int steps = run.count * static_cast<int>((a.rows + 8 * kTiles - 1) / (8 * kTiles));
-  const bool wide = a.width % 32 == 0 && reinterpret_cast<uintptr_t>(a.codes) % 16 == 0;
+  int wide = a.width % 32 == 0 && reinterpret_cast<uintptr_t>(a.codes) % 16 == 0;
+  once(wide);
 
   const Lane<kGroup> lane;
   Place here(run), ahead(run);

@@ -1,5 +1,5 @@
-"""``quantized_linear`` through the compiled kernel (CPU): the weight's tensors are those of its panels. On a GPU they are
-canonical, and ``native_cuda.py`` serves."""
+"""``quantized_linear`` through the compiled kernel (CPU): the weight's tensors are those of its panels. On a GPU they
+are canonical, and ``native_cuda.py`` serves."""
 
 from __future__ import annotations
 

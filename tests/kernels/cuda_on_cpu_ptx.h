@@ -131,6 +131,8 @@ void copy_wait() {
   }
 }
 
+inline void once(int&) {}
+
 inline uint32_t masked_or(uint32_t value, uint32_t mask, uint32_t bits) { return (value & mask) | bits; }
 
 inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
