@@ -18,7 +18,7 @@ from m4ov_bench.row import Row
 from m4ov_bench.session import Kernel, Session, Subject, rows
 from m4ov_kernels import invariant_linear
 from m4ov_kernels.dispatch import native_extension
-from m4ov_kernels.gemm import unavailable
+from m4ov_kernels.gemm.invariant import unavailable
 
 
 def benchmark(session: Session) -> Iterator[Row]:

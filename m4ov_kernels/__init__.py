@@ -6,7 +6,7 @@ from m4ov_kernels.activation import geglu, gelu, gelu_tanh, swiglu
 from m4ov_kernels.attention import varlen_attention
 from m4ov_kernels.device_errors import check
 from m4ov_kernels.dispatch import backend
-from m4ov_kernels.gemm import invariant_linear
+from m4ov_kernels.gemm import fp8_linear, int4_linear, int8_linear, invariant_linear
 from m4ov_kernels.head import linear_cross_entropy, linear_kl, linear_logprob
 from m4ov_kernels.invariance import invariant
 from m4ov_kernels.norm import layer_norm, rms_norm
@@ -28,9 +28,12 @@ __all__ = [
     "backend",
     "check",
     "deepstack_add",
+    "fp8_linear",
     "geglu",
     "gelu",
     "gelu_tanh",
+    "int4_linear",
+    "int8_linear",
     "interpolate_position_embeddings",
     "invariant",
     "invariant_linear",

@@ -137,6 +137,7 @@ class Operator:
             which inputs want one. ``grad_results`` may be followed by gradients of the other outputs, to be ignored.
         native: devices for which ``native.py`` has kernels.
         serves: other public functions, by name, that are made of this one and have no kernels of their own.
+        public: whether there is a public function of the operator's own name.
         backends: the modules that the family has besides its reference. A ``library.py`` also defines
             ``unavailable(device_type, dtype)``: why it cannot serve such tensors, or ``None``.
     """
@@ -155,6 +156,7 @@ class Operator:
         backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
         native: tuple[str, ...] = ("cpu",),
         serves: tuple[str, ...] = (),
+        public: bool = True,
         backends: tuple[str, ...] = ("native", "triton"),
         dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES,
     ) -> None:
@@ -174,8 +176,9 @@ class Operator:
                 setup_context=setup_context,
                 lib=_library,
             )
+        self.functions = (name, *serves) if public else serves
         OPERATORS[name] = self
-        FUNCTIONS.update(dict.fromkeys((name, *serves), self))
+        FUNCTIONS.update(dict.fromkeys(self.functions, self))
 
     def _register(self, kind: str, schema: str, fake: Callable[..., Any]) -> Any:
         raw = f"{self.name}_{kind}"
@@ -190,7 +193,7 @@ class Operator:
             if implementation is None:
                 raise RuntimeError(
                     f"m4ov::{self.name}_{kind} has no kernel for a {inputs[0].dtype} tensor on {inputs[0].device}; "
-                    f"call m4ov_kernels.{self.family}.{self.name}, which has a plain PyTorch reference"
+                    f"call m4ov_kernels.{self.family}.{self.functions[0]}, which has a plain PyTorch reference"
                 )
             return getattr(implementation, kind)(*inputs)
 
@@ -213,6 +216,18 @@ class Operator:
     # Dynamo cannot trace the imports behind the choice. As torch.compiler.assume_constant_result marks it, but without
     # its import of the whole compiler, which takes as long as all the rest.
     _has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def backend_of(self, implementation: Implementation, device: torch.device, dtype: torch.dtype | None) -> str:
+        """The name of what :meth:`select` has found; while compiling, of what the registered op will find."""
+        if implementation is not _REGISTERED:
+            return implementation.backend
+        return self._kernel_for(device, dtype, _thread.override)
+
+    def _kernel_for(self, device: torch.device, dtype: torch.dtype | None, override: str | None) -> str:
+        found = self._resolve(device, dtype, override)
+        return "reference" if found is None else found.backend
+
+    _kernel_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _resolve(self, device: torch.device, dtype: torch.dtype | None, override: str | None) -> Implementation | None:
         for name in (override,) if override else _ORDER.get(device.type, ("reference",)):

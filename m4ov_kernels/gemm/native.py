@@ -1,26 +1,7 @@
-"""``invariant_linear`` through the compiled kernel (CPU)."""
+"""The matrix products through the compiled kernels (CPU)."""
 
-from __future__ import annotations
+from m4ov_kernels.gemm.native_backward import quantized_linear_bwd
+from m4ov_kernels.gemm.native_invariant import invariant_linear_fwd
+from m4ov_kernels.gemm.native_linear import quantized_linear_fwd
 
-import torch
-from torch import Tensor
-
-from m4ov_kernels import _C
-from m4ov_kernels.layout import DTYPES, as_rows, output, scratch
-
-
-
-def invariant_linear_fwd(
-    input: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool = False, out: Tensor | None = None
-) -> Tensor:
-    """``[T, K]`` and ``[N, K]`` (``transposed``: ``[K, N]``) → ``[T, N]``."""
-    columns = weight.shape[1 if transposed else 0]
-    result = output(out, (input.shape[0], columns), input, input.dtype)
-    (input, input_row), (weight, weight_row) = as_rows(input), as_rows(weight)
-    bias = None if bias is None else bias.contiguous()
-    addresses = [input.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), result.data_ptr(), 0]
-    sizes = (input.shape[0], columns, input.shape[1], input_row, weight_row)
-    arguments = (sizes, transposed, DTYPES[input.dtype], torch.get_num_threads())
-    memory, addresses[4] = scratch(_C.invariant_linear(addresses, *arguments))
-    _C.invariant_linear(addresses, *arguments)
-    return result
+__all__ = ["invariant_linear_fwd", "quantized_linear_bwd", "quantized_linear_fwd"]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from m4ov_kernels.checks import describe, refuse
 from m4ov_kernels.gemm.weights import bits, validate
+from m4ov_kernels.gemm.weights.cached import Cached
 
 BLOCK = 128
 LARGEST = 448.0  # of float8_e4m3fn, which has no infinity
@@ -24,8 +25,8 @@ def scale_shape(shape: tuple[int, ...], granularity: str) -> tuple[int, int]:
     return shapes[granularity]
 
 
-@dataclass(frozen=True, eq=False)
-class Fp8Weight:
+@dataclass(frozen=True, eq=False, repr=False)
+class Fp8Weight(Cached):
     """W[n, k] = v[n, k]·s, s the scale of the tensor, of the channel n, or of the block (n // 128, k // 128).
 
     Attributes:

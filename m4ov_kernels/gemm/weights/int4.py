@@ -11,6 +11,7 @@ from torch import Tensor
 
 from m4ov_kernels.checks import describe, refuse
 from m4ov_kernels.gemm.weights import bits, validate
+from m4ov_kernels.gemm.weights.cached import Cached
 
 GROUP_SIZES = (32, 64, 128)
 WHOLE_ROW = -1
@@ -28,8 +29,8 @@ def natural_groups(in_features: int, group_size: int, device: torch.device | Non
     return columns * 0 if group_size == WHOLE_ROW else columns // group_size
 
 
-@dataclass(frozen=True, eq=False)
-class Int4Weight:
+@dataclass(frozen=True, eq=False, repr=False)
+class Int4Weight(Cached):
     """W[n, k] = (q[n, k] − z[n, g])·s[n, g], g the group of k; z = 8 where there are no zero points.
 
     Attributes:

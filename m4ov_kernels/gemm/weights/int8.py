@@ -10,12 +10,13 @@ from torch import Tensor
 
 from m4ov_kernels.checks import describe, refuse
 from m4ov_kernels.gemm.weights import bits, validate
+from m4ov_kernels.gemm.weights.cached import Cached
 
 _NAME = "Int8Weight"
 
 
-@dataclass(frozen=True, eq=False)
-class Int8Weight:
+@dataclass(frozen=True, eq=False, repr=False)
+class Int8Weight(Cached):
     """W[n, k] = q[n, k]·s[n].
 
     Attributes:

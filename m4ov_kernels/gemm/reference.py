@@ -1,0 +1,101 @@
+"""The definition of the linears of quantised weights, in plain PyTorch: differentiable any number of times, exact in
+float64. What activations are rounded to is the same in every dtype: that is computed in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from m4ov_kernels.gemm.weights import Fp8Weight, Int4Weight, Int8Weight
+from m4ov_kernels.gemm.weights.fp8 import BLOCK, LARGEST
+
+INT8_LARGEST = 127.0
+SMALLEST_SCALE = 2.0**-126
+
+
+def quantized_linear(
+    input: Tensor,
+    weight: Int4Weight | Int8Weight | Fp8Weight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    epilogue: str,
+) -> Tensor:
+    """See :func:`m4ov_kernels.gemm.int4_linear`; ``activation`` is not "auto", ``epilogue`` not ``None`` but "none"."""
+    compute = torch.promote_types(input.dtype, torch.float32)
+    wide, single = input.to(compute), input.detach().to(torch.float32)
+    scale = weight.pre_quant_scale if isinstance(weight, Int4Weight) else None
+    if scale is not None:
+        wide, single = wide * scale.to(compute), single * scale.to(torch.float32)
+    rows: Tensor = _StraightThrough.apply(wide, rounded(single, weight, activation, compute))
+    result = _product(rows, weight.dequantize(compute))
+    if bias is not None:
+        result = result + bias.to(compute)
+    if epilogue == "swiglu":
+        gate, up = result.chunk(2, dim=-1)
+        result = F.silu(gate) * up
+    elif epilogue != "none":
+        # The product by one hands GELU's backward (oneDNN's) a gradient of its own: it refuses one whose rows overlap.
+        result = F.gelu(result, approximate="tanh" if epilogue == "gelu_tanh" else "none") * 1.0
+    if residual is not None:
+        result = result + residual.to(compute)
+    return result.to(input.dtype)
+
+
+def _product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Not in autocast's dtype."""
+    if not torch.amp.is_autocast_available(rows.device.type):
+        return F.linear(rows, matrix)
+    with torch.autocast(rows.device.type, enabled=False):
+        return F.linear(rows, matrix)
+
+
+def rounded(single: Tensor, weight: Any, activation: str, compute: torch.dtype) -> Tensor:
+    """The activations float32 [..., K] as they enter the product, in another dtype: bfloat16 values, or codes times
+    their scales."""
+    if activation == "bf16":
+        return single.to(torch.bfloat16).to(compute)
+    if activation == "int8":
+        codes, scales = scaled(single, INT8_LARGEST)
+        return codes.round().to(compute) * scales.to(compute)
+    static = weight.input_scale if isinstance(weight, Fp8Weight) else None
+    if static is not None:
+        values = (single / static.to(torch.float32)).clamp(-LARGEST, LARGEST)
+        return values.to(torch.float8_e4m3fn).to(compute) * static.to(compute)
+    if isinstance(weight, Fp8Weight) and weight.granularity == "block":
+        width = single.shape[-1]
+        groups = F.pad(single, (0, -width % BLOCK)).unflatten(-1, (-1, BLOCK))
+        values, scales = scaled(groups, LARGEST)
+        return (values.to(torch.float8_e4m3fn).to(compute) * scales.to(compute)).flatten(-2)[..., :width]
+    values, scales = scaled(single, LARGEST)
+    return values.to(torch.float8_e4m3fn).to(compute) * scales.to(compute)
+
+
+def scaled(single: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """float32 [..., K] over its scales [..., 1], which bring the largest magnitude of a row to ``largest``. A row that
+    is not finite has the scale NaN and zeros."""
+    finite = single.isfinite().all(-1, keepdim=True)
+    scales = (single.abs().amax(-1, keepdim=True) / largest).clamp_min(SMALLEST_SCALE)
+    zero, nan = single.new_zeros(()), single.new_full((), torch.nan)
+    return torch.where(finite, single / scales, zero), torch.where(finite, scales, nan)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The second argument, with the gradient of the first."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values: Tensor, replaced: Tensor) -> Tensor:  # type: ignore[override]
+        return replaced.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
