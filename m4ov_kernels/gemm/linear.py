@@ -119,8 +119,8 @@ def fp8_linear(
             backward, which errors are raised, and how an epilogue is differentiated.
         activation: ``"bf16"``: ``x`` rounded to bfloat16. ``"fp8"``: to e4m3 over a scale, the largest magnitude over
             448, at least 2⁻¹²⁶: of every row; for a weight of blocks, of every 128 features of a row; or, if the
-            weight has one, over its ``input_scale``, and what lies past ±448 scales is ±448 scales. A row that is not
-            finite is NaN. ``"auto"``: ``"bf16"`` on the CPU and inside :func:`m4ov_kernels.invariant`, ``"fp8"`` on a GPU.
+            weight has one, over its ``input_scale`` (then what lies past ±448 scales is ±448 scales, and only NaN is
+            NaN). ``"auto"``: ``"bf16"`` on the CPU and inside :func:`m4ov_kernels.invariant`, ``"fp8"`` on a GPU.
 
     Returns:
         ``[..., N]`` (``"swiglu"``: ``[..., N / 2]``), contiguous, of the dtype of ``x``.

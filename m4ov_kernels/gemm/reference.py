@@ -64,7 +64,6 @@ def rounded(single: Tensor, weight: Any, activation: str, compute: torch.dtype) 
     static = weight.input_scale if isinstance(weight, Fp8Weight) else None
     if static is not None:
         values = (single / static.to(torch.float32)).clamp(-LARGEST, LARGEST)
-        values = torch.where(single.isfinite(), values, torch.nan)
         return values.to(torch.float8_e4m3fn).to(compute) * static.to(compute)
     if isinstance(weight, Fp8Weight) and weight.granularity == "block":
         width = single.shape[-1]

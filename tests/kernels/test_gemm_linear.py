@@ -167,7 +167,6 @@ def _plainly(x: torch.Tensor, weight, activation: str) -> torch.Tensor:
             scale = torch.maximum(scale, torch.tensor(2.0**-126))
             if activation == "fp8" and static is not None:
                 codes = (part / static.float()).clamp(-448, 448).to(torch.float8_e4m3fn).double()
-                codes[~part.isfinite()] = torch.nan
                 out[index, first : first + block] = codes * static.double()
             elif not part.isfinite().all():
                 out[index, first : first + block] = torch.nan
