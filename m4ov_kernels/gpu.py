@@ -73,6 +73,7 @@ class CudaBuild:
     """The instances of one kernel of ``csrc/<family>/*.cu`` for one dtype.
 
     ``pattern``: of their demangled names, as :mod:`fnmatch` reads it: ``rms_norm_fwd_kernel<float, *>``.
+    ``wgmma``: a matrix kernel without it is one that has too few rows for its tiles of 64, and waits for memory.
     Other fields as in :class:`Build`.
     """
 
@@ -81,6 +82,7 @@ class CudaBuild:
     hot: bool = True
     work: Work | None = None
     matrix: bool = False
+    wgmma: bool = True
 
     @property
     def name(self) -> str:

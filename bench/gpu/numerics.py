@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from m4ov_bench.gpu import device as chip
 from m4ov_bench.gpu.context import Context
-from m4ov_bench.gpu.example import Maker, backends, dtypes_of, operator_named, poisoned_memory
+from m4ov_bench.gpu.example import Example, Maker, backends, dtypes_of, operator_named, poisoned_memory
 from m4ov_bench.gpu.operators import cases_of
 from m4ov_bench.gpu.part import NotRun
 from m4ov_kernels import backend, check
@@ -29,7 +31,7 @@ def run(context: Context) -> None:
                         raise AssertionError(reason)
                     raise NotRun(reason)
                 continue
-            for example in examples(Maker(device, dtype), context.tiny):
+            for example in _made_under(name, examples(Maker(device, dtype), context.tiny)):
                 with part.check("float64", **about, case=example.title) as found:
                     with backend(name), poisoned_memory():
                         ours = example.run()
@@ -39,3 +41,13 @@ def run(context: Context) -> None:
                     found["error"] = round(max(gate.errors.values()), 4)
                     if not gate.green:
                         raise AssertionError(gate.problem)
+
+
+def _made_under(name: str, examples: Iterator[Example]) -> Iterator[Example]:
+    """One after the other, each made under a backend, which may serve but some of them."""
+    while True:
+        with backend(name):
+            example = next(examples, None)
+        if example is None:
+            return
+        yield example

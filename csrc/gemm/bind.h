@@ -3,9 +3,33 @@
 
 #include "../common/bind.h"
 #include "kernels.h"
+#ifdef M4OV_WITH_CUDA
+#include "int4_linear.cuh"
+#endif
 
 namespace m4ov {
 namespace {
+
+#ifdef M4OV_WITH_CUDA
+void bind_gemm_cuda(py::module_& m) {
+  // (output, input, codes, scales, zeros, bias, residual, partials, arrivals); (rows, columns, width, input_row,
+  // residual_row, group, groups, blocks); on the current device.
+  m.def("int4_linear_cuda", [](const std::array<Address, 9>& addresses, const std::array<int64_t, 8>& sizes,
+                               int scale_dtype, int dtype, Address stream) {
+    const auto [output, input, codes, scales, zeros, bias, residual, partials, arrivals] = addresses;
+    const auto [rows, columns, width, input_row, residual_row, group, groups, blocks] = sizes;
+    launch(int4_linear_cuda,
+           Int4Linear{at<void>(output), at<void>(input), at<void>(codes), at<void>(scales), at<uint8_t>(zeros),
+                      at<void>(bias), at<void>(residual), at<float>(partials), at<int>(arrivals), rows, columns, width,
+                      input_row, residual_row, group, groups, blocks, scale_dtype, dtype},
+           stream);
+  });
+  m.def("int4_linear_cuda_plan", [](int64_t rows, int64_t columns, int64_t width, int64_t multiprocessors) {
+    const Int4LinearPlan plan = int4_linear_cuda_plan(rows, columns, width, multiprocessors);
+    return std::array<int64_t, 3>{plan.blocks, plan.partials, plan.tiles};
+  });
+}
+#endif
 
 void bind_gemm(py::module_& m) {
   // (input, weight, bias, output, scratch); (tokens, columns, width, input_row, weight_row).
@@ -31,6 +55,9 @@ void bind_gemm(py::module_& m) {
         group, groups, input_row, residual_row, kind, activation, epilogue, scale_dtype, dtype, threads,
         at<char>(scratch)});
   });
+#ifdef M4OV_WITH_CUDA
+  bind_gemm_cuda(m);
+#endif
 }
 
 }  // namespace

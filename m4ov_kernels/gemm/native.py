@@ -1,4 +1,4 @@
-"""The matrix products through the compiled kernels (CPU)."""
+"""The matrix products through the compiled kernels (CPU; of int4 weights by few rows, GPU too)."""
 
 from m4ov_kernels.gemm.native_backward import quantized_linear_bwd
 from m4ov_kernels.gemm.native_invariant import invariant_linear_fwd

@@ -1,11 +1,12 @@
 """The gradient of a quantised linear's input: the panels are dequantised a few input features at a time, and multiplied
-by the kernel that keeps a row's bits."""
+by the kernel that keeps a row's bits. On a GPU the weight is canonical, and ``native_cuda.py`` serves."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from m4ov_kernels.gemm import native_cuda
 from m4ov_kernels.gemm.native_invariant import invariant_linear_fwd
 from m4ov_kernels.gemm.panels import PANEL, PLACES
 from m4ov_kernels.layout import output
@@ -29,6 +30,9 @@ def quantized_linear_bwd(
 
     bfloat16 gradients meet a weight rounded to bfloat16, others one in float32; sums are float32.
     """
+    if grad_output.is_cuda:
+        operands = (codes, scales, zeros, order)
+        return native_cuda.quantized_linear_bwd(grad_output, *operands, kind, in_features, group, out=out)
     columns, places = grad_output.shape[1], PLACES[kind]
     result = output(out, (grad_output.shape[0], in_features), grad_output, grad_output.dtype)
     dtype = torch.bfloat16 if grad_output.dtype is torch.bfloat16 else torch.float32

@@ -1,4 +1,5 @@
-"""``quantized_linear`` through the compiled kernel (CPU): the weight's tensors are those of its panels."""
+"""``quantized_linear`` through the compiled kernel (CPU): the weight's tensors are those of its panels. On a GPU they
+are canonical, and ``native_cuda.py`` serves."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import torch
 from torch import Tensor
 
 from m4ov_kernels import _C
+from m4ov_kernels.gemm import native_cuda
 from m4ov_kernels.layout import DTYPES, as_rows, output, scratch
 
 KINDS = {"int4": 0, "int8": 1, "fp8": 2}
@@ -32,6 +34,10 @@ def quantized_linear_fwd(
     out: Tensor | None = None,
 ) -> Tensor:
     """``[M, K]`` → ``[M, N]``, or ``[M, N / 2]`` of gates and ups."""
+    if input.is_cuda:
+        operands = (codes, scales, zeros, order, input_scale, bias, residual)
+        scheme = (kind, out_features, group, activation, epilogue)
+        return native_cuda.quantized_linear_fwd(input, *operands, *scheme, out=out)
     tokens, width = input.shape
     columns = out_features // 2 if epilogue == "swiglu" else out_features
     result = output(out, (tokens, columns), input, input.dtype)

@@ -52,9 +52,10 @@ def violations(report: Report, build: Build | CudaBuild, shared_limit: int) -> l
     if not report.occupancy:
         found.append("no block fits on a multiprocessor")
     kinds = ", ".join(report.matrix) or "none"
+    wgmma = report.target.startswith("sm_90") and (isinstance(build, Build) or build.wgmma)
     if build.matrix and not report.matrix:
         found.append("no matrix instruction in a matrix kernel")
-    elif build.matrix and report.target.startswith("sm_90") and not any(map(WGMMA.fullmatch, report.matrix)):
+    elif build.matrix and wgmma and not any(map(WGMMA.fullmatch, report.matrix)):
         found.append(f"no wgmma in a matrix kernel (its matrix instructions: {kinds})")
     elif report.matrix and not build.matrix:
         found.append(f"matrix instructions ({kinds}) in a kernel that is not declared with matrix=True")

@@ -1,8 +1,8 @@
 // Runs CUDA C++ on the CPU, one thread of a block after the other, so that index arithmetic, barriers and rounding of a
 // kernel can be tested where there is no GPU. Threads are fibers that run up to their next barrier or shuffle; which
 // warps get a turn, and in what order their threads take it, is drawn each time, so that warps drift apart and a missing
-// barrier shows. A barrier or shuffle that not all threads reach ends the program (on a GPU it would be undefined). What
-// it cannot show: races within a warp, memory ordering, speed.
+// barrier shows; so is the order of the blocks. A barrier or shuffle that not all threads reach ends the program (on a GPU
+// it would be undefined). What it cannot show: races within a warp, memory ordering, speed.
 #pragma once
 
 #include <stdint.h>
@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -71,13 +72,16 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace on_cpu {
 
-enum State { kRunnable, kShuffling, kAtBarrier, kDone };
+enum State { kRunnable, kWithWarp, kAtBarrier, kDone };
+
+// What the 32 lanes of a warp do together once all have come; `operands`: each lane's.
+using Collective = void (*)(void* const (&operands)[32]);
 
 struct Fiber {
   ucontext_t context;
   State state = kRunnable;
-  float given = 0.0f, received = 0.0f;
-  int lane_mask = 0;
+  Collective collective = nullptr;
+  void* operands = nullptr;
 };
 
 constexpr size_t kStack = 64 << 10;
@@ -93,6 +97,12 @@ inline void wait(State state) {
   swapcontext(&fibers[current].context, &scheduler);
 }
 
+inline void with_warp(Collective collective, void* operands) {
+  fibers[current].collective = collective;
+  fibers[current].operands = operands;
+  wait(kWithWarp);
+}
+
 inline void run_fiber() {
   thread_body();
   fibers[current].state = kDone;
@@ -103,20 +113,24 @@ inline void run_fiber() {
   abort();
 }
 
-// Releases the warps whose 32 lanes all stand at a shuffle, else the block if all its threads stand at a barrier.
+// Releases the warps whose 32 lanes all stand at the same instruction of a warp, else the block if all its threads stand
+// at a barrier.
 inline bool release() {
   size_t runnable = 0, at_barrier = 0, done = 0;
   for (size_t warp = 0; warp < fibers.size(); warp += 32) {
-    size_t shuffling = 0;
+    size_t with_warp = 0, together = 0;
+    void* operands[32];
     for (size_t i = warp; i < warp + 32; ++i) {
+      operands[i - warp] = fibers[i].operands;
       runnable += fibers[i].state == kRunnable;
-      shuffling += fibers[i].state == kShuffling;
+      with_warp += fibers[i].state == kWithWarp;
+      together += fibers[i].state == kWithWarp && fibers[i].collective == fibers[warp].collective;
       at_barrier += fibers[i].state == kAtBarrier;
       done += fibers[i].state == kDone;
     }
-    if (shuffling == 0) continue;
-    if (shuffling != 32) fail("a shuffle that not all lanes reach");
-    for (size_t i = warp; i < warp + 32; ++i) fibers[i].received = fibers[warp + ((i - warp) ^ fibers[i].lane_mask)].given;
+    if (with_warp == 0) continue;
+    if (together != 32) fail("a shuffle, or another instruction of a warp, that not all lanes reach");
+    fibers[warp].collective(operands);
     for (size_t i = warp; i < warp + 32; ++i) fibers[i].state = kRunnable;
     runnable += 32;
   }
@@ -159,11 +173,19 @@ inline void run_block(dim3 block) {
 inline void __syncthreads() { on_cpu::wait(on_cpu::kAtBarrier); }
 
 inline float __shfl_xor_sync(unsigned, float value, int lane_mask) {
-  const size_t self = on_cpu::current;
-  on_cpu::fibers[self].given = value;
-  on_cpu::fibers[self].lane_mask = lane_mask;
-  on_cpu::wait(on_cpu::kShuffling);
-  return on_cpu::fibers[self].received;
+  struct Lane {
+    float given, received;
+    int lane_mask;
+  } mine{value, 0.0f, lane_mask};
+  on_cpu::with_warp(
+      [](void* const(&operands)[32]) {
+        for (int i = 0; i < 32; ++i) {
+          Lane* lane = static_cast<Lane*>(operands[i]);
+          lane->received = static_cast<Lane*>(operands[i ^ lane->lane_mask])->given;
+        }
+      },
+      &mine);
+  return mine.received;
 }
 
 using cudaStream_t = struct CpuStream*;
@@ -178,7 +200,10 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 grid, dim3 block, v
   on_cpu::thread_body = [kernel, copy] { kernel(copy); };
   gridDim = grid;
   blockDim = block;
-  for (unsigned i = 0; i < grid.x; ++i) {
+  std::vector<unsigned> turns(grid.x);
+  std::iota(turns.begin(), turns.end(), 0u);
+  std::shuffle(turns.begin(), turns.end(), on_cpu::order);
+  for (unsigned i : turns) {
     blockIdx = dim3(i, 0);
     on_cpu::run_block(block);
   }

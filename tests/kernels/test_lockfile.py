@@ -127,6 +127,13 @@ __global__ void local_kernel(float* x, const int* index) {
   for (int i = 0; i < 64; ++i) values[index[i]] = x[i];
   x[threadIdx.x] = values[threadIdx.x % 64];
 }
+template <bool kFew>
+__global__ void product_kernel(float* c, const unsigned* a) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%4}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]));
+}
+template __global__ void product_kernel<false>(float*, const unsigned*);
+template __global__ void product_kernel<true>(float*, const unsigned*);
 __global__ void forgotten_kernel(float* x) { x[0] = 1.0f; }
 """
 
@@ -316,6 +323,9 @@ def cuda_check(folder: Path, cache: Path, *arguments: str, **variables: str) -> 
         "from m4ov_kernels.lockfile import families\n"
         "real, work = families.declared, Work('one block', 1, 1)\n"
         "builds = [CudaBuild(f'{name}_kernel(*', 'fp32', work=work) for name in ('sum', 'double', 'local', 'absent')]\n"
+        "for name, wgmma in (('false', True), ('true', False)):\n"
+        "    matrix = {'work': work, 'matrix': True, 'wgmma': wgmma}\n"
+        "    builds.append(CudaBuild(f'product_kernel<{name}>', 'bf16', **matrix))\n"
         "def declared(modules):\n"
         "    found = real(modules)\n"
         f"    found.cuda[Path({str(folder)!r})] = builds\n"
@@ -338,6 +348,8 @@ def test_cuda_sources_keep_the_budgets_too(tmp_path, caches):
     assert "double_kernel(float*, double) on sm_90a: " in done.stderr
     assert "float64 instructions" in done.stderr
     assert re.search(r"local_kernel\(.*\) on sm_90a: \d+ bytes of local memory a thread", done.stderr)
+    assert "product_kernel<false> on sm_90a: no wgmma in a matrix kernel (its matrix instructions: HMMA)" in done.stderr
+    assert "product_kernel<true>" not in done.stderr
     assert "forgotten_kernel(float*) is in no CudaBuild of KERNELS" in done.stderr
     assert "no kernel is named absent_kernel(*" in done.stderr
     assert "sum_kernel" not in done.stderr

@@ -14,6 +14,7 @@ from torch import Tensor
 from m4ov_bench import gate
 from m4ov_bench.gpu import device as chip
 from m4ov_bench.gpu.example import Example, Maker
+from m4ov_bench.gpu.operators.gemm_native import served
 from m4ov_bench.peers import Peer
 from m4ov_bench.session import Kernel, Session, Subject, implementation_name, memory_bound
 from m4ov_kernels import fp8_linear, int4_linear, int8_linear
@@ -110,15 +111,21 @@ def of_kind(kind: str) -> tuple[Callable[..., Iterator[Example]], Callable[..., 
     """``examples`` and ``subjects`` of one of the three functions."""
 
     def examples(maker: Maker, tiny: bool) -> Iterator[Example]:
-        yield from (_example(maker, case) for case in (TINY_EXAMPLES if tiny else EXAMPLES) if case.kind == kind)
+        for case in TINY_EXAMPLES if tiny else EXAMPLES:
+            if case.kind == kind and _served(case, maker.device):
+                yield _example(maker, case)
 
     def subjects(session: Session, device: torch.device, tiny: bool) -> Iterator[Subject]:
         dtype = torch.float32 if tiny else torch.bfloat16
         for case in TINY_SPEED if tiny else SPEED:
-            if case.kind == kind:
+            if case.kind == kind and _served(case, device):
                 yield _subject(Maker(device, dtype), case)
 
     return examples, subjects
+
+
+def _served(case: Case, device: torch.device) -> bool:
+    return served(device, case.kind, case.rows, case.activation, case.epilogue)
 
 
 def weight_of(maker: Maker, case: Case) -> Weight:

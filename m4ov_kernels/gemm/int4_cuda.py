@@ -1,0 +1,24 @@
+"""What ``m4ov kernels check`` compiles of ``csrc/gemm/int4_linear.cu``: entries for the family's ``KERNELS``."""
+
+from __future__ import annotations
+
+from m4ov_kernels.gpu import CudaBuild, Work
+
+_ROWS, _COLUMNS, _WIDTH = {1: 1, 2: 16}, 12288, 4096
+
+
+def _builds() -> list[CudaBuild]:
+    """One for each size of groups (128: a whole row too) and number of tiles of 8 rows of the input."""
+    builds = []
+    for group in (32, 64, 128):
+        for tiles, rows in _ROWS.items():
+            problem = f"M {rows}, N {_COLUMNS}, K {_WIDTH}, groups of {group}"
+            # Codes, bf16 scales, input and output, once each.
+            moved = _COLUMNS * (_WIDTH // 2 + 2 * _WIDTH // group) + 2 * rows * (_WIDTH + _COLUMNS)
+            work = Work(problem, moved, 2 * rows * _COLUMNS * _WIDTH)
+            name = f"int4_linear_kernel<{group}, {tiles}>"
+            builds.append(CudaBuild(name, "bf16", work=work, matrix=True, wgmma=False))
+    return builds
+
+
+CUDA_KERNELS = _builds()
