@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from m4ov_kernels import configs, gpu
 from m4ov_kernels.activation import triton as activation
+from m4ov_kernels.gemm import triton as gemm
 from m4ov_kernels.gpu import FP_FUSION, Build
 from m4ov_kernels.head import kl_state, triton_kl_builds, triton_logprob_builds, triton_logprob_launches
 from m4ov_kernels.head import triton as head
@@ -26,7 +27,7 @@ from m4ov_kernels.vision import triton as vision
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="records the interpreter's launches")
 ROWS = 32
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-TYPES = {torch.int64: "i64", torch.int32: "i32", **gpu.DTYPES}
+TYPES = {torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", **gpu.DTYPES}
 
 Launch = tuple[str, tuple[str, ...], tuple[tuple[str, Any], ...], int, int]
 
@@ -99,6 +100,18 @@ def launch_activation(dtype: torch.dtype) -> None:
                 for bias in (None, torch.empty(width, dtype=dtype)):
                     activation.gelu_fwd(gate, bias, approximate)
                     activation.gelu_bwd(gate, gate, bias, approximate, bias is not None)
+
+
+def launch_gemm(dtype: torch.dtype) -> None:
+    widths = {row.width for row in configs.rows_of("quantize_rows", "cpu", gpu.DTYPES[dtype])} | {16384}
+    for width in widths:
+        x = torch.empty(ROWS, width, dtype=dtype)
+        gemm.quantize_int8_fwd(x)
+        for granularity, transposed in (("row", False), ("group", False), ("block", False), ("block", True)):
+            gemm.quantize_fp8_fwd(x, granularity, transposed)
+        for kind, numerics in itertools.product(("int8", "fp8"), ("hf", "vllm", "fp32")):
+            gemm.swiglu_quantize_fwd(x, x, numerics, kind)
+            gemm.rms_norm_quantize_fwd(x, torch.empty(width, dtype=dtype), None, 1e-6, numerics, kind)
 
 
 def launch_head(dtype: torch.dtype) -> None:
@@ -189,6 +202,7 @@ def launch_vision(dtype: torch.dtype) -> None:
 FAMILIES = (
     (norm, launch_norm),
     (activation, launch_activation),
+    (gemm, launch_gemm),
     (head, launch_head),
     (rope, launch_rope),
     (vision, launch_vision),

@@ -13,6 +13,7 @@ from m4ov_bench.gpu.example import Example, Maker
 from m4ov_bench.gpu.operators import (
     activation,
     attention,
+    gemm_quantize,
     head,
     head_kl,
     head_logprob,
@@ -46,6 +47,10 @@ CASES = {
     "qk_norm_mrope": Cases(rope.examples, rope.subjects),
     "vision_rope": Cases(rope.vision_examples, rope.vision_subjects),
     "mrope_positions": Cases(rope_positions.examples, rope_positions.subjects),
+    "quantize_int8": Cases(gemm_quantize.int8_examples, gemm_quantize.int8_subjects),
+    "quantize_fp8": Cases(gemm_quantize.fp8_examples, gemm_quantize.fp8_subjects),
+    "rms_norm_quantize": Cases(gemm_quantize.norm_examples, gemm_quantize.norm_subjects),
+    "swiglu_quantize": Cases(gemm_quantize.swiglu_examples, gemm_quantize.swiglu_subjects),
     "scatter_vision": Cases(vision.scatter_examples, vision.scatter_subjects),
     "deepstack_add": Cases(vision.deepstack_examples, vision.deepstack_subjects),
     "interpolate_position_embeddings": Cases(vision.interpolate_examples, vision.interpolate_subjects),
