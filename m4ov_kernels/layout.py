@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 NUMERICS = {"hf": 0, "vllm": 1, "fp32": 2}
+_CACHE_LINE = 64
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/common/types.h numbers them
 
 
@@ -57,6 +58,12 @@ def output(given: Tensor | None, shape: tuple[int, ...] | torch.Size, like: Tens
     if given.shape != shape or given.dtype != dtype or given.device != like.device or not given.is_contiguous():
         raise ValueError(f"out: expected a contiguous {dtype} tensor {list(shape)} on {like.device}")
     return given
+
+
+def scratch(size: int) -> tuple[Tensor, int]:
+    """Memory for a compiled CPU kernel, to be held until that returns, and the address of its first whole cache line."""
+    memory = torch.empty(size + _CACHE_LINE, dtype=torch.uint8)
+    return memory, -(-memory.data_ptr() // _CACHE_LINE) * _CACHE_LINE
 
 
 def vector(given: Tensor | None, like: Tensor, missing: float) -> Tensor:

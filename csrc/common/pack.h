@@ -181,7 +181,7 @@ static void pack_transposed(typename Tile::Element* panel, int64_t lda, const ty
 }
 
 // fp32 [width][columns], `ldc` to a row → the first `count` columns as rows [count][width], `stride` elements apart.
-static void unpack_columns(float* rows, int64_t stride, const float* c, int64_t ldc, int64_t count, int64_t width) {
+[[maybe_unused]] static void unpack_columns(float* rows, int64_t stride, const float* c, int64_t ldc, int64_t count, int64_t width) {
 #ifdef __AVX512F__
   for (int64_t i = 0; i < count; i += 16) {
     const int64_t here = count - i < 16 ? count - i : 16;

@@ -23,8 +23,8 @@ namespace {  // nothing that the linker could share between variants
 #define M4OV_COLUMNS_3 M4OV_COLUMNS_2 "vmovups 128(%[b]), %%zmm26\n\t"
 #define M4OV_COLUMNS_4 M4OV_COLUMNS_3 "vmovups 192(%[b]), %%zmm27\n\t"
 
-// The same for C, `at` the row's address: accumulators begin at zero; at the end C is added, or C times the scale, which
-// is in zmm24 to zmm27 then.
+// The same for C, `at` the row's address: accumulators begin at zero; at the end C is added, or C times the scale, or
+// they are multiplied by the scale and C is added; the scale is in zmm24 to zmm27 then.
 #define M4OV_ZERO(z) "vpxord %%zmm" z ", %%zmm" z ", %%zmm" z "\n\t"
 #define M4OV_CLEAR_1(at, x, s, t, u, v) M4OV_ZERO(s)
 #define M4OV_CLEAR_2(at, x, s, t, u, v) M4OV_ZERO(s) M4OV_ZERO(t)
@@ -38,6 +38,7 @@ namespace {  // nothing that the linker could share between variants
 #define M4OV_ZERO_STORE(at, z, y) ""
 #define M4OV_KEEP_STORE(at, z, y) "vaddps " at ", %%zmm" z ", %%zmm" z "\n\t"
 #define M4OV_SCALE_STORE(at, z, y) "vfmadd231ps " at ", %%zmm" y ", %%zmm" z "\n\t"
+#define M4OV_ADDSCALED_STORE(at, z, y) "vfmadd213ps " at ", %%zmm" y ", %%zmm" z "\n\t"
 #define M4OV_ZERO_1(at, x, s, t, u, v) M4OV_STORE_1(M4OV_ZERO_STORE, at, s, t, u, v)
 #define M4OV_ZERO_2(at, x, s, t, u, v) M4OV_STORE_2(M4OV_ZERO_STORE, at, s, t, u, v)
 #define M4OV_ZERO_3(at, x, s, t, u, v) M4OV_STORE_3(M4OV_ZERO_STORE, at, s, t, u, v)
@@ -50,6 +51,10 @@ namespace {  // nothing that the linker could share between variants
 #define M4OV_SCALE_2(at, x, s, t, u, v) M4OV_STORE_2(M4OV_SCALE_STORE, at, s, t, u, v)
 #define M4OV_SCALE_3(at, x, s, t, u, v) M4OV_STORE_3(M4OV_SCALE_STORE, at, s, t, u, v)
 #define M4OV_SCALE_4(at, x, s, t, u, v) M4OV_STORE_4(M4OV_SCALE_STORE, at, s, t, u, v)
+#define M4OV_ADDSCALED_1(at, x, s, t, u, v) M4OV_STORE_1(M4OV_ADDSCALED_STORE, at, s, t, u, v)
+#define M4OV_ADDSCALED_2(at, x, s, t, u, v) M4OV_STORE_2(M4OV_ADDSCALED_STORE, at, s, t, u, v)
+#define M4OV_ADDSCALED_3(at, x, s, t, u, v) M4OV_STORE_3(M4OV_ADDSCALED_STORE, at, s, t, u, v)
+#define M4OV_ADDSCALED_4(at, x, s, t, u, v) M4OV_STORE_4(M4OV_ADDSCALED_STORE, at, s, t, u, v)
 #define M4OV_FACTORS_1 "vmovups (%[scale]), %%zmm24\n\t"
 #define M4OV_FACTORS_2 M4OV_FACTORS_1 "vmovups 64(%[scale]), %%zmm25\n\t"
 #define M4OV_FACTORS_3 M4OV_FACTORS_2 "vmovups 128(%[scale]), %%zmm26\n\t"
@@ -57,6 +62,7 @@ namespace {  // nothing that the linker could share between variants
 #define M4OV_BEFORE_ZERO(n) ""
 #define M4OV_BEFORE_KEEP(n) ""
 #define M4OV_BEFORE_SCALE(n) M4OV_FACTORS_##n
+#define M4OV_BEFORE_ADDSCALED(n) M4OV_FACTORS_##n
 
 // `what` for each row of a matrix whose rows 0 and 3 are at `p` and `q`, `d` bytes apart.
 #define M4OV_ROWS_1(what, p, q, d) what("(%[" p "])", "28", "0", "1", "2", "3")
@@ -100,8 +106,10 @@ struct DotTile {
       M4OV_DOT_BLOCK(m, n, ZERO);            \
     } else if constexpr (kStart == kKeep) {  \
       M4OV_DOT_BLOCK(m, n, KEEP);            \
-    } else {                                 \
+    } else if constexpr (kStart == kScale) { \
       M4OV_DOT_BLOCK(m, n, SCALE);           \
+    } else {                                 \
+      M4OV_DOT_BLOCK(m, n, ADDSCALED);       \
     }                                        \
   }
 #define M4OV_DOT_TILES(m) M4OV_DOT_TILE(m, 1) M4OV_DOT_TILE(m, 2) M4OV_DOT_TILE(m, 3) M4OV_DOT_TILE(m, 4)

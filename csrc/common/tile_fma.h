@@ -7,9 +7,10 @@ namespace m4ov {
 namespace M4OV_VARIANT {
 namespace {  // nothing that the linker could share between variants
 
-// What the products are added to: nothing; C; C with column j multiplied by scale[j]. They are summed by themselves
-// first, which in long sums loses less than adding each to a large total.
-enum Start { kZero, kKeep, kScale };
+// What the products are added to: nothing; C; C with column j multiplied by scale[j]; or C, their own sum multiplied by
+// scale[j]. They are summed by themselves first, which in long sums loses less than adding each to a large total.
+enum Start { kZero, kKeep, kScale, kAddScaled };
+constexpr bool kHasScale(Start start) { return start == kScale || start == kAddScaled; }
 
 constexpr int kTileRows = 6;
 
@@ -46,6 +47,7 @@ struct FmaTile {
         float* at = c + i * ldc + j * kLanes;
         if constexpr (kStart == kKeep) sum[i][j] = sum[i][j] + load_vector(at);
         if constexpr (kStart == kScale) sum[i][j] = fma(load_vector(at), load_vector(scale + j * kLanes), sum[i][j]);
+        if constexpr (kStart == kAddScaled) sum[i][j] = fma(sum[i][j], load_vector(scale + j * kLanes), load_vector(at));
         store_vector(at, sum[i][j]);
       }
     }
@@ -65,7 +67,7 @@ static void multiply(float* c, int64_t ldc, const typename Tile::Element* a, int
       float* target = c + i * ldc + j * kLanes;
       const auto* left = a + i * lda;
       const auto* right = b + j * kLanes * Tile::kPair;
-      const float* factor = kStart == kScale ? scale + j * kLanes : nullptr;
+      const float* factor = kHasScale(kStart) ? scale + j * kLanes : nullptr;
 #define M4OV_TILE(m, n)                                                                                    \
   case m * 4 + n:                                                                                          \
     if constexpr (n <= Tile::kVectors) {                                                                   \

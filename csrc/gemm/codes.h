@@ -255,7 +255,7 @@ M4OV_INLINE V quotient(V x, const Divisor& by) {
 
 // ---- Codes, in the low 8 bits of every lane
 
-enum Kind { kInt8, kE4m3, kInt8Clamped, kInt4 };
+enum Kind { kToInt8, kToE4m3, kToInt8Panel, kToInt4 };
 
 // |q| at most 464, the middle between the largest e4m3, 448, and what would follow. Adding 2^(20 + exponent of q), or of
 // the smallest normal e4m3, leaves the significand's four bits, rounded half to even, at the end of the sum, and its
@@ -269,9 +269,9 @@ M4OV_INLINE I e4m3(V q, V sign) {
 template <Kind kKind, bool kDivide>
 M4OV_INLINE I code(V x, const Divisor& by) {
   const V q = quotient<kDivide>(x, by);
-  if constexpr (kKind == kE4m3) return e4m3(q, x);
-  if constexpr (kKind == kInt8) return rounded(q);
-  if constexpr (kKind == kInt8Clamped) return rounded(max(set1(-128.0f), min(set1(127.0f), q))) + ints(128);
+  if constexpr (kKind == kToE4m3) return e4m3(q, x);
+  if constexpr (kKind == kToInt8) return rounded(q);
+  if constexpr (kKind == kToInt8Panel) return rounded(max(set1(-128.0f), min(set1(127.0f), q))) + ints(128);
   return rounded(max(set1(-8.0f), min(set1(7.0f), q))) + ints(8);
 }
 
@@ -284,7 +284,7 @@ M4OV_INLINE Pair even_odd(Pair loaded) {
 template <Kind kKind, bool kDivide>
 M4OV_INLINE I codes_of(Pair x, const Divisor& by) {
   const I even = code<kKind, kDivide>(x.a, by), odd = code<kKind, kDivide>(x.b, by);
-  if constexpr (kKind == kInt4) {
+  if constexpr (kKind == kToInt4) {
     return even + left<4>(odd);
   } else {
     return select(ints(0xff), even, left<8>(odd));
@@ -296,13 +296,13 @@ template <Kind kKind, bool kDivide, bool kStream, bool kToL2, typename T>
 static void write_codes(uint8_t* codes, const T* x, int64_t count, const Divisor& by, const T* ahead) {
   const auto put = [&](uint8_t* to, Pair pair) {
     const I made = codes_of<kKind, kDivide>(even_odd<T>(pair), by);
-    if constexpr (kKind == kInt4) {
+    if constexpr (kKind == kToInt4) {
       put_quarters(to, made);
     } else {
       put_halves<kStream>(to, made);
     }
   };
-  constexpr int64_t kInByte = kKind == kInt4 ? 2 : 1;
+  constexpr int64_t kInByte = kKind == kToInt4 ? 2 : 1;
   int64_t i = 0;
   for (; i + kCodes <= count; i += kCodes) {
     prefetch<kToL2>(ahead + i);
@@ -311,7 +311,7 @@ static void write_codes(uint8_t* codes, const T* x, int64_t count, const Divisor
   if (i < count) {
     alignas(64) uint8_t rest[kCodes];
     put(rest, load_tail(x + i, count - i));
-    if (kKind == kInt4 && count % 2) rest[(count - i) / 2] &= 15;  // no code past the end
+    if (kKind == kToInt4 && count % 2) rest[(count - i) / 2] &= 15;  // no code past the end
     memcpy(codes + i / kInByte, rest, (count - i + kInByte - 1) / kInByte);
   }
 }
@@ -335,7 +335,7 @@ static void write_run(uint8_t* codes, const T* x, int64_t count, float scale, co
 template <Kind kKind>
 static float scale_of(uint32_t largest) {
   if (largest >= kInfinite) return __builtin_nanf("");
-  const float scale = as_float(largest) / (kKind == kE4m3 ? 448.0f : 127.0f);
+  const float scale = as_float(largest) / (kKind == kToE4m3 ? 448.0f : 127.0f);
   return scale < 0x1p-126f ? 0x1p-126f : scale;
 }
 

@@ -126,14 +126,14 @@ static void blocks(const QuantizeBlocks& a) {
       }
       Divisor by[kBlocksAtOnce];
       for (int64_t i = 0; i < side; ++i) {
-        scales[i] = scale_of<kE4m3>(largest[i].value());
+        scales[i] = scale_of<kToE4m3>(largest[i].value());
         by[i] = divisor(scales[i]);
       }
       uint8_t* codes = static_cast<uint8_t*>(a.codes) + first * a.columns + block * kBlock;
       for (int64_t row = 0; row < count; ++row) {
         const T* x = input + row * a.input_stride;
         for (int64_t i = 0; i < side; ++i) {
-          write_run<kE4m3, false>(codes + row * a.columns + i * kBlock, x + i * kBlock, width(i), scales[i], by[i],
+          write_run<kToE4m3, false>(codes + row * a.columns + i * kBlock, x + i * kBlock, width(i), scales[i], by[i],
                                   x + a.input_stride + i * kBlock, large && !a.transposed);  // what is read again stays
         }
       }
@@ -234,7 +234,7 @@ static void after_swiglu(const SwigluQuantize& a) {
 void quantize_rows(const QuantizeRows& a) {
   with_dtype(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    a.fp8 ? rows<kE4m3, T>(a) : rows<kInt8, T>(a);
+    a.fp8 ? rows<kToE4m3, T>(a) : rows<kToInt8, T>(a);
   });
 }
 
@@ -245,14 +245,14 @@ void quantize_blocks(const QuantizeBlocks& a) {
 void rms_norm_quantize(const RmsNormQuantize& a) {
   with_dtype(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    a.fp8 ? after_norm<T, kE4m3>(a) : after_norm<T, kInt8>(a);
+    a.fp8 ? after_norm<T, kToE4m3>(a) : after_norm<T, kToInt8>(a);
   });
 }
 
 void swiglu_quantize(const SwigluQuantize& a) {
   with_dtype(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    a.fp8 ? after_swiglu<T, kE4m3>(a) : after_swiglu<T, kInt8>(a);
+    a.fp8 ? after_swiglu<T, kToE4m3>(a) : after_swiglu<T, kToInt8>(a);
   });
 }
 

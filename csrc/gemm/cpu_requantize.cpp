@@ -47,11 +47,11 @@ struct Scales {
 
 template <typename T, Kind kKind>
 struct Work {
-  static constexpr int64_t kTogether = kKind == kInt4 ? 8 : kKind == kInt8Clamped ? 4 : 2;  // codes of one feature
-  static constexpr int64_t kWordBytes = kKind == kE4m3 ? 2 : 4;
-  static constexpr int64_t kInByte = kKind == kInt4 ? 2 : 1;
+  static constexpr int64_t kTogether = kKind == kToInt4 ? 8 : kKind == kToInt8Panel ? 4 : 2;  // codes of one feature
+  static constexpr int64_t kWordBytes = kKind == kToE4m3 ? 2 : 4;
+  static constexpr int64_t kInByte = kKind == kToInt4 ? 2 : 1;
   static constexpr int64_t kTileRow = kPiece / kInByte;
-  static constexpr uint8_t kPad = kKind == kInt8Clamped ? 128 : 0;
+  static constexpr uint8_t kPad = kKind == kToInt8Panel ? 128 : 0;
 
   const Requantize& a;
   int64_t group, groups, words, panels, half;
@@ -84,10 +84,11 @@ struct Work {
 
   // The scales of weights whose largest magnitudes have these bits, as they are stored.
   V scales_of(I bits) const {
-    const V ideal = as_floats(bits) / set1(kKind == kInt4 ? 7.5f : kKind == kInt8Clamped ? 127.5f : 448.0f);
+    const V ideal = as_floats(bits) / set1(kKind == kToInt4 ? 7.5f : kKind == kToInt8Panel ? 127.5f : 448.0f);
     const V least = max(ideal, set1(a.scale_dtype == kFloat16 ? 0x1p-24f : 0x1p-126f));
     const V scale = where_negative(as_floats(as_ints(ideal) + ints(-1)), set1(1.0f), least);  // 1 where it is 0
-    return a.scale_dtype == kBFloat16 ? round_to<Bf16>(scale) : a.scale_dtype == kFloat16 ? round_to<Fp16>(scale) : scale;
+    if (a.scale_dtype == kBFloat16) return round_to<Bf16>(scale);
+    return a.scale_dtype == kFloat16 ? round_to<Fp16>(scale) : scale;
   }
   float scale_of_bits(uint32_t bits) const {
     float lanes[kLanes];
@@ -147,7 +148,7 @@ struct Work {
 
   static void put_in_order(uint8_t* to, const uint8_t* tile) {
     constexpr int64_t kStep = kPanel * kWordBytes, kWords = kTileRow / kWordBytes;
-    if constexpr (kKind == kE4m3) {
+    if constexpr (kKind == kToE4m3) {
       for (int64_t word = 0; word < kWords; word += 8) {
         for (int64_t f = 0; f < kPanel; f += 8) {
           const uint8_t* from = tile + f * kTileRow + word * kWordBytes;
@@ -310,11 +311,11 @@ int64_t requantize(const Requantize& a) {
   with_dtype(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (a.kind == 0) {
-      largest = Work<T, kInt4>(a).run();
+      largest = Work<T, kToInt4>(a).run();
     } else if (a.kind == 1) {
-      largest = Work<T, kInt8Clamped>(a).run();
+      largest = Work<T, kToInt8Panel>(a).run();
     } else {
-      largest = Work<T, kE4m3>(a).run();
+      largest = Work<T, kToE4m3>(a).run();
     }
   });
   return largest;

@@ -78,6 +78,27 @@ struct Requantize {
   int scale_dtype, dtype, threads;
 };
 
+enum QuantizedKind : int { kInt4, kInt8, kFp8 };
+enum QuantizedActivation : int { kAsBf16, kAsInt8, kAsFp8 };
+enum QuantizedEpilogue : int { kNothing, kGelu, kGeluByTanh, kSwiglu };
+
+// output = epilogue(x · Wᵀ + bias) + residual, x the input rounded to bf16, or to int8 or e4m3 with scales, W a quantised weight in
+// panels (m4ov_kernels/gemm/panels.py has their layout): 64 features each; with kSwiglu, panels of gates and of ups take
+// turns. Everything after the products is in fp32 until the store.
+struct QuantizedLinear {
+  const void* input;         // [tokens, width], rows input_row apart
+  const uint8_t* codes;      // [panels, ...]
+  const void* scales;        // [panels, groups, 64], of scale_dtype
+  const uint8_t* zeros;      // int4: [panels, groups, 64], or null: 8
+  const int32_t* order;      // [places]: the feature at each place, -1: none; or null
+  const float* input_scale;  // int4: [width], the input is multiplied by it; fp8: [1], the input's one scale; or null
+  const void *bias, *residual;  // [columns]; [tokens, outputs], rows residual_row apart; of dtype, or null
+  void* output;              // [tokens, outputs], dense; outputs: columns, or half of them
+  int64_t tokens, columns, width, places, group, groups, input_row, residual_row;
+  int kind, activation, epilogue, scale_dtype, dtype, threads;
+  char* scratch;  // 64-byte aligned; null: the kernel only returns how many bytes it needs
+};
+
 }  // namespace m4ov
 
 #define M4OV_GEMM_KERNELS(X) \
@@ -86,4 +107,5 @@ struct Requantize {
   X(void, quantize_blocks, QuantizeBlocks) \
   X(void, rms_norm_quantize, RmsNormQuantize) \
   X(void, swiglu_quantize, SwigluQuantize) \
-  X(int64_t, requantize, Requantize)
+  X(int64_t, requantize, Requantize) \
+  X(int64_t, quantized_linear, QuantizedLinear)

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from m4ov_kernels import _C
 from m4ov_kernels.bounds import check_bounds
-from m4ov_kernels.layout import DTYPES, output
-
-_ALIGNED = 64
+from m4ov_kernels.layout import DTYPES, output, scratch
 
 
 def varlen_attention_fwd(
@@ -91,6 +89,5 @@ def _arguments(
 
 def _run(kernel: Any, arguments: list[Any], *others: Any) -> None:
     size = kernel(*arguments, *others)  # without scratch memory it only says how much it needs
-    scratch = torch.empty(size + _ALIGNED, dtype=torch.uint8)
-    arguments[0][5] = -(-scratch.data_ptr() // _ALIGNED) * _ALIGNED
+    memory, arguments[0][5] = scratch(size)
     kernel(*arguments, *others)

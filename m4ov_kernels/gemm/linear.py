@@ -150,8 +150,7 @@ def _linear(
     _check(op, kind, x, weight, bias, residual, activation, epilogue)
     invariant = invariance_requested()
     rows, dtype = x.shape[:-1].numel(), x.dtype
-    if activation == "auto":
-        activation = _automatic(kind, rows, x.device.type, invariant)
+    activation = resolved(kind, activation, rows, x.device.type, invariant)
     after = epilogue or "none"
     implementation = QUANTIZED_LINEAR.select(x.device, dtype)
     backend = "reference" if implementation is None else QUANTIZED_LINEAR.backend_of(implementation, x.device, dtype)
@@ -165,7 +164,8 @@ def _linear(
         invariant or _differentiated(x, bias, residual) or (after == "swiglu" and type(weight) is Panels)
     )
     flat = x.reshape(rows, x.shape[-1])
-    factor = weight.pre_quant_scale if kind == "int4" else None
+    # The compiled CPU kernels multiply by it themselves.
+    factor = weight.pre_quant_scale if kind == "int4" and (backend, x.device.type) != ("native", "cpu") else None
     if composed or factor is not None:
         flat, bias = flat.float(), None if bias is None else bias.float()
         residual = None if residual is None else residual.float()
@@ -183,7 +183,10 @@ def _linear(
     return result.to(dtype).view(*x.shape[:-1], width)
 
 
-def _automatic(kind: str, rows: int, device_type: str, invariant: bool) -> str:
+def resolved(kind: str, activation: str, rows: int, device_type: str, invariant: bool = False) -> str:
+    """What ``activation`` means for so many rows on such a device."""
+    if activation != "auto":
+        return activation
     place = "cuda" if device_type == "cuda" else "cpu"
     if invariant or (kind == "fp8" and place == "cpu"):
         return "bf16"
@@ -201,14 +204,16 @@ def _activated(product: Tensor, epilogue: str) -> Tensor:
 
 
 def _operands(weight: Any, backend: str, device_type: str, paired: bool) -> tuple[Any, ...]:
-    """codes, scales, zeros, order, input_scale and group of the raw operator: in panels for the compiled CPU kernels;
-    for others canonical, ``group`` then the input features that share a scale."""
+    """codes, scales, zeros, order, input_scale and group of the raw operator: in panels for the compiled CPU kernels,
+    for which input_scale is also the factors [K] of the input of int4; for others canonical, ``group`` then the input
+    features that share a scale."""
     if backend == "native" and device_type == "cpu":
         held = weight if type(weight) is Panels else weight.panels(paired=paired)
-        return held.codes, held.scales, held.zeros, held.order, held.input_scale, held.group
+        factor = held.input_scale if held.pre_quant_scale is None else held.pre_quant_scale
+        return held.codes, held.scales, held.zeros, held.order, factor, held.group
     if type(weight) is Panels:
         weight = weight.weight()
-    N, K = weight.shape
+    K = weight.shape[1]
     if type(weight) is Int4Weight:
         group = K if weight.group_size == WHOLE_ROW else weight.group_size
         return weight.packed, weight.scales, weight.zeros, weight.g_idx, None, group
@@ -289,8 +294,8 @@ def _bwd_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, codes, scales, zeros, order, _, _, _, kind, _, group, _, ctx.epilogue = inputs
-    ctx.save_for_backward(codes, scales, zeros, order)
+    input, codes, scales, zeros, order, input_scale, _, _, kind, _, group, _, ctx.epilogue = inputs
+    ctx.save_for_backward(codes, scales, zeros, order, input_scale if kind == "int4" else None)
     ctx.options = (kind, input.shape[1], group)
 
 
@@ -299,7 +304,12 @@ def _backward(ctx: Any, needs: Any, bwd: Any, *grads: Tensor | None) -> tuple[Te
     assert grad is not None
     if ctx.epilogue != "none":
         raise RuntimeError("quantized_linear: only int4_linear, int8_linear and fp8_linear differentiate an epilogue")
-    to_input = bwd(grad, *ctx.saved_tensors, *ctx.options) if needs[0] else None
+    *operands, factor = ctx.saved_tensors
+    to_input = None
+    if needs[0] and factor is None:
+        to_input = bwd(grad, *operands, *ctx.options)
+    elif needs[0]:
+        to_input = (bwd(grad.float(), *operands, *ctx.options) * factor.float()).to(grad.dtype)
     to_bias = grad.sum(0, dtype=torch.float32).to(grad.dtype) if needs[6] else None
     return to_input, *[None] * 5, to_bias, grad if needs[7] else None, *[None] * 5
 
@@ -316,7 +326,7 @@ QUANTIZED_LINEAR = Operator(
     results=lambda *_: 1,
     setup_context=_setup_context,
     backward=_backward,
-    native=(),
+    native=("cpu",),
     serves=("int4_linear", "int8_linear", "fp8_linear"),
     public=False,
     backends=("native",),

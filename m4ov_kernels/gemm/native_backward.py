@@ -68,7 +68,7 @@ def _dequantized(
     else:
         values = words.view(torch.float8_e4m3fn)
     by_place = values.permute(1, 3, 0, 2).to(torch.float32).reshape(stop - start, -1)  # [places, P·64]
-    groups = torch.arange(start, stop) // group
+    groups = torch.arange(start, stop, device=codes.device) // group
 
     def of_place(table: Tensor) -> Tensor:  # [P, G, 64] → [places, P·64]
         return table.transpose(0, 1).flatten(1).to(torch.float32)[groups]

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from m4ov_kernels import _C
-from m4ov_kernels.layout import DTYPES, as_rows, output
-
-_ALIGNED = 64
+from m4ov_kernels.layout import DTYPES, as_rows, output, scratch
 
 
 def invariant_linear_fwd(
@@ -22,7 +20,6 @@ def invariant_linear_fwd(
     addresses = [input.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), result.data_ptr(), 0]
     sizes = (input.shape[0], columns, input.shape[1], input_row, weight_row)
     arguments = (sizes, transposed, DTYPES[input.dtype], torch.get_num_threads())
-    scratch = torch.empty(_C.invariant_linear(addresses, *arguments) + _ALIGNED, dtype=torch.uint8)
-    addresses[4] = -(-scratch.data_ptr() // _ALIGNED) * _ALIGNED
+    memory, addresses[4] = scratch(_C.invariant_linear(addresses, *arguments))
     _C.invariant_linear(addresses, *arguments)
     return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -105,10 +105,6 @@ class Panels:
         """[N, K], as the weight's."""
         return self.weight().dequantize(dtype)
 
-    def moved(self, tensors: dict[str, Tensor]) -> Panels:
-        """The same with these tensors instead."""
-        return replace(self, **tensors)  # type: ignore[arg-type]
-
 
 def lay_out(weight: Any, *, paired: bool = False) -> Panels:
     """The panels of a weight, made anew; ``weight.panels()`` keeps them.
@@ -147,7 +143,7 @@ def _of_int4(weight: Int4Weight, paired: bool) -> Panels:
         group,
         paired,
         weight.group_size,
-        pre_quant_scale=weight.pre_quant_scale,
+        pre_quant_scale=_own(weight.pre_quant_scale),
     )
 
 
@@ -187,7 +183,7 @@ def _of_fp8(weight: Fp8Weight, paired: bool) -> Panels:
         BLOCK if weight.granularity == "block" else _up(K, 2),
         paired,
         GRANULARITIES.index(weight.granularity),
-        weight.input_scale,
+        _own(weight.input_scale),
     )
 
 
@@ -212,7 +208,11 @@ def _out_of_panels(panels: Tensor, rows: int, paired: bool) -> Tensor:
     halves = 2 if paired else 1
     lanes = panels.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # [P, 64, C]
     lanes = lanes.unflatten(0, (-1, halves)).transpose(0, 1)  # [halves, P / halves, 64, C]
-    return lanes.flatten(1, 2)[:, : rows // halves].flatten(0, 1)
+    return lanes.flatten(1, 2)[:, : rows // halves].flatten(0, 1).contiguous()
+
+
+def _own(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()
 
 
 def _up(count: int, multiple: int) -> int:

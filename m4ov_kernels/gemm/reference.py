@@ -34,7 +34,7 @@ def quantized_linear(
     if scale is not None:
         wide, single = wide * scale.to(compute), single * scale.to(torch.float32)
     rows: Tensor = _StraightThrough.apply(wide, rounded(single, weight, activation, compute))
-    result = F.linear(rows, weight.dequantize(compute))
+    result = _product(rows, weight.dequantize(compute))
     if bias is not None:
         result = result + bias.to(compute)
     if epilogue == "swiglu":
@@ -46,6 +46,14 @@ def quantized_linear(
     if residual is not None:
         result = result + residual.to(compute)
     return result.to(input.dtype)
+
+
+def _product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Not in autocast's dtype."""
+    if not torch.amp.is_autocast_available(rows.device.type):
+        return F.linear(rows, matrix)
+    with torch.autocast(rows.device.type, enabled=False):
+        return F.linear(rows, matrix)
 
 
 def rounded(single: Tensor, weight: Any, activation: str, compute: torch.dtype) -> Tensor:

@@ -40,7 +40,7 @@ def linear_kl_fwd(
         if found.numel():
             arguments, others, alive = _arguments(heads, rows.target, temperature, rounded)
             given = 0 if normalizer is None else normalizer.data_ptr()
-            native_logprob._run(_C.linear_kl_fwd, arguments, *others, given, found.data_ptr())
+            native_logprob.run(_C.linear_kl_fwd, arguments, *others, given, found.data_ptr())
             del alive
         return found
 
@@ -91,8 +91,13 @@ def linear_kl_bwd(
     heads = [(rows.input, weight, bias), (states.of_rows(rows, ref_hidden_states), ref_weight, ref_bias)]
     arguments, others, alive = _arguments(heads, rows.target, temperature, rounded)
     addresses = [x.data_ptr() if n else 0 for x, n in zip((row_grad, grad_weight, grad_bias), needed, strict=True)]
-    more = (states.KINDS.index(kind), coefficients.data_ptr(), *addresses, native_logprob._columns(tokens, weight))
-    native_logprob._run(_C.linear_kl_bwd, arguments, *others, *more)
+    more = (
+        states.KINDS.index(kind),
+        coefficients.data_ptr(),
+        *addresses,
+        native_logprob.backward_columns(tokens, weight),
+    )
+    native_logprob.run(_C.linear_kl_bwd, arguments, *others, *more)
     del alive
     if need_hidden:
         rows.put_rows(grad_hidden, row_grad)

@@ -11,9 +11,8 @@ from m4ov_kernels import _C
 from m4ov_kernels.head import state as states
 from m4ov_kernels.head.rows import Rows, computed_rows
 from m4ov_kernels.head.targets import ARGUMENTS
-from m4ov_kernels.layout import DTYPES, output
+from m4ov_kernels.layout import DTYPES, output, scratch
 
-_ALIGNED = 64
 # What the backward may take: the hidden states twice and the fp32 sums of their gradient; and of a chunk of the
 # vocabulary the logits' gradient twice and its rows of the weight. No chunk is less than a unit of the vocabulary.
 SCRATCH_BYTES = 14 << 20
@@ -53,7 +52,7 @@ def linear_logprob_fwd(
             rows.input, weight, bias, rows.target, class_weight, temperature, softcap, rounded, first, kept
         )
         tops = (top_k, top_values.data_ptr(), top_indices.data_ptr())
-        _run(_C.linear_logprob_fwd, arguments, state.data_ptr(), want_entropy, want_total, *tops)
+        run(_C.linear_logprob_fwd, arguments, state.data_ptr(), want_entropy, want_total, *tops)
         del alive
     if kept.numel():
         used = _kept_rows(tokens, weight.shape[0], kept) * -(-tokens // _C.HEAD_TOKENS) * _C.HEAD_TOKENS
@@ -125,14 +124,14 @@ def linear_logprob_bwd(
         rows.input, weight, bias, rows.target, class_weight, temperature, softcap, rounded, first, kept
     )
     addresses = [x.data_ptr() if n else 0 for x, n in zip((row_grad, grad_weight, grad_bias), needed, strict=True)]
-    _run(_C.linear_logprob_bwd, arguments, coefficients.data_ptr(), *addresses, _columns(tokens, weight))
+    run(_C.linear_logprob_bwd, arguments, coefficients.data_ptr(), *addresses, backward_columns(tokens, weight))
     del alive
     if need_hidden:
         rows.put_rows(grad_hidden, row_grad)
     return grad_hidden, grad_weight, grad_bias
 
 
-def _columns(tokens: int, weight: Tensor) -> int:
+def backward_columns(tokens: int, weight: Tensor) -> int:
     """Of a chunk: whole units, as many as fit; no bit of a result depends on how many."""
     unit, size, width = _C.HEAD_COLUMNS, weight.element_size(), weight.shape[1]
     left = SCRATCH_BYTES - tokens * width * (2 * size + 4)
@@ -180,8 +179,7 @@ def _arguments(
     return [[*inputs, 0], sizes, temperature, softcap, rounded, dtype, torch.get_num_threads()], tensors
 
 
-def _run(kernel: Any, arguments: list[Any], *others: Any) -> None:
+def run(kernel: Any, arguments: list[Any], *others: Any) -> None:
     size = kernel(*arguments, *others)  # without scratch memory it only says how much it needs
-    scratch = torch.empty(size + _ALIGNED, dtype=torch.uint8)
-    arguments[0][-1] = -(-scratch.data_ptr() // _ALIGNED) * _ALIGNED
+    memory, arguments[0][-1] = scratch(size)
     kernel(*arguments, *others)

@@ -8,10 +8,14 @@ from m4ov_kernels.nn.mlp import GELU, SwiGLUMLP, VisionMLP, linear_gelu
 from m4ov_kernels.nn.norm import LayerNorm, RMSNorm
 from m4ov_kernels.nn.patch_embed import PatchEmbed
 from m4ov_kernels.nn.position_embedding import PositionEmbedding
+from m4ov_kernels.nn.quantized import Fp8Linear, Int4Linear, Int8Linear
 
 __all__ = [
     "GELU",
     "CausalLMHead",
+    "Fp8Linear",
+    "Int4Linear",
+    "Int8Linear",
     "LayerNorm",
     "PatchEmbed",
     "PatchOrder",

@@ -13,6 +13,7 @@ from rich.console import Console
 import m4ov_kernels
 from m4ov import doctor
 from m4ov_kernels.dispatch import FUNCTIONS, native_extension
+from m4ov_kernels.gemm.weights import Fp8Weight, Int4Weight, Int8Weight
 
 CALLS = {
     "rms_norm": lambda dtype, device: m4ov_kernels.rms_norm(
@@ -40,6 +41,15 @@ CALLS = {
     ),
     "linear_kl": lambda dtype, device: m4ov_kernels.linear_kl(
         *(torch.randn(rows, 8, dtype=dtype, device=device) for rows in (3, 16, 3, 16))
+    ),
+    "int4_linear": lambda dtype, device: m4ov_kernels.int4_linear(
+        torch.randn(3, 8, dtype=dtype, device=device), Int4Weight.quantize(torch.randn(16, 8)).to(device)
+    ),
+    "int8_linear": lambda dtype, device: m4ov_kernels.int8_linear(
+        torch.randn(3, 8, dtype=dtype, device=device), Int8Weight.quantize(torch.randn(16, 8)).to(device)
+    ),
+    "fp8_linear": lambda dtype, device: m4ov_kernels.fp8_linear(
+        torch.randn(3, 8, dtype=dtype, device=device), Fp8Weight.quantize(torch.randn(16, 8)).to(device)
     ),
     "varlen_attention": lambda dtype, device: m4ov_kernels.varlen_attention(
         *torch.randn(3, 5, 2, 8, dtype=dtype, device=device), torch.tensor([0, 2, 5], device=device), causal=True

@@ -1,4 +1,5 @@
-"""Random quantised weights of every kind, drawn by hypothesis: any N and K, groups, zero points, act-order, scales."""
+"""Random quantised weights of every kind, drawn by hypothesis or by a ``Draw``: any N and K, groups, zero points,
+act-order, scales."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import torch
 from hypothesis import strategies as st
 
 from m4ov_kernels.gemm.weights import Fp8Weight, Int4Weight, Int8Weight
+
+from .draws import Draw
 
 PREFIX = "model.layers.0.mlp.down_proj"
 SCALES = (torch.float32, torch.bfloat16, torch.float16)
@@ -77,3 +80,41 @@ def fp8_weights(
 
 
 weights = st.one_of(int4_weights(), int8_weights(), fp8_weights())
+
+
+def drawn_weight(kind: str, N: int, K: int, draw: Draw) -> Int4Weight | Int8Weight | Fp8Weight:
+    """Of one shape: half with usual scales, half with those at the ends of their dtype; some with a row of zeros."""
+    generator = torch.Generator().manual_seed(draw.integer(0, 2**31))
+    dtype, ends = draw.choice(SCALES), draw.one_in(2)
+
+    def made(*shape: int) -> torch.Tensor:
+        usual = (torch.rand(shape, generator=generator) * 0.1 + 1e-3).to(dtype)
+        return scales(shape, dtype, generator) if ends else usual
+
+    if kind == "int8":
+        codes = torch.randint(-128, 128, (N, K), generator=generator, dtype=torch.int8)
+        if draw.one_in(8):
+            codes[draw.integer(0, N - 1)] = 0
+        return Int8Weight(codes, made(N, 1))
+    if kind == "fp8":
+        granularity = draw.choice(("channel", "block", "tensor"))
+        shape = {"tensor": (1, 1), "channel": (N, 1), "block": (-(-N // 128), -(-K // 128))}[granularity]
+        codes = torch.randint(0, 256, (N, K), generator=generator).byte()
+        codes[(codes & 0x7F) == 0x7F] = 0  # NaN
+        static = torch.rand(1, generator=generator) * 0.01 + 1e-4 if draw.one_in(3) else None
+        return Fp8Weight(codes.view(torch.float8_e4m3fn), made(*shape), granularity, static)
+    size = draw.choice((128, 32, 64, -1))
+    G = 1 if size == -1 else -(-K // size)
+    zeros = torch.randint(0, 16, (N, G), generator=generator).byte() if draw.boolean() else None
+    g_idx = None
+    if draw.one_in(4):  # a permutation of the natural groups, or any groups at all, some without a feature
+        natural = (torch.arange(K) // (K if size == -1 else size))[torch.randperm(K, generator=generator)]
+        g_idx = natural.int() if draw.boolean() else torch.randint(0, G, (K,), generator=generator).int()
+    codes = torch.randint(0, 16, (N, K), generator=generator, dtype=torch.uint8)
+    if draw.one_in(8):
+        row = draw.integer(0, N - 1)
+        groups = torch.arange(K) // (K if size == -1 else size) if g_idx is None else g_idx.long()
+        codes[row] = 8 if zeros is None else zeros[row, groups]
+    factor = scales((K,), torch.bfloat16, generator) if draw.one_in(6) else None
+    rest = {"zeros": zeros, "g_idx": g_idx, "pre_quant_scale": factor}
+    return Int4Weight.from_codes(codes, made(N, G), group_size=size, **rest)

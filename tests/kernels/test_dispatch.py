@@ -28,7 +28,7 @@ from m4ov_kernels import (
 from m4ov_kernels.dispatch import FUNCTIONS, OPERATORS, Operator
 from m4ov_kernels.head import linear_logprob
 
-from . import kl_samples
+from . import gemm_samples, kl_samples
 
 
 def norm_case(dtype=torch.float32):
@@ -119,6 +119,9 @@ CASES = {
     "linear_cross_entropy": head_case,
     "linear_logprob": logprob_case,
     "linear_kl": kl_samples.case,
+    "int4_linear": gemm_samples.int4_case,
+    "int8_linear": gemm_samples.int8_case,
+    "fp8_linear": gemm_samples.fp8_case,
     "varlen_attention": attention_case,
     "qk_norm_mrope": rope_case,
     "vision_rope": vision_rope_case,
@@ -245,6 +248,7 @@ RAW_SAMPLES = {
         ),
     ],
     **kl_samples.RAW,
+    **gemm_samples.RAW,
     "varlen_attention_fwd": [
         (*QKV, torch.tensor([0, 2, 6]), None, 4, 4, True, 0.5),
         (*DECODE, *BOUNDS, 2, 4, False, 0.5),

@@ -179,6 +179,7 @@ SCHEMES = ("int8", "fp8-channel", "fp8-block", "fp8-tensor", "int4")
 
 
 def plain(weight: Tensor, scheme: str, group_size: int, paired: bool) -> Panels:
+    weight = weight.contiguous()
     if scheme == "int4":
         quantised = Int4Weight.quantize(weight, group_size=group_size)
     elif scheme == "int8":
@@ -204,6 +205,7 @@ def requantised(draw: Draw) -> None:
     dtype = draw.choice(draws.DTYPES)
     weight = draws.tensor(draw, (rows * (1 + paired), columns), dtype, kind)
     if draw.one_in(3):
+        weight = weight.clone(memory_format=torch.contiguous_format)
         weight[draw.integer(0, len(weight) - 1)] = 0 if draw.boolean() else 1.0
     threads = torch.get_num_threads()
     try:
@@ -219,7 +221,7 @@ def requantised(draw: Draw) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_panels_of_a_weight(isa, data):
     data.draw(strategies.drawn(requantised))
 
@@ -232,7 +234,7 @@ def test_large_panels(isa, scheme):
 
 
 def test_panels_of_many_seeds(isa):
-    for index in range(150):
+    for index in range(40):
         requantised(Seeded(SEED, index))
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import m4ov_kernels
 from m4ov_kernels import geglu, gelu, layer_norm, rms_norm, swiglu, varlen_attention
-from m4ov_kernels.dispatch import OPERATORS
+from m4ov_kernels.dispatch import FUNCTIONS, OPERATORS
 
 from . import draws, strategies
 from .conftest import SEED
@@ -123,6 +123,7 @@ def _token_positions(arguments: Arguments, units: list[int]) -> Arguments:
 _HEADS = {"q": 2, "k": 2, "q_turned": 2, "k_turned": 2}
 _NORM = Company({"hidden_states": 1, "residual": 1, "normed": 1, "total": 1})
 _GATED = Company({"gate": 1, "up": 1, "activated": 1})
+_LINEAR = Company({"x": 1, "residual": 1, "output": 1})
 COMPANIES = {
     "rms_norm": _NORM,
     "layer_norm": _NORM,
@@ -133,6 +134,9 @@ COMPANIES = {
     "vision_rope": Company(_HEADS | {"positions": 1}, _image_lengths, _rope_images),
     "varlen_attention": Company({"q": 2, "k": 2, "v": 2, "output": 2}, _sequence_lengths, _sequences),
     "interpolate_position_embeddings": Company({"hidden_states": 1, "embedded": 1}, _image_lengths, _images),
+    "int4_linear": _LINEAR,
+    "int8_linear": _LINEAR,
+    "fp8_linear": _LINEAR,
     "linear_kl": Company(
         {"hidden_states": 1, "ref_hidden_states": 1, "mask": 0, "divergence": 0},
         rest=lambda arguments, units: {"num_valid": None},
@@ -154,7 +158,8 @@ EXEMPT = {
 
 
 def test_every_operator_says_so():
-    assert COMPANIES.keys() | EXEMPT.keys() == OPERATORS.keys(), "say what is a row of it, or why nothing need be said"
+    said = {FUNCTIONS[name].name for name in COMPANIES} | EXEMPT.keys()
+    assert said == OPERATORS.keys(), "say what is a row of it, or why nothing need be said"
     assert not COMPANIES.keys() & EXEMPT.keys()
     for name in COMPANIES:
         assert "Invariance:" in getattr(m4ov_kernels, name).__doc__, name
@@ -195,6 +200,8 @@ def hold(name: str, draw: Draw) -> None:
         call.arguments.update(num_valid=None, top_k_logprobs=0, invariant=True)
     if call.arguments.get("granularity") == "block":  # of 128 rows, which share a scale
         call.arguments.update(granularity="group", transposed=False)
+    if call.arguments.get("activation") == "auto":  # chooses by the number of rows
+        call.arguments.update(activation=draw.choice(("bf16", "fp8")))
     with on_threads(draw.integer(1, 3)):
         whole = case.evaluate(call)
     count = company.units(call.arguments)
@@ -223,10 +230,17 @@ def _shuffled(values: list[int], draw: Draw) -> list[int]:
 @settings(max_examples=8)
 @pytest.mark.parametrize("name", COMPANIES)
 def test_a_row_keeps_its_bits(name, isa, data):
+    if FUNCTIONS[name].select(torch.device("cpu"), torch.float32) is None:
+        pytest.skip("nothing but the reference serves it here")
     data.draw(strategies.drawn(lambda draw: hold(name, draw)))
 
 
-@pytest.mark.parametrize("name", [name for name in COMPANIES if name not in ("varlen_attention", "linear_logprob")])
+NOT_INTERPRETED = ("varlen_attention", "linear_logprob", "int4_linear", "int8_linear", "fp8_linear")
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in COMPANIES if "triton" in FUNCTIONS[name].backends and name not in NOT_INTERPRETED]
+)
 def test_a_row_keeps_its_bits_in_triton(name):
     """Interpreted, and so only a few small calls (which is slow enough for rotations)."""
     if torch.cuda.is_available():

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from . import activation, attention, gemm_quantize, head, head_kl, norm, rope, rotation, vision
+from . import activation, attention, gemm, gemm_quantize, head, head_kl, norm, rope, rotation, vision
 from .case import Call, OperatorCase
 from .corruptions import Corruption
 
@@ -20,6 +20,9 @@ CASES = {
         head.LINEAR_CROSS_ENTROPY,
         head.LINEAR_LOGPROB,
         head_kl.LINEAR_KL,
+        gemm.INT4_LINEAR,
+        gemm.INT8_LINEAR,
+        gemm.FP8_LINEAR,
         attention.VARLEN_ATTENTION,
         rotation.QK_NORM_MROPE,
         rotation.VISION_ROPE,

@@ -67,7 +67,7 @@ def _swiglu_terms(call: Call) -> dict[str, Tensor]:
     return terms
 
 
-def _gelu_parts(x: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
+def gelu_parts(x: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
     """``gelu(x)`` and the two terms of its slope, which cancel near -0.75, in float64. A value below 0 is an
     exponential, which multiplies the rounding of its exponent by that exponent."""
     if approximate == "tanh":
@@ -84,7 +84,7 @@ def _gelu_parts(x: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
 
 def _geglu_terms(call: Call) -> dict[str, Tensor]:
     gate, up = call.arguments["gate"].double(), call.arguments["up"].double()
-    value, slope = _gelu_parts(gate, call.arguments["approximate"])
+    value, slope = gelu_parts(gate, call.arguments["approximate"])
     # Far below 0, PyTorch's 1 + erf is 0 in float64 too, and 0 times infinity NaN. The value is not 0: ours is -inf.
     far = (gate < -5) & gate.isfinite()
     terms = {"activated": torch.where(far & up.isinf(), ROUNDED_TO_ZERO, value * up.abs())}
@@ -100,7 +100,7 @@ def _gelu_terms(call: Call) -> dict[str, Tensor]:
     x = call.arguments["input"].double()
     if call.arguments["bias"] is not None:
         x = x + call.arguments["bias"].double()
-    value, slope = _gelu_parts(x, call.arguments["approximate"])
+    value, slope = gelu_parts(x, call.arguments["approximate"])
     terms = {"activated": value}
     if call.wanted:
         to_x = call.grads["activated"].double().abs() * slope

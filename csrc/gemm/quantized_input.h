@@ -1,0 +1,181 @@
+// The input of a quantised linear as left operand: rounded to bf16, or to int8 or e4m3 with scales, its features at the
+// places of the weight.
+#pragma once
+
+#include "quantized.h"
+
+namespace m4ov {
+namespace M4OV_VARIANT {
+namespace {  // nothing that the linker could share between variants
+
+constexpr float kSmallestScale = 1.17549435e-38f, kLargestE4m3 = 448.0f;
+
+// The largest magnitude; NaN if anything is not finite.
+static float largest_of(const float* x, int64_t count) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    memcpy(&bits, x + i, 4);
+    bits &= 0x7fffffff;
+    most = bits > most ? bits : most;
+  }
+  float largest;
+  memcpy(&largest, &most, 4);
+  return most < 0x7f800000 ? largest : __builtin_nanf("");
+}
+
+// Numbers of at most 448 to the nearest that e4m3 has (ties to even), as fp32.
+static void round_to_e4m3(float* x, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    memcpy(&bits, x + i, 4);
+    bits = (bits + 0x7ffff + (bits >> 20 & 1)) & 0xfff00000;
+    float normal;
+    memcpy(&normal, &bits, 4);
+    constexpr float kStep = 3.0f * (1 << 13);  // added, the last bit is 2^-9
+    const float magnitude = x[i] < 0 ? -x[i] : x[i], denormal = magnitude + kStep - kStep;
+    x[i] = magnitude < 1.0f / 64 ? (x[i] < 0 ? -denormal : denormal) : normal;
+  }
+}
+
+// What every thread reads. A segment's rows lie together, one after another: tiles read memory in order.
+template <typename Tile, QuantizedKind kKind, typename T>
+struct Input {
+  using E = typename Tile::Element;
+  static constexpr int64_t kPlaces = kSegment<Tile, kKind>;
+  const QuantizedLinear& a;
+  E* values;         // [segments][tokens][places of the segment]
+  float* scales;     // int8 and e4m3: [tokens][scale_groups()]
+  int32_t* starts;   // bytes: [segments][tokens], what takes back the offset of the codes
+
+  Input(Scratch& scratch, const QuantizedLinear& a)
+      : a(a), values(scratch.take<E>(a.tokens * a.places)), scales(scratch.take<float>(scaled() ? a.tokens * scale_groups() : 0)),
+        starts(scratch.take<int32_t>(kSame<Tile, BytesTile> ? a.tokens * segments() : 0)) {}
+
+  bool int8() const { return a.activation == kAsInt8; }
+  bool scaled() const { return a.activation != kAsBf16; }
+  // Inputs in e4m3 have scales of their own for each group of a weight in blocks.
+  bool by_group() const { return kKind == kFp8 && a.activation == kAsFp8 && a.groups > 1 && !a.input_scale; }
+  int64_t scale_groups() const { return by_group() ? a.groups : 1; }
+  int64_t segments() const { return a.groups * blocks_of(smaller(a.group, a.places), kPlaces); }
+  int64_t wide_size() const { return rounded_up(a.places, 16) + 16; }  // put() reads 16 from any place on
+  const E* rows(const Segment& segment, int64_t token) const {
+    return values + segment.begin * a.tokens + token * segment.count;
+  }
+
+  // A row in fp32 at the weight's places, zeros beyond them up to wide_size().
+  void gather(float* wide, int64_t token) const {
+    const T* row = static_cast<const T*>(a.input) + token * a.input_row;
+    const int64_t end = wide_size();
+    if (a.order) {
+      for (int64_t i = 0; i < a.places; ++i) {
+        const int64_t feature = a.order[i];
+        wide[i] = 0.0f;
+        if (feature < 0) continue;
+        widen(wide + i, row + feature, 1);
+        if (a.input_scale) wide[i] *= a.input_scale[feature];
+      }
+      for (int64_t i = a.places; i < end; ++i) wide[i] = 0.0f;
+      return;
+    }
+    widen(wide, row, a.width);
+    if (a.input_scale) {
+      for (int64_t i = 0; i < a.width; ++i) wide[i] *= a.input_scale[i];
+    }
+    for (int64_t i = a.width; i < end; ++i) wide[i] = 0.0f;
+  }
+
+  // Codes, as fp32 in place, and their scale: of -127 to 127, or of e4m3; NaN if anything is not finite.
+  float quantize(float* wide, int64_t count) const {
+    const float largest = largest_of(wide, count), by_code = largest / (int8() ? 127.0f : kLargestE4m3);
+    if (largest != largest) {
+      memset(wide, 0, count * sizeof(float));
+      return largest;
+    }
+    const bool given = kKind == kFp8 && a.input_scale;
+    const float scale = given ? *a.input_scale : by_code > kSmallestScale ? by_code : kSmallestScale;
+    if (int8()) {
+      for (int64_t i = 0; i < count; i += kLanes) store_vector(wide + i, nearest(load_vector(wide + i) / set1(scale)));
+      return scale;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const float x = wide[i] / scale;
+      wide[i] = x > kLargestE4m3 ? kLargestE4m3 : x < -kLargestE4m3 ? -kLargestE4m3 : x;
+    }
+    round_to_e4m3(wide, count);
+    return scale;
+  }
+
+  void prepare(float* wide, int64_t token) const {
+    gather(wide, token);
+    if (by_group()) {
+      for (int64_t group = 0; group < a.groups; ++group) {
+        const int64_t begin = group * a.group;
+        scales[token * a.groups + group] = quantize(wide + begin, smaller(a.group, a.places - begin));
+      }
+    } else if (scaled()) {
+      scales[token] = quantize(wide, rounded_up(a.places, 16));
+    }
+    int64_t index = 0;
+    for (int64_t begin = 0; begin < a.places; ++index) {
+      const Segment segment = segment_at<kPlaces>(a, begin);
+      E* to = values + segment.begin * a.tokens + token * segment.count;
+      const int32_t sum = put(to, wide + begin, segment.count);
+      if constexpr (kSame<Tile, BytesTile>) {
+        // What an unsigned code is more than the number it stands for: see unpack_int4.
+        const int32_t offset = kKind == kInt8 ? 128 : a.zeros ? 15 : 8;
+        starts[index * a.tokens + token] = -offset * sum;
+      }
+      begin += segment.count;
+    }
+  }
+
+  // `wide` may be read up to the next multiple of 16.
+  int32_t put(E* to, const float* wide, int64_t count) const {
+    if constexpr (kSame<Tile, FmaTile>) {
+      if (scaled()) {
+        memcpy(to, wide, count * sizeof(float));
+      } else {
+        int64_t i = 0;
+        for (; i + kLanes <= count; i += kLanes) store_vector(to + i, round_to_bf16(load_vector(wide + i)));
+        float last[kLanes];
+        if (i < count) store_vector(last, round_to_bf16(load_vector(wide + i)));
+        memcpy(to + i, last, (count - i) * sizeof(float));
+      }
+      return 0;
+    } else {
+      return put_narrow(to, wide, count);
+    }
+  }
+
+#ifdef __AVX512BF16__
+  // Of each eight places: as unpack_int4 has them.
+  static int32_t put_narrow(Bf16* to, const float* wide, int64_t count) {
+    const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+    for (int64_t i = 0; i < count; i += 16) {
+      const __m256bh halves = _mm512_cvtneps_pbh(_mm512_loadu_ps(wide + i));
+      __m256i bits = reinterpret_cast<const __m256i&>(halves);
+      if constexpr (kKind == kInt4) bits = _mm256_shuffle_epi8(bits, order);
+      _mm256_mask_storeu_epi16(to + i, first_lanes(count - i), bits);
+    }
+    return 0;
+  }
+  static int32_t put_narrow(int8_t* to, const float* wide, int64_t count) {
+    const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t i = 0; i < count; i += 16) {
+      const __mmask16 lanes = first_lanes(count - i);
+      const __m512i codes = _mm512_maskz_cvtps_epi32(lanes, _mm512_loadu_ps(wide + i));
+      sum = _mm512_add_epi32(sum, codes);
+      __m128i bytes = _mm512_cvtepi32_epi8(codes);
+      if constexpr (kKind == kInt4) bytes = _mm_shuffle_epi8(bytes, order);
+      _mm_mask_storeu_epi8(to + i, lanes, bytes);
+    }
+    return _mm512_reduce_add_epi32(sum);
+  }
+#endif
+};
+
+}  // namespace
+}  // namespace M4OV_VARIANT
+}  // namespace m4ov
