@@ -67,7 +67,7 @@ struct Product {
     const int64_t tiles = blocks_of(rows, kTileRows);
     // Codes that are multiplied where they lie: those of the next segment come from memory meanwhile.
     const uint8_t* next = nullptr;
-    if constexpr (kBytes && kKind == kInt8) next = right + segment.count * kPanel;
+    if constexpr (kBytes && kKind == kInt8) next = rows > 2 ? right + segment.count * kPanel : nullptr;
     for (int64_t i = 0; i < tiles; ++i) {
       if (next) {
         const int64_t lines = segment.count * kPanel / 64;

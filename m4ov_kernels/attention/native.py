@@ -12,6 +12,7 @@ from m4ov_kernels.bounds import check_bounds
 from m4ov_kernels.layout import DTYPES, output, scratch
 
 
+
 def varlen_attention_fwd(
     q: Tensor,
     k: Tensor,

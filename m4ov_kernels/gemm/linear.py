@@ -173,7 +173,8 @@ def _linear(
             flat = flat * factor.float()
     width = weight.shape[0] // 2 if after == "swiglu" else weight.shape[0]
     to_add = None if residual is None else residual.reshape(rows, width)
-    *operands, group = _operands(weight, backend, x.device.type, after == "swiglu" and not composed)
+    *operands, input_scale, group = _operands(weight, backend, x.device.type, after == "swiglu" and not composed)
+    operands.append(None if kind == "fp8" and activation != "fp8" else input_scale)
     options = (kind, weight.shape[0], group, activation)
     if not composed:
         result: Tensor = QUANTIZED_LINEAR(implementation, flat, *operands, bias, to_add, *options, after)

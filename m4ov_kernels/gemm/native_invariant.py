@@ -20,6 +20,6 @@ def invariant_linear_fwd(
     addresses = [input.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), result.data_ptr(), 0]
     sizes = (input.shape[0], columns, input.shape[1], input_row, weight_row)
     arguments = (sizes, transposed, DTYPES[input.dtype], torch.get_num_threads())
-    memory, addresses[4] = scratch(_C.invariant_linear(addresses, *arguments))
+    _memory, addresses[4] = scratch(_C.invariant_linear(addresses, *arguments))
     _C.invariant_linear(addresses, *arguments)
     return result
