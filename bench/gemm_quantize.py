@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m4ov_bench import cases, gate, peers
+from m4ov_bench import cases, cases_quantize, gate, peers
 from m4ov_bench.peers.base import compiled_peer
 from m4ov_bench.row import Row
 from m4ov_bench.session import Session, Subject, implementation_name, memory_bound, rows
@@ -36,7 +36,7 @@ def benchmark(session: Session) -> Iterator[Row]:
             yield from rows(session, requantize_subject(weight))
 
 
-def subject(case: cases.QuantizeCase, compiled: peers.Compiled) -> Subject:
+def subject(case: cases_quantize.QuantizeCase, compiled: peers.Compiled) -> Subject:
     """One case, on PyTorch's default device."""
     implementation = OPERATORS[case.operator].select(torch.get_default_device(), case.dtype)
     inputs = [_inputs(case) for _ in range(_SETS)]
@@ -71,7 +71,7 @@ def subject(case: cases.QuantizeCase, compiled: peers.Compiled) -> Subject:
     )
 
 
-def _inputs(case: cases.QuantizeCase) -> tuple[Tensor, ...]:
+def _inputs(case: cases_quantize.QuantizeCase) -> tuple[Tensor, ...]:
     x = torch.randn(case.rows, case.width).to(case.dtype)
     if case.operator == "swiglu_quantize":
         return x, torch.randn(case.rows, case.width).to(case.dtype)
@@ -81,7 +81,7 @@ def _inputs(case: cases.QuantizeCase) -> tuple[Tensor, ...]:
     return (x,)
 
 
-def _raw(case: cases.QuantizeCase, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
+def _raw(case: cases_quantize.QuantizeCase, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
     if case.operator == "rms_norm_quantize":
         x, weight, *residual = tensors
         return x, weight, residual[0] if residual else None, EPS, "hf", case.codes
@@ -90,7 +90,7 @@ def _raw(case: cases.QuantizeCase, tensors: tuple[Tensor, ...]) -> tuple[Any, ..
     return (*tensors, case.granularity, case.transposed) if case.codes == "fp8" else tensors
 
 
-def ours(case: cases.QuantizeCase) -> Callable[..., tuple[Tensor, ...]]:
+def ours(case: cases_quantize.QuantizeCase) -> Callable[..., tuple[Tensor, ...]]:
     if case.operator == "rms_norm_quantize":
         return lambda x, weight, residual=None: rms_norm_quantize(
             x, weight, eps=EPS, residual=residual, dtype=case.codes
@@ -102,7 +102,7 @@ def ours(case: cases.QuantizeCase) -> Callable[..., tuple[Tensor, ...]]:
     return lambda x: quantize_fp8(x, case.granularity, case.transposed)
 
 
-def composed(case: cases.QuantizeCase) -> Callable[..., tuple[Tensor, ...]]:
+def composed(case: cases_quantize.QuantizeCase) -> Callable[..., tuple[Tensor, ...]]:
     """What ours must equal, to the bit: the definition, after our own operator where there is one before it."""
 
     def then(x: Tensor) -> tuple[Tensor, ...]:
@@ -121,7 +121,7 @@ def composed(case: cases.QuantizeCase) -> Callable[..., tuple[Tensor, ...]]:
     return (lambda gates, up: then(swiglu(gates, up))) if case.operator == "swiglu_quantize" else then
 
 
-def definition(case: cases.QuantizeCase) -> Callable[..., tuple[Tensor, ...]]:
+def definition(case: cases_quantize.QuantizeCase) -> Callable[..., tuple[Tensor, ...]]:
     """In plain PyTorch."""
     if case.operator == "rms_norm_quantize":
 
@@ -148,7 +148,9 @@ def _poisoned(results: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(out)
 
 
-def _same(case: cases.QuantizeCase, got: Sequence[Tensor], expected: Sequence[Tensor], note: str = "") -> gate.Gate:
+def _same(
+    case: cases_quantize.QuantizeCase, got: Sequence[Tensor], expected: Sequence[Tensor], note: str = ""
+) -> gate.Gate:
     result = gate.Gate({})
     last = "sum" if case.residual else "transposed"
     for name, a, b in zip(("codes", "scales", last), got, expected, strict=False):
@@ -166,7 +168,7 @@ def _bytes_of(source: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
 # ---- Weights into panels
 
 
-def requantize_subject(case: cases.RequantizeCase) -> Subject:
+def requantize_subject(case: cases_quantize.RequantizeCase) -> Subject:
     inputs = [((torch.randn(case.rows, case.width) * case.width**-0.5).to(case.dtype),) for _ in range(_SETS)]
     options = {"scheme": case.scheme, "group_size": case.group_size}
     out = [requantize(*tensors, **options) for tensors in inputs]
@@ -194,7 +196,7 @@ def requantize_subject(case: cases.RequantizeCase) -> Subject:
     )
 
 
-def _plain(case: cases.RequantizeCase) -> Callable[[Tensor], Panels]:
+def _plain(case: cases_quantize.RequantizeCase) -> Callable[[Tensor], Panels]:
     """The quantised weight in plain PyTorch, then its panels."""
 
     def call(weight: Tensor) -> Panels:

@@ -8,7 +8,7 @@ from torch import Tensor
 from m4ov_kernels import _C
 from m4ov_kernels.gemm.quantize import scale_shape
 from m4ov_kernels.gemm.reference_quantize import BLOCK, CODES
-from m4ov_kernels.layout import DTYPES, NUMERICS, as_rows, output
+from m4ov_kernels.layout import DTYPES, NUMERICS, as_rows, output, scratch
 
 _LINE = 64  # bytes
 
@@ -63,12 +63,12 @@ def rms_norm_quantize_fwd(
     hidden_states, hidden_stride = as_rows(hidden_states)
     added, added_stride = (None, 0) if residual is None else as_rows(residual)
     weight = weight.contiguous()
-    scratch = _scratch(hidden_states, threads)
+    _memory, address = _scratch(hidden_states, threads)
     _C.rms_norm_quantize(
         codes.data_ptr(),
         scales.data_ptr(),
         0 if added is None else total.data_ptr(),
-        _first_line(scratch),
+        address,
         hidden_states.data_ptr(),
         weight.data_ptr(),
         0 if added is None else added.data_ptr(),
@@ -92,11 +92,11 @@ def swiglu_quantize_fwd(
     codes, scales = _outputs(gate, dtype, out)
     rows, width, threads = gate.shape[:-1].numel(), gate.shape[-1], torch.get_num_threads()
     (gate, gate_stride), (up, up_stride) = as_rows(gate), as_rows(up)
-    scratch = _scratch(gate, threads)
+    _memory, address = _scratch(gate, threads)
     _C.swiglu_quantize(
         codes.data_ptr(),
         scales.data_ptr(),
-        _first_line(scratch),
+        address,
         gate.data_ptr(),
         up.data_ptr(),
         rows,
@@ -136,11 +136,6 @@ def _quantize_rows(codes: Tensor, scales: Tensor, input: Tensor, group: int, fp8
     )
 
 
-def _scratch(like: Tensor, threads: int) -> Tensor:
-    """A row for each thread, from the first whole line on."""
-    row = -(-like.shape[-1] * like.element_size() // _LINE) * _LINE
-    return torch.empty(threads * row + _LINE, dtype=torch.uint8)
-
-
-def _first_line(scratch: Tensor) -> int:
-    return -(-scratch.data_ptr() // _LINE) * _LINE
+def _scratch(like: Tensor, threads: int) -> tuple[Tensor, int]:
+    """A row for each thread, each of whole cache lines."""
+    return scratch(threads * (-(-like.shape[-1] * like.element_size() // _LINE) * _LINE))
