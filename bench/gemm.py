@@ -1,5 +1,5 @@
-"""Quantisation (``gemm_quantize.py``), and what invariance costs: ``invariant_linear`` against ``F.linear`` (eager);
-the limit is ``torch.mm`` of the same.
+"""What invariance costs: ``invariant_linear`` against ``F.linear`` (eager); the limit is ``torch.mm`` of the same. The
+quantised linears are in ``gemm_quantized``, the quantisations in ``gemm_quantize``.
 
 Attention and the head have no row here: their compiled CPU kernels always keep a row's bits, so that asking for it is
 free (their own rows have PyTorch's attention and unfused heads beside them).
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from m4ov_bench import cases, gate, gemm_quantize, invariant_model
+from m4ov_bench import cases, gate, gemm_quantize, gemm_quantized, invariant_model
 from m4ov_bench.row import Row
 from m4ov_bench.session import Kernel, Session, Subject, rows
 from m4ov_kernels import invariant_linear
@@ -29,6 +29,7 @@ def benchmark(session: Session) -> Iterator[Row]:
             yield from rows(session, subject(case))
     if not session.quick and not session.only and unavailable("cpu", torch.bfloat16) is None:
         yield from invariant_model.benchmark(session)
+    yield from gemm_quantized.benchmark(session)
 
 
 def subject(case: cases.LinearCase) -> Subject:

@@ -35,10 +35,13 @@ def describe(allocator: str = "") -> Machine:
 
 
 def limits(effort: measure.Effort) -> dict[str, float]:
-    """B/s of a copy (bytes read plus bytes written) and FLOP/s of a large matrix product."""
+    """B/s of a copy (bytes read plus bytes written), FLOP/s of a large matrix product, and OP/s of int8 dot products
+    where there are compiled kernels."""
     measured = {"copy B/s": measure.copy_rate(_COPY_BYTES, effort)}
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         measured[f"{name} mm FLOP/s"] = measure.matmul_rate(dtype, effort, _MATRIX)
+    if native_extension()[0] is not None:
+        measured["int8 dot OP/s"] = measure.dot_rate("int8", effort)
     return measured
 
 

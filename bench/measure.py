@@ -16,12 +16,15 @@ from dataclasses import dataclass
 
 import torch
 
+from m4ov_kernels.dispatch import native_extension
+
 try:
     import resource
 except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
 _ENOUGH, _SHORT = 5, 0.1  # rounds, seconds
+_DOT_OPERATIONS = 4e8
 Call = Callable[[int], object]  # takes a running number, for rotating inputs; its result is freed inside the timing
 
 
@@ -155,6 +158,24 @@ def matmul_rate(dtype: torch.dtype, effort: Effort, size: int) -> float:
     left, right, out = (torch.randn(size, size).to(dtype) for _ in range(3))
     times = interleaved({"mm": lambda _: torch.mm(left, right, out=out)}, effort)["mm"]
     return 2 * size**3 / min(sample.seconds for sample in times.rounds if sample is not None)
+
+
+def dot_rate(kind: str, effort: Effort) -> float:
+    """Operations a second of dot products in registers alone, ``kind`` int8 or bf16, on PyTorch's number of threads:
+    what the instruction set can do. The compiled kernels must be there."""
+    call, made = dot_products(kind, _DOT_OPERATIONS)
+    return made / min(sample.seconds for sample in interleaved({"dot": call}, effort)["dot"].rounds if sample)
+
+
+def dot_products(kind: str, operations: float) -> tuple[Call, int]:
+    """A call that makes about so many, and how many it makes."""
+    extension, reason = native_extension()
+    if extension is None:
+        raise RuntimeError(reason)
+    team = torch.get_num_threads()
+    each = extension.dot_loop(kind, 1, team)
+    steps = max(1, int(operations / each))
+    return lambda _: extension.dot_loop(kind, steps, team), steps * each
 
 
 def _timed(call: Call, index: int) -> Sample:

@@ -87,6 +87,8 @@ def roofline(rows: Sequence[Row]) -> Any:
     limits = rows[0].machine.limits if rows else {}
     copy = limits.get("copy B/s")
     peaks = {name.removesuffix(" mm FLOP/s"): rate for name, rate in limits.items() if name.endswith(" mm FLOP/s")}
+    if any(row.unit == "OP" for row in kernels) and "int8 dot OP/s" in limits:
+        peaks["int8 dot"] = limits["int8 dot OP/s"]
     if not kernels or not copy or not peaks:
         return None
     figure, axes = _figure(12, max(4.5, 1.2 + 0.17 * len(kernels)), rows[0].machine)

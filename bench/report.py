@@ -16,7 +16,7 @@ from rich.table import Table
 from m4ov_bench.against import Comparison
 from m4ov_bench.row import Machine, Peer, Row
 
-_UNITS = {"B": "GB/s", "FLOP": "GFLOP/s"}
+_UNITS = {"B": "GB/s", "FLOP": "GFLOP/s", "OP": "GOP/s"}
 
 
 def print_machine(machine: Machine, console: Console) -> None:
@@ -76,7 +76,8 @@ def _peer(name: str, peer: Peer) -> str:
         return f"[yellow]{name}: {duration(peer.seconds)} for a wrong result: {error}{memory}[/yellow]"
     if peer.seconds is None or peer.ratio is None:
         return f"[dim]{name}: {escape(str(peer.absent))}{memory}[/dim]"
-    return f"{name}: {duration(peer.seconds)} ({peer.ratio:.2f} ×{memory})"
+    claim = f"; {peer.claim}, error {peer.error:.0%} of allowed" if peer.claim and peer.error is not None else ""
+    return f"{name}: {duration(peer.seconds)} ({peer.ratio:.2f} ×{memory}{claim})"
 
 
 def duration(seconds: float) -> str:

@@ -28,7 +28,7 @@ class Peer:
 
     ``ratio``: its time over ours, the median over rounds in which both ran; above 1 we are faster. ``error``: the worst
     of its results and gradients over what the numerics rule allows; beyond 1 it has no ratio: a speed is believed only
-    of a result as exact as ours must be.
+    of a result as exact as ours must be. ``claim``: the numerics by which it was judged, where they are not ours.
     """
 
     seconds: float | None = None
@@ -36,6 +36,7 @@ class Peer:
     memory_mib: float | None = None
     absent: str | None = None
     error: float | None = None
+    claim: str = ""
 
 
 @dataclass(frozen=True)

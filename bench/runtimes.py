@@ -41,6 +41,15 @@ def missing(package: str) -> str | None:
     return None if importlib.util.find_spec(package) else f"{package} is not installed (m4ov[peers])"
 
 
+def zentorch_missing() -> str | None:
+    """Why zentorch cannot be a peer, or ``None``."""
+    absent = missing("zentorch")
+    if absent:
+        return absent
+    theirs, ours = metadata.version("zentorch").split(".")[:2], torch.__version__.split(".")[:2]
+    return f"zentorch {'.'.join(theirs)} is built for that torch; this is {'.'.join(ours)}" if theirs != ours else None
+
+
 def onnxruntime(nodes: list[tuple[Any, ...]], names: list[str], output: Callable[..., Tensor]) -> Inference | str:
     """A graph of ``(operator, inputs, outputs, attributes)`` whose last output is the result.
 
@@ -139,12 +148,9 @@ def openvino(function: Callable[..., Tensor], output: Callable[..., Tensor]) -> 
 
 def zentorch(function: Callable[..., Tensor]) -> Inference | str:
     """``torch.compile`` with AMD's backend, for inference."""
-    absent = missing("zentorch")
+    absent = zentorch_missing()
     if absent:
         return absent
-    theirs, ours = metadata.version("zentorch").split(".")[:2], torch.__version__.split(".")[:2]
-    if theirs != ours:
-        return f"zentorch {'.'.join(theirs)} is built for that torch; this is {'.'.join(ours)}"
 
     def prepare(*tensors: Tensor) -> Callable[..., Tensor]:
         import zentorch  # noqa: F401  (registers the backend)

@@ -82,13 +82,21 @@ def memory_bound(
 
 
 @dataclass(frozen=True)
+class Claim:
+    """Other numerics than the operator's, by which a peer is judged: in words, and its ``definition`` by them."""
+
+    words: str
+    definition: Callable[..., Any]
+
+
+@dataclass(frozen=True)
 class Subject:
     """An operator in one case.
 
     ``kernels``: by what they do ("forward", "backward", …). ``ours`` and the peers take one of ``inputs`` (sets that
     rotate) and return a tensor or several; ``grads``: for every set, what is handed to their backward (``None``: the
-    outputs are scalar losses). ``definition``: the same in plain PyTorch, for judging peers. ``memory``: a peer's name
-    → MiB beyond inputs and outputs.
+    outputs are scalar losses). ``definition``: the same in plain PyTorch, for judging peers; ``claims``: by a peer's
+    name, where it is judged by another. ``memory``: a peer's name → MiB beyond inputs and outputs.
     """
 
     family: str
@@ -101,6 +109,7 @@ class Subject:
     inputs: Sequence[tuple[Tensor, ...]]
     grads: Sequence[tuple[Tensor, ...]] | None = None
     definition: Callable[..., Any] | None = None
+    claims: Mapping[str, Claim] = field(default_factory=dict)
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
     memory: Mapping[str, float | None] = field(default_factory=dict)
 
@@ -127,17 +136,29 @@ def rows(session: Session, subject: Subject) -> Iterator[Row]:
             limit_seconds=limit.seconds * kernel.scale,
             fraction=limit.ratio_to(ours) * kernel.scale,
         )
-    truth = None
-    if subject.definition is not None and not all(isinstance(peer, Absent) for peer in subject.peers.values()):
-        session.say(f"{subject.operator} {subject.case}: float64, for the peers")
-        truth = Truth(subject.definition, subject.inputs[0], subject.grads and subject.grads[0])
+    present = [name for name, peer in subject.peers.items() if not isinstance(peer, Absent)]
+    truths = _truths(session, subject, present)
     differentiable = any(tensor.requires_grad for tensor in subject.inputs[0])
     for what, backward in (("forward", False), ("forward + backward", True))[: 1 + differentiable]:
         session.say(f"{subject.operator} {subject.case}: {what}, as called")
-        yield _called(session, subject, what, backward, truth)
+        yield _called(session, subject, what, backward, truths)
 
 
-def _called(session: Session, subject: Subject, what: str, backward: bool, truth: Truth | None) -> Row:
+def _truths(session: Session, subject: Subject, names: Sequence[str]) -> dict[str, Truth]:
+    """By which each of these peers is judged; none without a definition."""
+    made: dict[Any, Truth] = {}
+    truths = {}
+    for name in names:
+        definition = subject.claims[name].definition if name in subject.claims else subject.definition
+        if definition is not None:
+            session.say(f"{subject.operator} {subject.case}: float64, for {name}")
+            if definition not in made:
+                made[definition] = Truth(definition, subject.inputs[0], subject.grads and subject.grads[0])
+            truths[name] = made[definition]
+    return truths
+
+
+def _called(session: Session, subject: Subject, what: str, backward: bool, truths: Mapping[str, Truth]) -> Row:
     calls = {OURS: as_called(subject, subject.ours, backward)}
     absent, errors = {}, {}
     for name, peer in subject.peers.items():
@@ -149,8 +170,8 @@ def _called(session: Session, subject: Subject, what: str, backward: bool, truth
             call = as_called(subject, peer, backward)
             try:
                 call(0)
-                if truth is not None:
-                    errors[name] = max(truth.judge(peer, backward).errors.values())
+                if name in truths:
+                    errors[name] = max(truths[name].judge(peer, backward).errors.values())
             except Exception as error:  # a peer that fails is a row that says so; ours never comes here
                 absent[name] = f"fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
             else:
@@ -166,7 +187,8 @@ def _called(session: Session, subject: Subject, what: str, backward: bool, truth
         error = errors.get(name)
         believed = error is None or error <= 1
         ratio = taken.ratio_to(ours) if believed else None
-        peers[name] = PeerRow(taken.seconds, ratio, memory.get(name), error=error)
+        claim = subject.claims[name].words if name in subject.claims else ""
+        peers[name] = PeerRow(taken.seconds, ratio, memory.get(name), error=error, claim=claim)
     peers |= {name: PeerRow(absent=reason, memory_mib=memory.get(name)) for name, reason in absent.items()}
     return row(session, subject, f"{what}, as called", **timing(ours), memory_mib=memory.get(OURS), peers=peers)
 

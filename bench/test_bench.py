@@ -9,9 +9,11 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 
-from m4ov_bench import activation, attention, cases, head, kl, logprob, machine, norm, vision
+from m4ov_bench import activation, attention, cases, gemm_quantized, head, kl, logprob, machine, norm, vision
 from m4ov_bench.peers import Absent
+from m4ov_bench.peers.gemm import EAGER
 from m4ov_bench.session import OURS, Session, Subject, as_called
 
 ALL = (
@@ -23,9 +25,10 @@ ALL = (
     *cases.KL,
     *cases.FEATURE_ROWS,
     *cases.POSITION_EMBEDDINGS,
+    *cases.QUANTIZED,
 )
 CASES = [case for case in ALL if case.quick]
-PEERS = ("eager", "Hugging Face", "F.rms_norm", "SDPA with a mask", "F.linear_cross_entropy")
+PEERS = ("eager", EAGER, "Hugging Face", "F.rms_norm", "SDPA with a mask", "F.linear_cross_entropy")
 
 
 @cache
@@ -41,6 +44,8 @@ def subject(case: Any) -> Subject:
         made = vision.feature_rows(case, True, False)
     elif isinstance(case, cases.PositionEmbeddingsCase):
         made = vision.interpolation(case, False)
+    elif isinstance(case, cases.QuantizedCase):
+        made = gemm_quantized.subject(case, gemm_quantized.Layers(quick=True))
     elif isinstance(case, cases.LogprobCase):
         made = logprob.subject(session, case)
     elif isinstance(case, cases.KlCase):
@@ -51,9 +56,10 @@ def subject(case: Any) -> Subject:
     return made
 
 
-def timed(benchmark, call) -> None:
+def timed(benchmark, case, call) -> None:
     counter = iter(range(10**9))
-    benchmark.pedantic(lambda: call(next(counter)), rounds=10, warmup_rounds=2)
+    with gemm_quantized.threads(getattr(case, "threads", torch.get_num_threads())):
+        benchmark.pedantic(lambda: call(next(counter)), rounds=10, warmup_rounds=2)
 
 
 @pytest.mark.parametrize("what", ["forward", "backward", "forward + backward"])
@@ -63,7 +69,7 @@ def test_kernel(benchmark, case, what):
     if what not in made.kernels:
         pytest.skip(f"{made.operator} is measured as {', '.join(made.kernels) or 'a call only: no kernels here'}")
     benchmark.group = f"{made.operator} {case}: {what}, kernel"
-    timed(benchmark, made.kernels[what].call)
+    timed(benchmark, case, made.kernels[what].call)
 
 
 @pytest.mark.parametrize("who", [OURS, *PEERS])
@@ -75,4 +81,4 @@ def test_as_called(benchmark, case, what, who):
     if isinstance(function, Absent):
         pytest.skip(str(function))
     benchmark.group = f"{made.operator} {case}: {what}, as called"
-    timed(benchmark, as_called(made, function, backward="backward" in what))
+    timed(benchmark, case, as_called(made, function, backward="backward" in what))

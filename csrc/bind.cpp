@@ -2,6 +2,7 @@
 // m4ov_kernels/*/native.py have checked them and own the memory.
 #include "activation/bind.h"
 #include "attention/bind.h"
+#include "common/limits_bind.h"
 #include "gemm/bind.h"
 #include "head/bind.h"
 #include "norm/bind.h"
@@ -48,6 +49,7 @@ PYBIND11_MODULE(_C, m) {
   m4ov::bind_attention(m);
   m4ov::bind_gemm(m);
   m4ov::bind_head(m);
+  m4ov::bind_limits(m);
   m4ov::bind_norm(m);
   m4ov::bind_packing(m);
   m4ov::bind_rope(m);

@@ -1,4 +1,4 @@
-"""The command ``m4ov``: ``run``, ``doctor``, ``bench``, ``kernels``, ``certify``.
+"""The command ``m4ov``: ``run``, ``evaluate``, ``quantize``, ``doctor``, ``bench``, ``kernels``, ``certify``.
 
 torch is imported only by a command that computes, and after the allocator is set up (:mod:`m4ov.allocator`). What goes
 wrong is one line and exit status 2; ``--traceback`` shows where. Ctrl-C is 130.
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from m4ov import allocator, certify, kernels
+from m4ov import allocator, certify, evaluation, kernels, quantization
 
 #: Task of a recipe → (its configuration, the function that runs it).
 TASKS = {"quickstart": ("m4ov.recipe:QuickstartConfig", "m4ov.quickstart:run")}
@@ -68,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("recipe", metavar="RECIPE", help="a name (quickstart) or the path of a .yaml file")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=200 run.folder=runs/mine")
     run.set_defaults(prepare=_load, execute=_run)
+    evaluate = commands.add_parser("evaluate", help="the quickstart's held-out questions asked of a checkpoint")
+    evaluation.add_arguments(evaluate)
+    evaluate.set_defaults(prepare=evaluation.prepare, execute=evaluation.execute)
+    quantize = commands.add_parser("quantize", help="a checkpoint in four or eight bits, and what that did to it")
+    quantization.add_arguments(quantize)
+    quantize.set_defaults(prepare=quantization.prepare, execute=quantization.execute)
     doctor = commands.add_parser("doctor", help="what this machine will run, and why")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of tables")
     doctor.set_defaults(execute=_doctor)

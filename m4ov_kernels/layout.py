@@ -61,7 +61,7 @@ def output(given: Tensor | None, shape: tuple[int, ...] | torch.Size, like: Tens
 
 
 def scratch(size: int) -> tuple[Tensor, int]:
-    """Memory for a compiled CPU kernel, to be held until that returns, and the address of its first whole cache line."""
+    """Memory for a compiled CPU kernel, to be held until that returns, and the address of its first cache line."""
     memory = torch.empty(size + _CACHE_LINE, dtype=torch.uint8)
     return memory, -(-memory.data_ptr() // _CACHE_LINE) * _CACHE_LINE
 

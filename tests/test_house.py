@@ -18,6 +18,8 @@ LAYERS = (
     ("train", "generate"),
     ("sft", "rl", "quantize", "serve", "evaluate"),
     ("quickstart", "doctor", "kernels", "certify"),
+    ("evaluation",),
+    ("quantization",),
     ("cli",),
     ("__main__",),
 )

@@ -168,6 +168,22 @@ def seconds_of(device: torch.device, call: Callable[[], object], lead: float = 0
     return start.elapsed_time(end) / 1e3
 
 
+def fastest_product(device: torch.device, rows: int, width: int, columns: int) -> tuple[str, Callable[[int], Any]]:
+    """What a product of eight-bit operands is measured against: the vendor library's of e4m3 with one scale each, or,
+    where a chip has none and on the CPU, its bfloat16 product."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 9):
+        left, right = (torch.randn(n, width, device=device).to(torch.bfloat16) for n in (rows, columns))
+        out = torch.empty(rows, columns, dtype=torch.bfloat16, device=device)
+        return "torch.mm of bf16", lambda _: torch.mm(left, right.t(), out=out)
+    # Its widths are multiples of 16.
+    width, columns = (-(-size // 16) * 16 for size in (width, columns))
+    left, right = (torch.randn(n, width, device=device).to(torch.float8_e4m3fn) for n in (rows, columns))
+    one = torch.ones((), device=device)
+    return "torch._scaled_mm of e4m3, one scale", lambda _: torch._scaled_mm(
+        left, right.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
 def memory_bytes(device: torch.device) -> float:
     """Of the device; on the CPU unlimited."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")

@@ -13,8 +13,8 @@ from torch import Tensor
 from m4ov_bench.peers import Absent, Peer
 
 PACKAGES = ("liger_kernel", "quack", "flash_attn", "cut_cross_entropy", "transformer_engine", "verl", "gemlite")
-# Peers of which no operator of ours has a counterpart to measure yet.
-WITHOUT_COUNTERPART = {"gemlite": "matrix products with quantised weights: no operator of ours computes one yet"}
+# Peers that have a counterpart of ours and no row beside it yet.
+WITHOUT_COUNTERPART = {"gemlite": "its products with quantised weights are not called beside ours yet"}
 _HINTS = {"verl": " (its transformers is older than ours: an environment of its own)"}
 
 

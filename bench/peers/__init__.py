@@ -3,6 +3,7 @@
 from m4ov_bench.peers.activation import geglu, gelu, swiglu
 from m4ov_bench.peers.attention import varlen_attention
 from m4ov_bench.peers.base import Absent, Compiled, Peer
+from m4ov_bench.peers.gemm import fp8_linear, int4_linear, int8_linear
 from m4ov_bench.peers.head import linear_cross_entropy
 from m4ov_bench.peers.norm import layer_norm, rms_norm
 from m4ov_bench.peers.rope import qk_norm_mrope, vision_rope
@@ -15,9 +16,12 @@ __all__ = [
     "Compiled",
     "Peer",
     "deepstack_add",
+    "fp8_linear",
     "geglu",
     "gelu",
     "get_rope_index",
+    "int4_linear",
+    "int8_linear",
     "interpolate_position_embeddings",
     "layer_norm",
     "linear_cross_entropy",

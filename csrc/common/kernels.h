@@ -9,12 +9,14 @@
 #include "../packing/kernels.h"
 #include "../rope/kernels.h"
 #include "../vision/kernels.h"
+#include "limits.h"
 
 #define M4OV_KERNELS(X)    \
   M4OV_ACTIVATION_KERNELS(X) \
   M4OV_ATTENTION_KERNELS(X)  \
   M4OV_GEMM_KERNELS(X)       \
   M4OV_HEAD_KERNELS(X)       \
+  M4OV_LIMIT_KERNELS(X)      \
   M4OV_NORM_KERNELS(X)       \
   M4OV_PACKING_KERNELS(X)    \
   M4OV_ROPE_KERNELS(X)       \

@@ -24,6 +24,13 @@ static float largest_of(const float* x, int64_t count) {
   return most < 0x7f800000 ? largest : __builtin_nanf("");
 }
 
+// NaN if anything is, else 0.
+static float any_nan(const float* x, int64_t count) {
+  bool found = false;
+  for (int64_t i = 0; i < count; ++i) found |= x[i] != x[i];
+  return found ? __builtin_nanf("") : 0.0f;
+}
+
 // Numbers of at most 448 to the nearest that e4m3 has (ties to even), as fp32.
 static void round_to_e4m3(float* x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
@@ -73,26 +80,28 @@ struct Input {
         wide[i] = 0.0f;
         if (feature < 0) continue;
         widen(wide + i, row + feature, 1);
-        if (a.input_scale) wide[i] *= a.input_scale[feature];
+        if (kKind == kInt4 && a.input_scale) wide[i] *= a.input_scale[feature];
       }
       for (int64_t i = a.places; i < end; ++i) wide[i] = 0.0f;
       return;
     }
     widen(wide, row, a.width);
-    if (a.input_scale) {
+    if (kKind == kInt4 && a.input_scale) {
       for (int64_t i = 0; i < a.width; ++i) wide[i] *= a.input_scale[i];
     }
     for (int64_t i = a.width; i < end; ++i) wide[i] = 0.0f;
   }
 
-  // Codes, as fp32 in place, and their scale: of -127 to 127, or of e4m3; NaN if anything is not finite.
+  // Codes, as fp32 in place, and their scale: of -127 to 127, or of e4m3; NaN if anything is not finite, or with a given
+  // scale, to whose range infinity is clamped, if anything is NaN.
   float quantize(float* wide, int64_t count) const {
-    const float largest = largest_of(wide, count), by_code = largest / (int8() ? 127.0f : kLargestE4m3);
+    const bool given = kKind == kFp8 && a.input_scale;
+    const float largest = given ? any_nan(wide, count) : largest_of(wide, count);
     if (largest != largest) {
       memset(wide, 0, count * sizeof(float));
       return largest;
     }
-    const bool given = kKind == kFp8 && a.input_scale;
+    const float by_code = largest / (int8() ? 127.0f : kLargestE4m3);
     const float scale = given ? *a.input_scale : by_code > kSmallestScale ? by_code : kSmallestScale;
     if (int8()) {
       for (int64_t i = 0; i < count; i += kLanes) store_vector(wide + i, nearest(load_vector(wide + i) / set1(scale)));

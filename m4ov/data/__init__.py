@@ -5,6 +5,7 @@ from __future__ import annotations
 from m4ov.data.images import ImageError, ImageGeometry, image_processor, patchify
 from m4ov.data.mixture import Mixture
 from m4ov.data.packing import Encoded, Encoder
+from m4ov.data.saved import encoder_of
 from m4ov.data.sources import DataError, Sample, Split, digits, easy_vqa
 from m4ov.data.tokenizer import to_hugging_face, train_tokenizer
 
@@ -19,6 +20,7 @@ __all__ = [
     "Split",
     "digits",
     "easy_vqa",
+    "encoder_of",
     "image_processor",
     "patchify",
     "to_hugging_face",

@@ -12,7 +12,6 @@ from m4ov_kernels.bounds import check_bounds
 from m4ov_kernels.layout import DTYPES, output, scratch
 
 
-
 def varlen_attention_fwd(
     q: Tensor,
     k: Tensor,
@@ -90,5 +89,5 @@ def _arguments(
 
 def _run(kernel: Any, arguments: list[Any], *others: Any) -> None:
     size = kernel(*arguments, *others)  # without scratch memory it only says how much it needs
-    memory, arguments[0][5] = scratch(size)
+    _memory, arguments[0][5] = scratch(size)
     kernel(*arguments, *others)

@@ -330,5 +330,5 @@ QUANTIZED_LINEAR = Operator(
     native=("cpu",),
     serves=("int4_linear", "int8_linear", "fp8_linear"),
     public=False,
-    backends=("native",),
+    backends=("native", "triton"),
 )

@@ -57,6 +57,6 @@ def quantized_linear_fwd(
         DTYPES[input.dtype],
         torch.get_num_threads(),
     )
-    memory, address = scratch(_C.quantized_linear((*addresses, 0), sizes, options))
+    _memory, address = scratch(_C.quantized_linear((*addresses, 0), sizes, options))
     _C.quantized_linear((*addresses, address), sizes, options)
     return result

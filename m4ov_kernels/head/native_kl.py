@@ -91,7 +91,12 @@ def linear_kl_bwd(
     heads = [(rows.input, weight, bias), (states.of_rows(rows, ref_hidden_states), ref_weight, ref_bias)]
     arguments, others, alive = _arguments(heads, rows.target, temperature, rounded)
     addresses = [x.data_ptr() if n else 0 for x, n in zip((row_grad, grad_weight, grad_bias), needed, strict=True)]
-    more = (states.KINDS.index(kind), coefficients.data_ptr(), *addresses, native_logprob.backward_columns(tokens, weight))
+    more = (
+        states.KINDS.index(kind),
+        coefficients.data_ptr(),
+        *addresses,
+        native_logprob.backward_columns(tokens, weight),
+    )
     native_logprob.run(_C.linear_kl_bwd, arguments, *others, *more)
     del alive
     if need_hidden:

@@ -181,5 +181,5 @@ def _arguments(
 
 def run(kernel: Any, arguments: list[Any], *others: Any) -> None:
     size = kernel(*arguments, *others)  # without scratch memory it only says how much it needs
-    memory, arguments[0][-1] = scratch(size)
+    _memory, arguments[0][-1] = scratch(size)
     kernel(*arguments, *others)

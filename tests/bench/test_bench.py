@@ -14,10 +14,13 @@ import torch
 
 import m4ov_bench
 from m4ov_bench import cases, machine, measure, memory, peers, plots, report, runner
+from m4ov_bench.peers.gemm import EAGER
 from m4ov_bench.session import memory_bound
 from m4ov_kernels.dispatch import native_extension
 
 HOST_FUNCTIONS = ("mrope_positions", "pack_patches", "pack_sequences")  # their peers are not PyTorch's
+PLAIN = dict.fromkeys(("qk_norm_mrope", "vision_rope"), "Hugging Face")  # what a row is compared with, if not eager
+PLAIN |= dict.fromkeys(("int4_linear", "int8_linear", "fp8_linear"), EAGER)
 FAST = measure.Effort(seconds=0.05, each=0.02, fewest=2, most=3)
 
 
@@ -58,7 +61,8 @@ def test_rows_hold_what_they_promise(tiny):
     for row in tiny[0]:
         assert row.seconds is not None
         assert row.machine.allocator == "as tested"
-        assert row.machine.limits.keys() == {"copy B/s", "bf16 mm FLOP/s", "fp32 mm FLOP/s"}
+        kernels = {"int8 dot OP/s"} if native_extension()[0] else set()
+        assert row.machine.limits.keys() == {"copy B/s", "bf16 mm FLOP/s", "fp32 mm FLOP/s"} | kernels
         assert row.errors
         assert max(row.errors.values()) <= 1
         if row.what.endswith(", kernel"):
@@ -66,10 +70,9 @@ def test_rows_hold_what_they_promise(tiny):
             assert row.limit
             assert row.limit_seconds > 0
             assert row.rate > 0
-            assert row.unit in ("B", "FLOP")
+            assert row.unit in ("B", "FLOP", "OP")
         if row.what.endswith("forward, as called") and row.operator not in HOST_FUNCTIONS:
-            plain = row.peers["Hugging Face" if row.operator in ("qk_norm_mrope", "vision_rope") else "eager"]
-            assert plain.ratio > 0
+            assert row.peers[PLAIN.get(row.operator, "eager")].ratio > 0
         if "torch.compile" in row.peers:
             assert row.peers["torch.compile"].absent
     called = [row for row in tiny[0] if row.family == "head" and row.what == "forward + backward, as called"]

@@ -29,6 +29,8 @@ def m4ov(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
         ["bench", "--help"],
         ["kernels", "check", "--help"],
         ["certify", "--help"],
+        ["evaluate", "--help"],
+        ["quantize", "--help"],
         ["--version"],
     ],
 )
@@ -58,6 +60,8 @@ def test_no_command_prints_the_help_and_fails(capsys):
         (["run", "none.yaml"], "recipe none.yaml: no such file"),
         (["run", "quickstart", "task=rl"], "has the task 'rl'; tasks: quickstart"),
         (["bench", "nrm"], "no benchmark is named 'nrm'"),
+        (["evaluate", "nowhere"], "MODEL: nowhere: no such folder"),
+        (["quantize", "nowhere", "--scheme", "w4"], "MODEL: nowhere: no such folder"),
         (["kernels", "check", "--target", "sm_70"], "--target: unknown target sm_70; known: sm_80, sm_90"),
     ],
 )

@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from m4ov_kernels import configs, gpu
 from m4ov_kernels.activation import triton as activation
 from m4ov_kernels.gemm import triton as gemm
+from m4ov_kernels.gemm import triton_linear_builds, triton_linear_launches
 from m4ov_kernels.gpu import FP_FUSION, Build
 from m4ov_kernels.head import kl_state, triton_kl_builds, triton_logprob_builds, triton_logprob_launches
 from m4ov_kernels.head import triton as head
@@ -27,7 +28,8 @@ from m4ov_kernels.vision import triton as vision
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="records the interpreter's launches")
 ROWS = 32
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-TYPES = {torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", **gpu.DTYPES}
+TYPES = {torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", **gpu.DTYPES}
+TYPES[torch.float8_e4m3fn] = "fp8e4nv"
 
 Launch = tuple[str, tuple[str, ...], tuple[tuple[str, Any], ...], int, int]
 
@@ -102,7 +104,7 @@ def launch_activation(dtype: torch.dtype) -> None:
                     activation.gelu_bwd(gate, gate, bias, approximate, bias is not None)
 
 
-def launch_gemm(dtype: torch.dtype) -> None:
+def launch_quantize(dtype: torch.dtype) -> None:
     widths = {row.width for row in configs.rows_of("quantize_rows", "cpu", gpu.DTYPES[dtype])} | {16384}
     for width in widths:
         x = torch.empty(ROWS, width, dtype=dtype)
@@ -197,6 +199,64 @@ def launch_vision(dtype: torch.dtype) -> None:
         for hidden, numerics in itertools.product((None, x), ("hf", "vllm", "fp32")):
             vision.interpolate_position_embeddings_fwd(table, grid_thw, hidden, ROWS, 2, numerics)
         vision.interpolate_position_embeddings_bwd(x, grid_thw, 48 * 48, 2)
+
+
+def launch_gemm(dtype: torch.dtype) -> None:
+    launch_quantize(dtype)
+    with pytest.MonkeyPatch.context() as patch:  # as on each architecture
+        for architecture in gpu.ARCHITECTURES:
+            patch.setattr(gpu, "architecture", lambda device, name=architecture: name)
+            for processors in (1, 64):  # K in one part, and in several where there are few rows
+                patch.setattr(triton_linear_launches, "_processors", lambda device, count=processors: count)
+                for mode, rows in itertools.product(triton_linear_builds.MODES.values(), (16, 64, 128)):
+                    launch_mode(dtype, rows, *mode)
+        patch.setattr(gpu, "architecture", lambda device: "sm_90")
+        patch.setattr(triton_linear_launches, "DESCRIPTORS", ())  # where no descriptor serves a call
+        for mode in triton_linear_builds.MODES.values():
+            launch_mode(dtype, 128, *mode)
+    for note, (_, scales, options) in triton_linear_builds.DEQUANTIZED.items():
+        kind = note.replace(",", " ").split()[0]
+        tensors = gemm_weight(kind, 128 if kind == "int4" or "block" in note else None, 1024)
+        zeros = torch.empty(256, 8, dtype=torch.uint8) if options["ZEROS"] else None
+        order = torch.zeros(1024, dtype=torch.int32) if options["ORDERED"] else None
+        assert f"*{TYPES[tensors[1].dtype]}/16" == scales
+        gemm.quantized_linear_bwd(torch.empty(ROWS, 256, dtype=dtype), *tensors, zeros, order, kind, 1024, 128)
+
+
+def gemm_weight(kind: str, group: int | None, width: int) -> tuple[Tensor, Tensor]:
+    """Canonical codes and scales of 256 weight rows."""
+    groups = 1 if group is None else -(-width // group)
+    if kind == "int4":
+        return torch.empty(256, width // 2, dtype=torch.uint8), torch.empty(256, groups, dtype=torch.bfloat16)
+    codes = torch.empty(256, width, dtype=torch.int8 if kind == "int8" else torch.uint8)
+    return codes, torch.empty(256 if kind == "int8" or group is None else 2, groups)
+
+
+def launch_mode(dtype: torch.dtype, rows: int, kind: str, activation: str, scaled: bool) -> None:
+    def launch(
+        width: int, group: int | None, zeros: Any = None, extra: Any = (None, None), after: str = "none"
+    ) -> None:
+        codes, scales = gemm_weight(kind, group, width)
+        columns, x = 256 if width % 2 == 0 else 253, torch.empty(rows, width, dtype=dtype)
+        tensors = (codes[:columns], scales[:columns], zeros, None, None)
+        gemm.quantized_linear_fwd(x, *tensors, *extra, kind, columns, group or width, activation, after)
+
+    group = 128 if scaled else None
+    bias, residual = torch.empty(256, dtype=dtype), torch.empty(rows, 256, dtype=dtype)
+    launch(1024, group)
+    launch(1024, group, extra=(bias, residual))
+    for after in ("gelu", "gelu_tanh", "swiglu"):
+        launch(1024, group, extra=(None if after == "swiglu" else bias, None), after=after)
+    if kind == "int4":
+        launch(1024, group, zeros=torch.empty(256, 8, dtype=torch.uint8))
+        for small, after in itertools.product((32, 64), ("none", "swiglu")):
+            launch(1024, small, after=after)
+    else:
+        launch(1028, group)
+        launch(1027, group)
+    if kind == "fp8":
+        x, tensors = torch.empty(rows, 1024, dtype=dtype), gemm_weight(kind, None, 1024)
+        gemm.quantized_linear_fwd(x, *tensors, None, None, torch.ones(1), None, None, kind, 256, 1024, "fp8", "none")
 
 
 FAMILIES = (

@@ -67,6 +67,21 @@ SMALL += [
     for kind, more in (("fwd", {"TILES": 2}), ("bwd", {}))
     for tiles, size in (("", 16), ("_wide", 32), ("_descriptors", 16), ("_descriptors_wide", 32))
 ]
+SMALL += [
+    row(f"quantized_linear_int4_{size}", width, BLOCK_N=16, BLOCK_M=rows, BLOCK_K=step, GROUP=2)
+    for size, rows in (("few", 4), ("some", 8), ("many", 16), ("many_codes", 16), ("pairs", 16))
+    for width, step in ((32, 32), (None, 64))
+]
+SMALL += [
+    row(f"quantized_linear_bytes_{size}", None, BLOCK_N=16, BLOCK_M=rows, BLOCK_K=128, GROUP=2)
+    for size, rows in (("few", 4), ("some", 8), ("many", 16), ("pairs", 16))
+]
+SMALL += [row("quantized_linear_bytes_many_descriptors", None, BLOCK_N=16, BLOCK_M=16, BLOCK_K=128, PARTS=2, GROUP=2)]
+SMALL += [
+    row("quantized_linear_input", None, BLOCK_D=256),
+    row("quantized_linear_merge", None, BLOCK_ROWS=2, BLOCK_D=32),
+    row("quantized_linear_dequantize", None, BLOCK_ROWS=4, BLOCK_D=32),
+]
 SMALL += [row("linear_kl_merge", None, BLOCK_SPLITS=2, BLOCK_T=16)]
 SMALL += [row("linear_logprob_merge", None, BLOCK_SPLITS=2, BLOCK_T=16)]
 SMALL += [row("feature_rows_index", None, BLOCK=4)]

@@ -13,6 +13,7 @@ from m4ov_bench.gpu.example import Example, Maker
 from m4ov_bench.gpu.operators import (
     activation,
     attention,
+    gemm,
     gemm_quantize,
     head,
     head_kl,
@@ -41,6 +42,9 @@ CASES = {
     "geglu": Cases(activation.geglu_examples, activation.geglu_subjects),
     "swiglu": Cases(activation.examples, activation.subjects),
     "varlen_attention": Cases(attention.examples, attention.subjects),
+    "int4_linear": Cases(*gemm.of_kind("int4")),
+    "int8_linear": Cases(*gemm.of_kind("int8")),
+    "fp8_linear": Cases(*gemm.of_kind("fp8")),
     "linear_cross_entropy": Cases(head.examples, head.subjects),
     "linear_kl": Cases(head_kl.examples, head_kl.subjects),
     "linear_logprob": Cases(head_logprob.examples, head_logprob.subjects),

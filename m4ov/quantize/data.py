@@ -1,0 +1,93 @@
+"""Batches to calibrate with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from m4ov.data import DataError, Encoder, Mixture, digits, easy_vqa, encoder_of
+from m4ov.quantize.calibration import Batch
+from m4ov.recipe import DataConfig
+
+QUICKSTART = "quickstart"
+
+
+class Calibration:
+    """Where calibration batches come from; each call of :meth:`batches` gives the same ones.
+
+    Args:
+        model: the folder of the model.
+        data: "quickstart" (its training questions), a folder laid out as easy-vqa's data, a ``.safetensors`` file that
+            is a batch (names and tensors are the keyword arguments of the model's forward, ``labels`` among them), or a
+            folder of such files.
+        count: batches at most.
+
+    Raises:
+        ValueError: there is no such data, or it is not for this model.
+    """
+
+    def __init__(self, model: Path, data: str, count: int) -> None:
+        self.data, self.count = data, count
+        self._files: list[Path] = []
+        self._mixture: dict[str, Any] = {}
+        path = Path(data)
+        if data != QUICKSTART and path.suffix == ".safetensors":
+            self._files = [path]
+        elif data != QUICKSTART and path.is_dir():
+            self._files = sorted(path.glob("*.safetensors"))[:count]
+        if self._files:
+            return
+        if data != QUICKSTART and not (path / "train" / "questions.json").is_file():
+            raise ValueError(
+                f"--calibrate: expected quickstart, a folder with train/questions.json (as easy-vqa's), or "
+                f".safetensors batches; got {data}"
+            )
+        encoder = encoder_of(model)
+        if encoder is None:
+            raise ValueError(
+                f"--calibrate: {model} is no quickstart's model: its processor and tokenizer are others; "
+                f"give batches as .safetensors files"
+            )
+        self._mixture = self._splits("" if data == QUICKSTART else data, encoder)
+
+    def _splits(self, folder: str, encoder: Encoder) -> dict[str, Any]:
+        options, size = DataConfig(), encoder.geometry.size
+        try:
+            general = easy_vqa("train", size, folder=folder)
+        except DataError as error:
+            raise ValueError(f"--calibrate: {error}") from error
+        domain, _ = digits(size, held_out=options.held_out_digits, split_seed=options.split_seed)
+        return {
+            "general": general,
+            "domain": domain,
+            "encoder": encoder,
+            "images": min(options.images_per_step, len(general.images)),
+            "questions": options.questions_per_image,
+            "digits": options.digits_per_step,
+        }
+
+    def batches(self, dtype: torch.dtype) -> list[Batch]:
+        """The batches; ``dtype``: of pixels.
+
+        Raises:
+            ValueError: a file is damaged.
+        """
+        if self._mixture:
+            mixture = Mixture(**self._mixture, seed=0, flip=False, shift=0, dtype=dtype)
+            return [mixture.batch(step) for step in range(self.count)]
+        return [self._read(path, dtype) for path in self._files]
+
+    def _read(self, path: Path, dtype: torch.dtype) -> dict[str, Any]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"--calibrate: {path}: not a safetensors file ({error})") from error
+        if "labels" not in tensors:
+            raise ValueError(
+                f"--calibrate: {path}: expected labels among its tensors; got {', '.join(sorted(tensors))}"
+            )
+        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
