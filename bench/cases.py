@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from m4ov_bench import cases_quantize
 from m4ov_bench.case import (
     AttentionCase,
     DecodingCase,
@@ -237,3 +238,6 @@ QUANTIZED = (
     QuantizedCase(512, kind="int8", threads=2),
     QuantizedCase(128, kind="fp8", activation="bf16"),
 )
+QUANTIZE, REQUANTIZE = cases_quantize.QUANTIZE, cases_quantize.REQUANTIZE
+GPU_QUANTIZE = cases_quantize.GPU_QUANTIZE
+TINY_QUANTIZE, TINY_REQUANTIZE = cases_quantize.TINY_QUANTIZE, cases_quantize.TINY_REQUANTIZE

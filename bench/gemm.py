@@ -1,5 +1,5 @@
 """What invariance costs: ``invariant_linear`` against ``F.linear`` (eager); the limit is ``torch.mm`` of the same. The
-quantised linears are in ``gemm_quantized``.
+quantised linears are in ``gemm_quantized``, the quantisations in ``gemm_quantize``.
 
 Attention and the head have no row here: their compiled CPU kernels always keep a row's bits, so that asking for it is
 free (their own rows have PyTorch's attention and unfused heads beside them).
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from m4ov_bench import cases, gate, gemm_quantized, invariant_model
+from m4ov_bench import cases, gate, gemm_quantize, gemm_quantized, invariant_model
 from m4ov_bench.row import Row
 from m4ov_bench.session import Kernel, Session, Subject, rows
 from m4ov_kernels import invariant_linear
@@ -23,6 +23,7 @@ from m4ov_kernels.gemm.invariant import unavailable
 
 
 def benchmark(session: Session) -> Iterator[Row]:
+    yield from gemm_quantize.benchmark(session)
     for case in cases.LINEAR:
         if session.wants(case) and unavailable("cpu", case.dtype) is None:
             yield from rows(session, subject(case))

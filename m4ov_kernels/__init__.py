@@ -6,7 +6,17 @@ from m4ov_kernels.activation import geglu, gelu, gelu_tanh, swiglu
 from m4ov_kernels.attention import varlen_attention
 from m4ov_kernels.device_errors import check
 from m4ov_kernels.dispatch import backend
-from m4ov_kernels.gemm import fp8_linear, int4_linear, int8_linear, invariant_linear
+from m4ov_kernels.gemm import (
+    fp8_linear,
+    int4_linear,
+    int8_linear,
+    invariant_linear,
+    quantize_fp8,
+    quantize_int8,
+    requantize,
+    rms_norm_quantize,
+    swiglu_quantize,
+)
 from m4ov_kernels.head import linear_cross_entropy, linear_kl, linear_logprob
 from m4ov_kernels.invariance import invariant
 from m4ov_kernels.norm import layer_norm, rms_norm
@@ -47,9 +57,14 @@ __all__ = [
     "patch",
     "patch_embed",
     "qk_norm_mrope",
+    "quantize_fp8",
+    "quantize_int8",
+    "requantize",
     "rms_norm",
+    "rms_norm_quantize",
     "scatter_vision",
     "swiglu",
+    "swiglu_quantize",
     "unpatch",
     "varlen_attention",
     "vision_positions",

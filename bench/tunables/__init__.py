@@ -4,7 +4,7 @@ A problem runs the launcher of the family, so that what is measured is what a ca
 kernels, both are in the time, which compares candidates all the same.
 """
 
-from m4ov_bench.tunables import activation, gemm, head, head_kl, norm, rope, vision
+from m4ov_bench.tunables import activation, gemm, gemm_quantize, head, head_kl, norm, rope, vision
 from m4ov_bench.tunables.problem import GPU, Problem, Size, Tunable
 
 __all__ = ["GPU", "TUNABLES", "Problem", "Size", "Tunable"]
@@ -12,6 +12,7 @@ __all__ = ["GPU", "TUNABLES", "Problem", "Size", "Tunable"]
 TUNABLES = (
     *activation.TUNABLES,
     *gemm.TUNABLES,
+    *gemm_quantize.TUNABLES,
     *head.TUNABLES,
     *head_kl.TUNABLES,
     *norm.TUNABLES,

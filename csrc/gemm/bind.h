@@ -41,6 +41,39 @@ void bind_gemm(py::module_& m) {
                                                            at<void>(output), tokens, columns, width, input_row,
                                                            weight_row, transposed, dtype, threads, at<char>(scratch)});
   });
+  m.def("quantize_rows", [](Address codes, Address scales, Address input, int64_t rows, int64_t columns,
+                            int64_t input_stride, int64_t group, bool fp8, int dtype, int threads) {
+    run<&Kernels::quantize_rows>(QuantizeRows{at<void>(codes), at<float>(scales), at<void>(input), rows, columns,
+                                              input_stride, group, fp8, dtype, threads});
+  });
+  m.def("quantize_blocks", [](Address codes, Address transposed, Address scales, Address input, int64_t rows,
+                              int64_t columns, int64_t input_stride, int dtype, int threads) {
+    run<&Kernels::quantize_blocks>(QuantizeBlocks{at<void>(codes), at<void>(transposed), at<float>(scales),
+                                                  at<void>(input), rows, columns, input_stride, dtype, threads});
+  });
+  m.def("rms_norm_quantize", [](Address codes, Address scales, Address new_residual, Address scratch,
+                                Address hidden_states, Address weight, Address residual, int64_t rows, int64_t columns,
+                                int64_t hidden_stride, int64_t residual_stride, float eps, bool fp8, int numerics,
+                                int dtype, int threads) {
+    run<&Kernels::rms_norm_quantize>(RmsNormQuantize{at<void>(codes), at<float>(scales), at<void>(new_residual),
+                                                     at<char>(scratch), at<void>(hidden_states), at<void>(weight),
+                                                     at<void>(residual), rows, columns, hidden_stride, residual_stride,
+                                                     eps, fp8, numerics, dtype, threads});
+  });
+  m.def("swiglu_quantize", [](Address codes, Address scales, Address scratch, Address gate, Address up, int64_t rows,
+                              int64_t columns, int64_t gate_stride, int64_t up_stride, bool fp8, int numerics,
+                              int dtype, int threads) {
+    run<&Kernels::swiglu_quantize>(SwigluQuantize{at<void>(codes), at<float>(scales), at<char>(scratch),
+                                                  at<void>(gate), at<void>(up), rows, columns, gate_stride, up_stride,
+                                                  fp8, numerics, dtype, threads});
+  });
+  m.def("requantize", [](Address codes, Address scales, Address scratch, Address weight, int64_t rows, int64_t columns,
+                         int64_t weight_stride, int64_t group, int kind, int span, bool paired, int scale_dtype,
+                         int dtype, int threads) {
+    return run<&Kernels::requantize>(Requantize{at<uint8_t>(codes), at<void>(scales), at<float>(scratch),
+                                                at<void>(weight), rows, columns, weight_stride, group, kind, span,
+                                                paired, scale_dtype, dtype, threads});
+  });
 
   // (input, codes, scales, zeros, order, input_scale, bias, residual, output, scratch); (tokens, columns, width, places,
   // group, groups, input_row, residual_row); (kind, activation, epilogue, scale_dtype, dtype, threads).

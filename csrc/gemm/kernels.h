@@ -16,6 +16,68 @@ struct InvariantLinear {
   char* scratch;  // 64-byte aligned; null: the kernel only returns how many bytes it needs
 };
 
+// input [rows, columns] to int8 (symmetric, ±127) or e4m3 (±448): codes = input / scale, rounded, scale = the largest
+// magnitude over 127 or 448, at least 2^-126. What shares a scale and is not finite throughout has the scale NaN and
+// zeros for codes.
+struct QuantizeRows {
+  void* codes;    // int8 or e4m3 [rows, columns]
+  float* scales;  // [rows, columns / group, rounded up]
+  const void* input;
+  int64_t rows, columns, input_stride;
+  int64_t group;  // elements of a row that share a scale; 0: all of them
+  int fp8, dtype, threads;
+};
+
+struct QuantizeBlocks {
+  void* codes;       // e4m3 [rows, columns]
+  void* transposed;  // the same codes, [columns, rows], or null
+  float* scales;     // [rows / 128, columns / 128], rounded up
+  const void* input;
+  int64_t rows, columns, input_stride;
+  int dtype, threads;
+};
+
+// As RmsNormFwd, then QuantizeRows of what that makes.
+struct RmsNormQuantize {
+  void* codes;
+  float* scales;       // [rows]
+  void* new_residual;  // null if and only if residual is
+  char* scratch;       // `threads` rows of the input's type, each rounded up to 64 bytes; 64-byte aligned
+  const void* hidden_states;
+  const void* weight;
+  const void* residual;
+  int64_t rows, columns, hidden_stride, residual_stride;
+  float eps;
+  int fp8, numerics, dtype, threads;
+};
+
+// As GatedFwd of SiLU, then QuantizeRows of what that makes.
+struct SwigluQuantize {
+  void* codes;
+  float* scales;  // [rows]
+  char* scratch;  // as in RmsNormQuantize
+  const void* gate;
+  const void* up;
+  int64_t rows, columns, gate_stride, up_stride;
+  int fp8, numerics, dtype, threads;
+};
+
+// A weight [rows, columns] to the panels that m4ov_kernels/gemm/panels.py describes, rounded as Int8Weight, Fp8Weight and
+// Int4Weight (symmetric) do. Returns the bits of its largest magnitude, by which the caller refuses what those refuse:
+// then nothing that was written means anything.
+struct Requantize {
+  uint8_t* codes;   // of every panel
+  void* scales;     // [panels, groups, 64]
+  float* scratch;   // [rows / 128, groups], rounded up
+  const void* weight;
+  int64_t rows, columns, weight_stride;
+  int64_t group;    // elements of a row that share a scale; 0: all of them
+  int kind;         // 0: int4; 1: int8; 2: e4m3
+  int span;         // rows that share a scale: 0: one; 1: 128; 2: all
+  int paired;       // panels in turn of the rows of the first half and of the second
+  int scale_dtype, dtype, threads;
+};
+
 enum QuantizedKind : int { kInt4, kInt8, kFp8 };
 enum QuantizedActivation : int { kAsBf16, kAsInt8, kAsFp8 };
 enum QuantizedEpilogue : int { kNothing, kGelu, kGeluByTanh, kSwiglu };
@@ -39,6 +101,11 @@ struct QuantizedLinear {
 
 }  // namespace m4ov
 
-#define M4OV_GEMM_KERNELS(X)                        \
-  X(int64_t, invariant_linear, InvariantLinear)     \
+#define M4OV_GEMM_KERNELS(X) \
+  X(int64_t, invariant_linear, InvariantLinear) \
+  X(void, quantize_rows, QuantizeRows) \
+  X(void, quantize_blocks, QuantizeBlocks) \
+  X(void, rms_norm_quantize, RmsNormQuantize) \
+  X(void, swiglu_quantize, SwigluQuantize) \
+  X(int64_t, requantize, Requantize) \
   X(int64_t, quantized_linear, QuantizedLinear)

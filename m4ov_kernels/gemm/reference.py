@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from m4ov_kernels.gemm.reference_quantize import quantize_fp8, quantize_int8, rms_norm_quantize, swiglu_quantize
 from m4ov_kernels.gemm.weights import Fp8Weight, Int4Weight, Int8Weight
 from m4ov_kernels.gemm.weights.fp8 import BLOCK, LARGEST
+
+__all__ = ["quantize_fp8", "quantize_int8", "quantized_linear", "rms_norm_quantize", "rounded", "swiglu_quantize"]
 
 INT8_LARGEST = 127.0
 SMALLEST_SCALE = 2.0**-126

@@ -54,7 +54,7 @@ def _small_tables() -> Iterator[None]:
     """Whole rows end at 64 columns, so that the wide kernels serve 150."""
     rows = [
         Row(name, "any", width, Config({"BLOCK_ROWS": 4, "BLOCK_D": width}))
-        for name in ("rms_norm_fwd", "rms_norm_bwd")
+        for name in ("rms_norm_fwd", "rms_norm_bwd", "quantize_rows")
         for width in (32, 64)
     ]
     with configs.override(*rows):

@@ -75,6 +75,14 @@ CALLS = {
     "deepstack_add": lambda dtype, device: m4ov_kernels.deepstack_add(
         *torch.randn(2, 3, 8, dtype=dtype, device=device), torch.arange(3, device=device)
     ),
+    "quantize_int8": lambda dtype, device: m4ov_kernels.quantize_int8(torch.randn(3, 8, dtype=dtype, device=device)),
+    "quantize_fp8": lambda dtype, device: m4ov_kernels.quantize_fp8(torch.randn(3, 8, dtype=dtype, device=device)),
+    "rms_norm_quantize": lambda dtype, device: m4ov_kernels.rms_norm_quantize(
+        torch.randn(3, 8, dtype=dtype, device=device), torch.ones(8, dtype=dtype, device=device), eps=1e-6
+    ),
+    "swiglu_quantize": lambda dtype, device: m4ov_kernels.swiglu_quantize(
+        *torch.randn(2, 3, 8, dtype=dtype, device=device)
+    ),
     "mrope_positions": lambda dtype, device: m4ov_kernels.mrope_positions(
         torch.ones(5, dtype=dtype, device=device),
         cu_seqlens=torch.tensor([0, 2, 5], device=device),

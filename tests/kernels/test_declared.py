@@ -104,6 +104,18 @@ def launch_activation(dtype: torch.dtype) -> None:
                     activation.gelu_bwd(gate, gate, bias, approximate, bias is not None)
 
 
+def launch_quantize(dtype: torch.dtype) -> None:
+    widths = {row.width for row in configs.rows_of("quantize_rows", "cpu", gpu.DTYPES[dtype])} | {16384}
+    for width in widths:
+        x = torch.empty(ROWS, width, dtype=dtype)
+        gemm.quantize_int8_fwd(x)
+        for granularity, transposed in (("row", False), ("group", False), ("block", False), ("block", True)):
+            gemm.quantize_fp8_fwd(x, granularity, transposed)
+        for kind, numerics in itertools.product(("int8", "fp8"), ("hf", "vllm", "fp32")):
+            gemm.swiglu_quantize_fwd(x, x, numerics, kind)
+            gemm.rms_norm_quantize_fwd(x, torch.empty(width, dtype=dtype), None, 1e-6, numerics, kind)
+
+
 def launch_head(dtype: torch.dtype) -> None:
     with pytest.MonkeyPatch.context() as patch:  # as on each architecture
         for tiles in (("cpu",), ("cpu",)), (("cpu",), ()), ((), ()):
@@ -190,6 +202,7 @@ def launch_vision(dtype: torch.dtype) -> None:
 
 
 def launch_gemm(dtype: torch.dtype) -> None:
+    launch_quantize(dtype)
     with pytest.MonkeyPatch.context() as patch:  # as on each architecture
         for architecture in gpu.ARCHITECTURES:
             patch.setattr(gpu, "architecture", lambda device, name=architecture: name)
@@ -247,9 +260,9 @@ def launch_mode(dtype: torch.dtype, rows: int, kind: str, activation: str, scale
 
 
 FAMILIES = (
-    (gemm, launch_gemm),
     (norm, launch_norm),
     (activation, launch_activation),
+    (gemm, launch_gemm),
     (head, launch_head),
     (rope, launch_rope),
     (vision, launch_vision),

@@ -56,6 +56,7 @@ class Company:
 
     def flat(self, name: str, tensor: Tensor) -> Tensor:
         tail = self.tails[name]
+        tensor = tensor.view(torch.int8) if tensor.element_size() == 1 else tensor  # of float8, its bits
         shape = tensor.shape[tensor.ndim - tail :]
         return tensor.reshape(tensor.shape[: tensor.ndim - tail].numel(), *shape)
 
@@ -140,6 +141,10 @@ COMPANIES = {
         {"hidden_states": 1, "ref_hidden_states": 1, "mask": 0, "divergence": 0},
         rest=lambda arguments, units: {"num_valid": None},
     ),
+    "quantize_int8": Company({"input": 1, "codes": 1, "scales": 1}),
+    "quantize_fp8": Company({"input": 1, "values": 1, "scales": 1}),
+    "rms_norm_quantize": Company({"hidden_states": 1, "residual": 1, "codes": 1, "scales": 1, "total": 1}),
+    "swiglu_quantize": Company({"gate": 1, "up": 1, "codes": 1, "scales": 1}),
     "linear_logprob": Company(
         {"hidden_states": 1, "targets": 0, "logprob": 0, "logsumexp": 0, "entropy": 0},
         rest=lambda arguments, units: {"num_valid": None, "invariant": True},
@@ -162,7 +167,9 @@ def test_every_operator_says_so():
 
 def assert_same_bits(what: str, got: Tensor, expected: Tensor) -> None:
     assert got.shape == expected.shape, what
-    bits = {2: torch.int16, 4: torch.int32}[got.element_size()]
+    if got.element_size() == 1:
+        got, expected = got.view(torch.int8), expected.view(torch.int8)
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32}[got.element_size()]
     differ = got.contiguous().view(bits) != expected.contiguous().view(bits)
     differ &= ~(got.isnan() & expected.isnan())
     if differ.any():
@@ -191,6 +198,8 @@ def hold(name: str, draw: Draw) -> None:
         return
     if name == "linear_logprob":  # rows that are left out say nothing
         call.arguments.update(num_valid=None, top_k_logprobs=0, invariant=True)
+    if call.arguments.get("granularity") == "block":  # of 128 rows, which share a scale
+        call.arguments.update(granularity="group", transposed=False)
     if call.arguments.get("activation") == "auto":  # chooses by the number of rows
         call.arguments.update(activation=draw.choice(("bf16", "fp8")))
     with on_threads(draw.integer(1, 3)):

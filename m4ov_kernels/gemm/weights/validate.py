@@ -12,7 +12,7 @@ from m4ov_kernels.checks import FLOAT_DTYPES, describe, float_tensor, refuse
 
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Past this share of float32's range a code times its scale can round past the end.
-_LARGEST = torch.finfo(torch.float32).max * 7 / 8
+LARGEST = torch.finfo(torch.float32).max * 7 / 8
 _W = TypeVar("_W")
 
 
@@ -51,8 +51,8 @@ def matrix(owner: str, weight: Any) -> Tensor:
         refuse(ValueError, owner, "weight", "[N, K] with N and K at least 1", describe(weight))
     finite(owner, "weight", weight)
     weight = weight.detach().to(torch.float32)
-    if weight.device.type == "cpu" and float(weight.abs().max()) > _LARGEST:
-        refuse(ValueError, owner, "weight", f"at most {_LARGEST:.4g} in magnitude", f"{float(weight.abs().max()):.4g}")
+    if weight.device.type == "cpu" and float(weight.abs().max()) > LARGEST:
+        refuse(ValueError, owner, "weight", f"at most {LARGEST:.4g} in magnitude", f"{float(weight.abs().max()):.4g}")
     return weight
 
 

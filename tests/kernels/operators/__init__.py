@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from . import activation, attention, gemm, head, head_kl, norm, rope, rotation, vision
+from . import activation, attention, gemm, gemm_quantize, head, head_kl, norm, rope, rotation, vision
 from .case import Call, OperatorCase
 from .corruptions import Corruption
 
@@ -30,5 +30,9 @@ CASES = {
         vision.SCATTER_VISION,
         vision.DEEPSTACK_ADD,
         vision.INTERPOLATE,
+        gemm_quantize.QUANTIZE_INT8,
+        gemm_quantize.QUANTIZE_FP8,
+        gemm_quantize.RMS_NORM_QUANTIZE,
+        gemm_quantize.SWIGLU_QUANTIZE,
     )
 }
