@@ -84,7 +84,7 @@ def test_a_broken_kernel_is_found(fault, monkeypatch):
 
     monkeypatch.setattr(operator, "_table", {})
     monkeypatch.setattr(operator, "load", lambda name: Implementation(name, broken, real.bwd))
-    with pytest.raises(FuzzError, match="swiglu on"):
+    with pytest.raises(FuzzError, match=r"^swiglu(_quantize)? on"):  # whose definition calls it
         make(2000)
 
 

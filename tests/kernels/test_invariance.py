@@ -56,7 +56,7 @@ class Company:
 
     def flat(self, name: str, tensor: Tensor) -> Tensor:
         tail = self.tails[name]
-        tensor = tensor.view(torch.int8) if tensor.element_size() == 1 else tensor  # of float8, its bits
+        tensor = tensor.view(torch.int8) if tensor.dtype is torch.float8_e4m3fn else tensor  # its bits
         shape = tensor.shape[tensor.ndim - tail :]
         return tensor.reshape(tensor.shape[: tensor.ndim - tail].numel(), *shape)
 
