@@ -85,8 +85,9 @@ def _opcheck(
         with part.check(f"opcheck {kind}", **about):
             if not calls[kind]:
                 raise AssertionError(f"{operator.name} made no raw {kind} call")
+            wanted = kind == "fwd" and operator.differentiable
             arguments = tuple(
-                value.detach().requires_grad_(kind == "fwd" and value.is_floating_point())
+                value.detach().requires_grad_(wanted and value.is_floating_point())
                 if isinstance(value, Tensor)
                 else value
                 for value in calls[kind][0]
