@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from m4ov_kernels.nn.attention import PatchOrder, Rotation, TextAttention, VisionAttention
 from m4ov_kernels.nn.loss import CausalLMHead, causal_lm_loss
+from m4ov_kernels.nn.merger import PatchMerger
 from m4ov_kernels.nn.mlp import GELU, SwiGLUMLP, VisionMLP, linear_gelu
 from m4ov_kernels.nn.norm import LayerNorm, RMSNorm
 from m4ov_kernels.nn.patch_embed import PatchEmbed
@@ -18,6 +19,7 @@ __all__ = [
     "Int8Linear",
     "LayerNorm",
     "PatchEmbed",
+    "PatchMerger",
     "PatchOrder",
     "PositionEmbedding",
     "RMSNorm",

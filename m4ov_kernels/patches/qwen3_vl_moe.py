@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe as hf
 
-from m4ov_kernels.nn import LayerNorm, PatchEmbed, RMSNorm, SwiGLUMLP, VisionMLP
+from m4ov_kernels.nn import LayerNorm, PatchEmbed, PatchMerger, RMSNorm, SwiGLUMLP, VisionMLP
 from m4ov_kernels.patches import gelu, loss, unfit
 from m4ov_kernels.patches.classes import Part
 from m4ov_kernels.patches.family import Family
@@ -40,7 +40,7 @@ FAMILY = Family(
         Part("layer_norm", nn.LayerNorm, LayerNorm, where="model.visual.*"),
         Part("layer_norm", hf.Qwen3VLMoeVisionBlock, VisionBlock),
         Part("gelu_tanh", hf.Qwen3VLMoeVisionMLP, VisionMLP, unfit=gelu.not_gelu_tanh),
-        Part("gelu", hf.Qwen3VLMoeVisionPatchMerger, gelu.PatchMerger, unfit=gelu.not_gelu),
+        Part("gelu", hf.Qwen3VLMoeVisionPatchMerger, PatchMerger, unfit=gelu.not_gelu),
         *loss.parts(hf.Qwen3VLMoeForConditionalGeneration),
     ),
     attention=attention,
