@@ -188,7 +188,7 @@ def rank_main(rank: int, size: int, port: int, folder: Path, steps: int, status:
     }
     world = World.start(10)
     try:
-        run(folder, world, steps=steps, dropout=0.1)
+        run(folder, world, steps=steps, dropout=0.1, timeout_seconds=10.0)
     except (RuntimeError, CheckpointError):
         os._exit(status)  # the background save may wait in vain for the rank that is gone
     world.close()
