@@ -19,6 +19,7 @@ from torch import Tensor
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_WRITTEN_BYTES = 4 << 20  # converted and written at once
 
 
 class WeightsError(ValueError):
@@ -173,9 +174,11 @@ def _write_file(
             tensor = next(stream)
             if tuple(tensor.shape) != tuple(shape):
                 raise WeightsError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
-            values = tensor.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8)
-            file.write(memoryview(values.numpy()))
-            del tensor, values
+            rows = max(1, _WRITTEN_BYTES * shape[0] // max(1, tensor.numel() * dtype.itemsize))
+            for part in tensor.detach().split(rows):
+                values = part.to("cpu", dtype).contiguous().flatten().view(torch.uint8)
+                file.write(values.numpy().data)
+            del tensor, part, values
         file.flush()
         os.fsync(file.fileno())
 
