@@ -64,9 +64,8 @@ def shard(model: Qwen3VL, mesh: Mesh, config: DataParallel | None = None) -> Qwe
     units: list[tuple[nn.Module, Any]] = [(block, mesh.fold_mesh) for block in model.model.visual.blocks]
     units.append((model.model.visual, mesh.fold_mesh))
     for layer in model.model.language_model.layers:
-        experts = getattr(layer.mlp, "experts", None)
-        if isinstance(experts, nn.Module):
-            units.append((experts, mesh.expert_mesh))
+        if layer.sparse:
+            units.append((layer.mlp.experts, mesh.expert_mesh))
         units.append((layer, mesh.data_mesh))
     for module, group in units:
         fully_shard(

@@ -239,7 +239,8 @@ class Mesh:
 
         for view in {id(view): view for view in (self.dense, self.folded, self.sparse)}.values():
             for group in view.get_all_groups():
-                dist.destroy_process_group(group)
+                if group is not dist.group.WORLD:  # an axis of all ranks has the world's
+                    dist.destroy_process_group(group)
 
     def __repr__(self) -> str:
         return f"Mesh({self.layout})"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from m4ov.models.qwen3_vl import Qwen3VL
-from m4ov.parallel import data, tensor
+from m4ov.parallel import data, expert, tensor
 from m4ov.parallel.data import DataParallel
+from m4ov.parallel.expert import ExpertParallel
 from m4ov.parallel.mesh import LayoutError, Mesh, ModelSizes, check
 from m4ov.parallel.tensor import TensorParallel
 
@@ -17,6 +18,7 @@ class Parallel:
 
     data: DataParallel = field(default_factory=DataParallel)
     tensor: TensorParallel = field(default_factory=TensorParallel)
+    expert: ExpertParallel = field(default_factory=ExpertParallel)
 
 
 def parallelize(model: Qwen3VL, mesh: Mesh, config: Parallel | None = None) -> Qwen3VL:
@@ -30,5 +32,6 @@ def parallelize(model: Qwen3VL, mesh: Mesh, config: Parallel | None = None) -> Q
     for axis in ("pp", "cp"):
         if getattr(layout, axis) > 1:
             raise LayoutError(f"layout {layout}: {axis} {getattr(layout, axis)}: this axis is not built yet")
+    expert.spread(model, mesh)
     tensor.split(model, mesh, config.tensor)
     return data.shard(model, mesh, config.data)

@@ -79,13 +79,13 @@ def split(model: Qwen3VL, mesh: Mesh, config: TensorParallel | None = None) -> Q
         localize(layer)
         layer.self_attn.register_forward_pre_hook(rows.gather)
         layer.self_attn.register_forward_hook(rows.scatter)
-        if not hasattr(layer.mlp, "experts"):
+        if not layer.sparse:  # experts take the rows as they are
             layer.mlp.register_forward_pre_hook(rows.gather)
             layer.mlp.register_forward_hook(rows.scatter)
     embed, norm, head = model.model.language_model.embed_tokens, model.model.language_model.norm, model.lm_head
     _distribute(embed, axis, {"weight": Shard(0)})
     _distribute(norm, axis, {})
-    if text.vocab_size and not model.config.tie_word_embeddings:
+    if not model.config.tie_word_embeddings:
         _distribute(head, axis, {"weight": Shard(0)})
     model.tie_weights()
     embed.forward = partial(_embed, embed, group)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,15 +12,38 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from m4ov.models.qwen3_vl import Qwen3VL
-from m4ov.parallel import data
+from m4ov.parallel import data, expert
+from m4ov.parallel.ledger import Ledger
 from m4ov.parallel.mesh import Mesh
+from m4ov_kernels.nn import MoERouter, load_balancing_loss
 from m4ov_kernels.packing import PackedBatch
 
+BALANCE = 0.1  # weight of the experts' balance loss: large, so that its gradient counts
 STEPS, LEARNING_RATE, MOMENTUM = 3, 0.02, 0.9
 # Gradients that are zero but for rounding are far below this; AdamW would make ±lr of them.
 ADAMW: dict[str, Any] = {"lr": 1e-3, "eps": 1e-4, "weight_decay": 0.01}
+
+
+@contextmanager
+def margins(model: Qwen3VL) -> Iterator[list[float]]:
+    """Collects, call by call, the smallest difference between the least probability that a router chose and the largest
+    that it did not: where it is small, rounding decides which expert a token goes to."""
+    found: list[float] = []
+
+    def watch(module: MoERouter, args: Any, output: Any) -> None:
+        with torch.no_grad():
+            ordered = F.linear(args[0], module.weight).softmax(-1).sort(-1, descending=True).values
+            found.append(float((ordered[:, module.top_k - 1] - ordered[:, module.top_k]).min()))
+
+    hooks = [module.register_forward_hook(watch) for module in model.modules() if isinstance(module, MoERouter)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @dataclass
@@ -29,6 +54,8 @@ class Record:
         loss, norm: of the first step.
         grads: of the first step.
         sgd, adamw: the weights after three steps.
+        margin: the smallest of :func:`margins` in all steps, of a model on one process; infinite without experts.
+        ledger: of the first step, on this rank (:class:`m4ov.parallel.ledger.Ledger`).
     """
 
     loss: float
@@ -36,42 +63,55 @@ class Record:
     grads: dict[str, Tensor]
     sgd: dict[str, Tensor] = field(default_factory=dict)
     adamw: dict[str, Tensor] = field(default_factory=dict)
+    margin: float = math.inf
+    ledger: dict[str, dict[str, list[int]]] = field(default_factory=dict)
 
 
 def record(build: Callable[[], Qwen3VL], batch: PackedBatch, mesh: Mesh | None, *, steps: int = STEPS) -> Record:
     """Of a model that ``build`` makes anew, trained on one batch (the share of this rank)."""
     model = build()
-    loss, norm = backward(model, batch, mesh)
+    ledger = Ledger({} if mesh is None else mesh.axis_of_group())
+    with ledger if mesh is not None else nullcontext(), _watched(model, mesh) as margin:
+        loss, norm = backward(model, batch, mesh)
     made = Record(loss, norm, {name: whole(parameter.grad) for name, parameter in model.named_parameters()})
+    made.margin, made.ledger = min(margin, default=math.inf), ledger.table()
     if steps:
-        made.sgd = _train(model, torch.optim.SGD, steps, batch, mesh, lr=LEARNING_RATE, momentum=MOMENTUM)
-        made.adamw = _train(build(), torch.optim.AdamW, steps, batch, mesh, **ADAMW)
+        options = {"sgd": (torch.optim.SGD, {"lr": LEARNING_RATE, "momentum": MOMENTUM}), "adamw": (torch.optim.AdamW, ADAMW)}
+        for name, (kind, arguments) in options.items():
+            trained = build()
+            with _watched(trained, mesh) as margin:
+                optimizer = kind(trained.parameters(), foreach=False, **arguments)
+                for _ in range(steps):
+                    backward(trained, batch, mesh)
+                    optimizer.step()
+            setattr(made, name, {name: whole(parameter) for name, parameter in trained.named_parameters()})
+            made.margin = min([made.margin, *margin])
     return made
 
 
+def _watched(model: Qwen3VL, mesh: Mesh | None) -> AbstractContextManager[list[float]]:
+    return margins(model) if mesh is None else nullcontext([])
+
+
 def backward(model: Qwen3VL, batch: PackedBatch, mesh: Mesh | None) -> tuple[float, float]:
-    """Leaves the gradients of the mean over the labels of all ranks; returns its value and their norm."""
+    """Leaves the gradients of the mean over the labels of all ranks, and of the experts' balance loss; returns the sum
+    of both and the norm of their gradients."""
     model.zero_grad()
-    found = model.loss(batch)
+    found, text = model.loss(batch), model.config.text
+    balance = found.total.new_zeros(())
     if mesh is None:
         mean = found.total / max(found.num_labels, 1)
+        if found.loads:
+            balance = load_balancing_loss(found.loads, tokens=batch.tokens)
     else:
         mean = data.token_mean(found.total, found.num_labels, mesh)
-    mean.backward()
-    loss = mean.detach().double()
+        if found.loads:
+            balance = expert.balance_loss(found.loads, mesh, top_k=text.num_experts_per_tok)
+    (mean + BALANCE * balance).backward()
+    values = [mean.detach().double(), balance.detach().double()]
     if mesh is not None:
-        loss = mesh.all_reduce(loss, data.AXES)
-    return float(loss), float(data.grad_norm(model.parameters()))
-
-
-def _train(
-    model: Qwen3VL, kind: Any, steps: int, batch: PackedBatch, mesh: Mesh | None, **options: Any
-) -> dict[str, Tensor]:
-    optimizer = kind(model.parameters(), foreach=False, **options)
-    for _ in range(steps):
-        backward(model, batch, mesh)
-        optimizer.step()
-    return {name: whole(parameter) for name, parameter in model.named_parameters()}
+        values = [mesh.all_reduce(values[0], data.AXES), mesh.all_reduce(values[1], expert.TOKENS)]
+    return float(values[0] + BALANCE * values[1]), float(data.grad_norm(model.parameters()))
 
 
 def whole(tensor: Tensor | nn.Parameter | None) -> Tensor:
