@@ -63,6 +63,7 @@ def shard(model: Qwen3VL, mesh: Mesh, config: DataParallel | None = None) -> Qwe
     config = config or DataParallel()
     units: list[tuple[nn.Module, Any]] = [(block, mesh.fold_mesh) for block in model.model.visual.blocks]
     units.append((model.model.visual, mesh.fold_mesh))
+    layer: Any
     for layer in model.model.language_model.layers:
         if layer.sparse:
             units.append((layer.mlp.experts, mesh.expert_mesh))

@@ -64,7 +64,9 @@ def spread(model: Qwen3VL, mesh: Mesh) -> Qwen3VL:
     return model
 
 
-def _forward(module: MoEExperts, group: ProcessGroup, hidden_states: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+def _forward(
+    module: MoEExperts, group: ProcessGroup, hidden_states: Tensor, experts: Tensor, weights: Tensor
+) -> Tensor:
     """As :meth:`m4ov_kernels.nn.MoEExperts.forward`, of this rank's tokens."""
     rows, order, offsets = permute(hidden_states, experts, module.num_experts)
     ranks = dist.get_world_size(group)

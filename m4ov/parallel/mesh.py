@@ -222,8 +222,9 @@ class Mesh:
             kept = [name for name in names if name == always or getattr(layout, name) > 1]
             shape = tuple(getattr(layout, name) for name in kept)
             found = init_device_mesh(device_type, shape, mesh_dim_names=tuple(kept))
-            for group in found.get_all_groups() if timeout is not None else ():
-                _set_pg_timeout(timeout, group)  # the groups of a mesh do not take the world's
+            if timeout is not None:  # the groups of a mesh do not take the world's
+                for group in found.get_all_groups():
+                    _set_pg_timeout(timeout, group)
             return found
 
         self.dense = view(DENSE, "dp_shard")
@@ -232,15 +233,6 @@ class Mesh:
         alone = layout.fold == layout.dp_shard
         self.folded = self.dense if alone else view(("pp", "dp_replicate", "fold"), "fold")
         self.sparse = self.folded if layout.ep == 1 else view(SPARSE, "ep_shard")
-
-    def close(self) -> None:
-        """Leave the groups; collective."""
-        import torch.distributed as dist
-
-        for view in {id(view): view for view in (self.dense, self.folded, self.sparse)}.values():
-            for group in view.get_all_groups():
-                if group is not dist.group.WORLD:  # an axis of all ranks has the world's
-                    dist.destroy_process_group(group)
 
     def __repr__(self) -> str:
         return f"Mesh({self.layout})"
@@ -286,10 +278,10 @@ class Mesh:
 
     def axis_of_group(self) -> dict[str, str]:
         """Name of a process group → its axis, for logs."""
-        names = {}
+        names: dict[str, str] = {}
         for view in (self.folded, self.sparse, self.dense):
             for axis, group in zip(view.mesh_dim_names or (), view.get_all_groups(), strict=True):
-                names[group.group_name] = axis
+                names[str(group.group_name)] = axis
         return names
 
     def all_reduce(self, tensor: Tensor, axes: Sequence[str]) -> Tensor:

@@ -1,8 +1,8 @@
 """Tensor parallelism with sequence parallelism: heads, MLP columns and the vocabulary split over neighbouring ranks.
 
-Between the blocks a rank holds its share of the rows ``[T/tp, D]``. Attention and the dense MLP gather the rows, compute
-their share of heads or columns on all of them, and hand back partial sums, which are reduced and scattered. Embedding
-and head hold a part of the vocabulary. A mixture of experts works on the rank's rows as they are
+Between the blocks a rank holds its share of the rows ``[T/tp, D]``. Attention and the dense MLP gather the rows,
+compute their share of heads or columns on all of them, and hand back partial sums, which are reduced and scattered.
+Embedding and head hold a part of the vocabulary. A mixture of experts works on the rank's rows as they are
 (:mod:`m4ov.parallel.expert`), and the vision tower on the rank's share of the images, with whole weights.
 
 Weights are DTensors on the axis ``tp``; operators see their local parts: the hooks of :func:`localize` put these in a
@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn import functional as F
 
 from m4ov.models.qwen3_vl import Qwen3VL
-from m4ov.models.qwen3_vl.vision import VisionFeatures
+from m4ov.models.qwen3_vl.vision import VisionFeatures, VisionTower
 from m4ov.parallel import collectives
 from m4ov.parallel.mesh import LayoutError, Mesh
 
@@ -74,6 +75,7 @@ def split(model: Qwen3VL, mesh: Mesh, config: TensorParallel | None = None) -> Q
     axis, config = mesh.submesh("tp"), config or TensorParallel()
     rows = _Rows(group)
     model.model.register_forward_pre_hook(rows.begin)
+    layer: Any
     for layer in model.model.language_model.layers:
         _distribute(layer, axis, _CUTS)
         localize(layer)
@@ -88,13 +90,13 @@ def split(model: Qwen3VL, mesh: Mesh, config: TensorParallel | None = None) -> Q
     if not model.config.tie_word_embeddings:
         _distribute(head, axis, {"weight": Shard(0)})
     model.tie_weights()
-    embed.forward = partial(_embed, embed, group)
+    embed.forward = partial(_embed, embed, group)  # type: ignore[method-assign]
     for module in (embed, norm, head):
         localize(module)
     norm.register_forward_hook(rows.gather_output)
     head.group_name = group.group_name
     see = model.model.see
-    model.model.see = lambda batch: _own_rows(see(batch), batch.tokens, group)
+    model.model.see = lambda batch: _own_rows(see(batch), batch.tokens, group)  # type: ignore[method-assign]
     if config.split_images:
         _Images(group).attach(model.model.visual)
     return model
@@ -116,12 +118,12 @@ def localize(unit: nn.Module) -> None:
     FSDP's own hooks must surround these, so it is applied later, to the same ``unit`` or around it; modules inside that
     FSDP shards for themselves see to themselves.
     """
-    swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
+    swapped: list[tuple[nn.Module, str, Any]] = []
 
     def before(module: nn.Module, args: Any) -> None:
         for owner, name, parameter in _distributed(module):
             swapped.append((owner, name, parameter))
-            owner._parameters[name] = _local(parameter)  # type: ignore[assignment]
+            owner._parameters[name] = _local(parameter)  # type: ignore[arg-type, assignment]
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         while swapped:
@@ -132,7 +134,7 @@ def localize(unit: nn.Module) -> None:
     unit.register_forward_hook(after, always_call=True)
 
 
-def _distributed(unit: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+def _distributed(unit: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
     for prefix, module in unit.named_modules():
         if "experts" in prefix.split("."):
             continue
@@ -200,8 +202,8 @@ class _Images:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
         self.counts: list[int] = []
 
-    def attach(self, tower: nn.Module) -> None:
-        self.merge = tower.config.spatial_merge_size**2  # type: ignore[union-attr]
+    def attach(self, tower: VisionTower) -> None:
+        self.merge = tower.config.spatial_merge_size**2
         tower.register_forward_pre_hook(self.deal)
         tower.register_forward_hook(self.collect)
 
@@ -211,11 +213,13 @@ class _Images:
         sizes = [math.prod(grid) for grid in grids]
         ends = split_evenly(sizes, self.size)
         begin, end = ends[self.rank], ends[self.rank + 1]
-        self.counts = [sum(sizes[a:b]) // self.merge for a, b in zip(ends, ends[1:], strict=False)]
+        self.counts = [sum(sizes[a:b]) // self.merge for a, b in pairwise(ends)]
         if begin == end:
             side = math.isqrt(self.merge)
-            return pixel_values.new_zeros(self.merge, pixel_values.shape[1]), grid_thw.new_tensor([[1, side, side]]), (
-                (1, side, side),
+            return (
+                pixel_values.new_zeros(self.merge, pixel_values.shape[1]),
+                grid_thw.new_tensor([[1, side, side]]),
+                ((1, side, side),),
             )
         first = sum(sizes[:begin])
         own = pixel_values[first : first + sum(sizes[begin:end])]

@@ -44,11 +44,11 @@ def config(kind: str, heads: tuple[int, int] = (8, 4)) -> Config:
     return Config(text, vision, tie_word_embeddings=kind == "dense", image_token_id=IMAGE, video_token_id=VIDEO)
 
 
-def model(config: Config, seed: int) -> Qwen3VL:
+def model(draw: Draw, dtype: torch.dtype = torch.float32) -> Qwen3VL:
     """Random weights: large enough that every part matters to the loss, small enough that float32 on one process has
     gradients within 1e-6 of float64's, so that what a layout adds can be seen."""
-    made = new(config, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
+    made = new(draw.config, seed=draw.seed)
+    generator = torch.Generator().manual_seed(draw.seed)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if name.endswith("bias"):
@@ -56,30 +56,40 @@ def model(config: Config, seed: int) -> Qwen3VL:
             elif parameter.ndim == 1:
                 parameter.normal_(1.0, 0.1, generator=generator)
             else:
-                scale = 2.0 if name.endswith("mlp.gate.weight") else 0.3  # routers that are sure of their choice
+                # routers that are sure of their choice
+                scale = 2.0 if name.endswith("mlp.gate.weight") else 1.0 if "embed_tokens" in name else 0.3
                 parameter.normal_(0.0, scale * parameter.shape[-1] ** -0.5, generator=generator)
-    return made.train()
+    return made.to(dtype).train()
 
 
 @dataclass(frozen=True)
 class Draw:
-    """How samples are drawn.
+    """A model and how its samples are drawn.
 
     Attributes:
+        kind: of the model.
+        heads: of queries, of keys.
         images: how many each sample has, at most.
         text_only: from which part of the samples on there are none: 0.5: the second half has none.
         longest: words of a sample, at most.
     """
 
+    kind: str = "dense"
+    heads: tuple[int, int] = (8, 4)
     samples: int = 8
     images: int = 2
     text_only: float = 0.5
     longest: int = 24
     seed: int = 0
 
+    @property
+    def config(self) -> Config:
+        return config(self.kind, self.heads)
 
-def samples(draw: Draw, config: Config) -> list[Sample]:
-    """Text with images inside; the second sample is a copy of the first one's image under another question."""
+
+def samples(draw: Draw) -> list[Sample]:
+    """Text with images inside, anywhere; of some samples no token counts, of some all."""
+    config = draw.config
     rng, generator = random.Random(draw.seed), torch.Generator().manual_seed(draw.seed)
     made: list[Sample] = []
     for index in range(draw.samples):
@@ -91,7 +101,7 @@ def samples(draw: Draw, config: Config) -> list[Sample]:
             grid = (1, 2 * rng.randint(1, 4), 2 * rng.randint(1, 3))
             pixels = torch.randn(grid[1] * grid[2], config.vision.patch_values, generator=generator)
             images.append(Patches(pixels, grid))
-        words = [1 + int(WORDS * rng.random() ** 4) for _ in range(rng.randint(2, draw.longest))]
+        words = [1 + int(WORDS * rng.random() ** 2) for _ in range(rng.randint(2, draw.longest))]
         places = sorted(rng.randint(0, len(words)) for _ in images)
         for place, image in zip(reversed(places), reversed(images), strict=True):
             words[place:place] = [IMAGE] * (image.grid_thw[1] * image.grid_thw[2] // 4)
@@ -104,8 +114,12 @@ def samples(draw: Draw, config: Config) -> list[Sample]:
     return made
 
 
-def share(samples: Sequence[Sample], rank: int, ranks: int, config: Config) -> PackedBatch:
+def share(draw: Draw, rank: int = 0, ranks: int = 1) -> PackedBatch:
     """The batch of one of ``ranks``: consecutive samples, packed."""
+    return pack(draw.config, samples(draw), rank, ranks)
+
+
+def pack(config: Config, samples: Sequence[Sample], rank: int = 0, ranks: int = 1) -> PackedBatch:
     bounds = [len(samples) * place // ranks for place in (rank, rank + 1)]
     return PackedBatch.from_samples(
         samples[slice(*bounds)],

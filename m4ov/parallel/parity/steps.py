@@ -22,7 +22,8 @@ from m4ov_kernels.nn import MoERouter, load_balancing_loss
 from m4ov_kernels.packing import PackedBatch
 
 BALANCE = 0.1  # weight of the experts' balance loss: large, so that its gradient counts
-STEPS, LEARNING_RATE, MOMENTUM = 3, 0.02, 0.9
+STEPS = 3
+SGD: dict[str, Any] = {"lr": 0.02, "momentum": 0.9}
 # Gradients that are zero but for rounding are far below this; AdamW would make ±lr of them.
 ADAMW: dict[str, Any] = {"lr": 1e-3, "eps": 1e-4, "weight_decay": 0.01}
 
@@ -76,15 +77,14 @@ def record(build: Callable[[], Qwen3VL], batch: PackedBatch, mesh: Mesh | None, 
     made = Record(loss, norm, {name: whole(parameter.grad) for name, parameter in model.named_parameters()})
     made.margin, made.ledger = min(margin, default=math.inf), ledger.table()
     if steps:
-        options = {"sgd": (torch.optim.SGD, {"lr": LEARNING_RATE, "momentum": MOMENTUM}), "adamw": (torch.optim.AdamW, ADAMW)}
-        for name, (kind, arguments) in options.items():
+        for name, kind, arguments in (("sgd", torch.optim.SGD, SGD), ("adamw", torch.optim.AdamW, ADAMW)):
             trained = build()
             with _watched(trained, mesh) as margin:
-                optimizer = kind(trained.parameters(), foreach=False, **arguments)
+                optimizer: Any = kind(trained.parameters(), foreach=False, **arguments)
                 for _ in range(steps):
                     backward(trained, batch, mesh)
                     optimizer.step()
-            setattr(made, name, {name: whole(parameter) for name, parameter in trained.named_parameters()})
+            setattr(made, name, {key: whole(parameter) for key, parameter in trained.named_parameters()})
             made.margin = min([made.margin, *margin])
     return made
 
@@ -117,7 +117,8 @@ def backward(model: Qwen3VL, batch: PackedBatch, mesh: Mesh | None) -> tuple[flo
 def whole(tensor: Tensor | nn.Parameter | None) -> Tensor:
     """Collective, if it is distributed."""
     assert tensor is not None, "a parameter has no gradient"
-    return (tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()).clone()
+    found: Any = tensor.detach()
+    return (found.full_tensor() if isinstance(found, DTensor) else found).clone()  # type: ignore[no-any-return]
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
@@ -130,7 +131,8 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest relative difference, and of which tensor; ``adamw``: the largest difference over the learning rate."""
+    """The largest relative differences, and of which tensor; ``adamw``: the largest difference over the learning
+    rate."""
 
     loss: float
     norm: float
