@@ -125,7 +125,8 @@ def _facts(config: QuickstartConfig, model: torch.nn.Module, result: TrainResult
     if config.model.implementation == "transformers":
         kind += "patched" if config.train.patch else "unpatched"
     return {
-        "model": f"Qwen3-VL ({kind}), {parameters / 1e6:.2f} M parameters, random initialisation (seed {config.run.seed})",
+        "model": f"Qwen3-VL ({kind}), {parameters / 1e6:.2f} M parameters, random initialisation "
+        f"(seed {config.run.seed})",
         "training data": f"{len(general.samples):,} easy-vqa questions on {len(general.images):,} images; "
         f"{len(domain.images):,} scanned digits",
         "training": f"{result.steps:,} steps, {result.tokens:,} tokens, {clock(result.seconds)} minutes, "
