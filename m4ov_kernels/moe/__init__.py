@@ -146,6 +146,10 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     Returns:
         ``[S, N]``, contiguous: summed in float32, rounded once.
 
+    Invariance: by the compiled CPU kernels a row's output, and its gradient, depend on that row and its expert's weight
+    alone: not on how many rows the expert has, nor on the number of threads. The gradient of ``weight`` is a sum over
+    the expert's rows, in one order.
+
     Saves for backward: ``rows``, ``weight`` and ``offsets``. The gradient of ``weight`` is written for every expert,
     zeros for one without rows.
 
@@ -353,6 +357,7 @@ ROUTE_TOPK = Operator(
     results=lambda *_: 4,
     setup_context=_route_setup_context,
     backward=_route_backward,
+    backends=("native",),
 )
 PERMUTE = Operator(
     "moe",
@@ -364,6 +369,7 @@ PERMUTE = Operator(
     results=lambda *_: 3,
     setup_context=_permute_setup_context,
     backward=_permute_backward,
+    backends=("native",),
 )
 UNPERMUTE = Operator(
     "moe",
@@ -376,6 +382,7 @@ UNPERMUTE = Operator(
     results=lambda *_: 1,
     setup_context=_unpermute_setup_context,
     backward=_unpermute_backward,
+    backends=("native",),
 )
 GROUPED_LINEAR = Operator(
     "moe",
@@ -388,4 +395,5 @@ GROUPED_LINEAR = Operator(
     results=lambda *_: 1,
     setup_context=_grouped_setup_context,
     backward=_grouped_backward,
+    backends=("native",),
 )
