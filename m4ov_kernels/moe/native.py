@@ -111,7 +111,11 @@ def unpermute_bwd(
     shapes = ((tokens * top_k, width) if need_rows else (0,), (tokens, top_k) if need_weights else (0,))
     grad_rows = output(given[0], shapes[0], grad_output, grad_output.dtype)
     grad_weights = output(given[1], shapes[1], grad_output, torch.float32)
-    (grad_output, grad_stride), (rows, row_stride) = as_rows(grad_output), as_rows(rows) if need_weights else (None, 0)
+    (grad_output, grad_stride), row_stride = as_rows(grad_output), 0
+    if rows is not None:
+        rows, row_stride = as_rows(rows)
+    elif need_weights:
+        raise ValueError("unpermute_bwd: rows must be given for the gradient of weights")
     order, weights = order.contiguous(), None if weights is None else weights.contiguous()
     seen = torch.empty(tokens * top_k, dtype=torch.uint8)
     wanted = (grad_rows if need_rows else None, grad_weights if need_weights else None)
