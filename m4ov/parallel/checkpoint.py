@@ -30,6 +30,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
+from m4ov.parallel import hang
+
 _PREFIX, _TEMPORARY = "step-", ".writing-"
 _STATE, _FORMAT = "state.json", 1
 _RANDOM = "random."  # and the rank
@@ -80,8 +82,7 @@ class Checkpoints:
                 temporary.mkdir(parents=True)
             except OSError as error:
                 box = [error]
-        if self._group is not None:  # nobody writes before the folder is there
-            dist.broadcast_object_list(box, src=0, group=self._group, device=torch.device("cpu"))
+        self._share(box)  # nobody writes before the folder is there
         if box[0] is not None:
             raise _unwritable(final, box[0])
         writer = _Writer(temporary, final, {**state, "step": step, "world_size": self.size}, self.keep)
@@ -129,8 +130,7 @@ class Checkpoints:
         """
         found = checkpoints(self.folder)
         box = [found[-1].name if found else None]
-        if self._group is not None:  # one rank's look at the folder holds for all
-            dist.broadcast_object_list(box, src=0, group=self._group, device=torch.device("cpu"))
+        self._share(box)  # one rank's look at the folder holds for all
         if box[0] is None:
             return None
         path = self.folder / box[0]
@@ -147,6 +147,12 @@ class Checkpoints:
             raise _unreadable(path, error) from error
         _set_random_state(path, metadata, self.rank)
         return state
+
+    def _share(self, box: list[Any]) -> None:
+        """Rank 0's, in the box of every rank."""
+        if self._group is not None:
+            with hang.named():
+                dist.broadcast_object_list(box, src=0, group=self._group, device=torch.device("cpu"))
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{_PREFIX}{step:08d}"

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from m4ov.parallel import hang
+
 R = TypeVar("R")
 _BUCKET = 2**24  # numbers that travel in one all-reduce: 64 MiB, the most that is held twice
 
@@ -28,8 +30,7 @@ class World:
         rank, size: of this process, and how many there are.
         data_rank, data_size: which share of a step's samples is this rank's, of how many; ``None``: every rank has its
             own. Ranks that share samples (tensor, context, pipeline parallel) have the same ``data_rank``.
-        store: where each rank leaves a note of the collective that it entered, so that a time-out can name who is
-            missing.
+        patience: seconds that a rank whose collective failed waits for the others to say where they are.
 
     Attributes:
         seconds: spent in the collectives of this object, waiting for others included; the loop sets it back.
@@ -42,9 +43,9 @@ class World:
         *,
         data_rank: int | None = None,
         data_size: int | None = None,
-        store: dist.Store | None = None,
+        patience: float = 3.0,
     ) -> None:
-        self.rank, self.size, self.store = rank, size, store
+        self.rank, self.size, self.patience = rank, size, patience
         self.data_rank = rank if data_rank is None else data_rank
         self.data_size = size if data_size is None else data_size
         self.seconds = 0.0
@@ -57,16 +58,12 @@ class World:
         """
         if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
             return cls()
-        timeout = timedelta(seconds=timeout_seconds)
         backend = "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             backend = "cpu:gloo,cuda:nccl"
-        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-        dist.init_process_group(
-            backend, store=dist.PrefixStore("m4ov", store), rank=rank, world_size=size, timeout=timeout
-        )
-        return cls(rank, size, store=store)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        return cls(dist.get_rank(), dist.get_world_size(), patience=min(3.0, timeout_seconds / 10))
 
     @property
     def first(self) -> bool:
@@ -134,33 +131,19 @@ class World:
 
     @contextmanager
     def collective(self, what: str) -> Iterator[None]:
-        """Times what is inside; a failure becomes an error that names it and who is missing.
+        """Times what is inside, and says of a failure what it was and who is missing.
 
         Raises:
             RankError: a collective failed or timed out.
         """
-        if self.store is not None:
-            self.store.set(f"m4ov/at/{self.rank}", what)
         began = time.perf_counter()
         try:
-            yield
+            with hang.named(patience=self.patience):
+                yield
         except RuntimeError as error:
-            missing = ", ".join(map(str, self._missing(what)))
-            came = f"rank {missing} never came to it" if missing else "a rank ended in it"
-            reason = " ".join(str(error).split())[:160]
-            raise RankError(f"{what}: {came}, seen by rank {self.rank} of {self.size} ({reason})") from error
+            raise RankError(f"{what}: {error}") from error
         finally:
             self.seconds += time.perf_counter() - began
-
-    def _missing(self, what: str) -> list[int]:
-        store = self.store
-        if store is None:
-            return []
-        keys = [f"m4ov/at/{rank}" for rank in range(self.size)]
-        try:
-            return [rank for rank, key in enumerate(keys) if not store.check([key]) or store.get(key) != what.encode()]
-        except RuntimeError:  # the store went with the process that held it
-            return []
 
 
 def _buckets(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -21,12 +21,14 @@ def training_flops(config: Any, batch: PackedBatch) -> float:
     hidden, head = text.hidden_size, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
     projections = hidden * (2 * queries + 2 * keys)
-    mlp = 3 * hidden * text.intermediate_size
-    experts = getattr(text, "num_experts", 0) or 0
-    if experts:
-        mlp = 3 * hidden * text.moe_intermediate_size * text.num_experts_per_tok + hidden * experts
+    count, experts = text.num_hidden_layers, getattr(text, "num_experts", 0) or 0
+    dense = 3 * hidden * text.intermediate_size
+    sparse = 0 if not experts else 3 * hidden * text.moe_intermediate_size * text.num_experts_per_tok + hidden * experts
+    step, named = getattr(text, "decoder_sparse_step", 1), getattr(text, "mlp_only_layers", ())
+    sparse_layers = sum((layer + 1) % step == 0 and layer not in named for layer in range(count)) if experts else 0
+    mlps = sparse_layers * sparse + (count - sparse_layers) * dense
     seen = sum(length * (length + 1) // 2 for length in batch.lengths)
-    layers = text.num_hidden_layers * (batch.tokens * (projections + mlp) + seen * 2 * queries)
+    layers = batch.tokens * (count * projections + mlps) + count * seen * 2 * queries
     total = layers + batch.num_labels * hidden * text.vocab_size
     for vision in (batch.images, batch.videos):
         if vision is not None:
