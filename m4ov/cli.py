@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.traceback:
             raise
-        print(f"m4ov {options.command}: {_one_line(error)}", file=sys.stderr)
+        rank = os.environ.get("RANK")
+        print(f"m4ov {options.command}{f' (rank {rank})' if rank else ''}: {_one_line(error)}", file=sys.stderr)
         return 2
 
 

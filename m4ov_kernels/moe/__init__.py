@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from m4ov_kernels import checks
+from m4ov_kernels.dispatch import Operator
 from m4ov_kernels.moe import reference
+from m4ov_kernels.moe.values import check_experts, check_order
 
 __all__ = ["ExpertLoad", "grouped_linear", "permute", "route_topk", "unpermute"]
 
@@ -42,8 +44,7 @@ def route_topk(logits: Tensor, *, top_k: int, normalize: bool = True) -> tuple[T
         lower comes first. Everything is computed in float32. A token with a NaN or an infinite largest logit has
         weights of NaN, and still K different experts.
 
-    Saves for backward: ``logits``, ``weights``, ``experts``, and a float32 for each token. The choice itself has no
-    gradient.
+    Saves for backward: ``logits``, ``weights`` and ``experts``. The choice itself has no gradient.
 
     Invariance: weights and experts of a token, and its part of the gradient of ``weights``, depend on that token
     alone. ``probability`` is summed over a fixed split of the tokens: its bits do not depend on the number of threads.
@@ -56,7 +57,11 @@ def route_topk(logits: Tensor, *, top_k: int, normalize: bool = True) -> tuple[T
     "Switch Transformers", arXiv 2101.03961: balance loss = E · Σ counts/T · probability.
     """
     _check_route(logits, top_k, normalize)
-    weights, experts, counts, probability = reference.route_topk(logits, top_k, normalize)
+    implementation = ROUTE_TOPK.select(logits.device, logits.dtype)
+    if implementation is None:
+        weights, experts, counts, probability = reference.route_topk(logits, top_k, normalize)
+    else:
+        weights, experts, counts, probability = ROUTE_TOPK(implementation, logits, top_k, normalize)
     return weights, experts, ExpertLoad(counts, probability)
 
 
@@ -87,8 +92,12 @@ def permute(hidden_states: Tensor, experts: Tensor, num_experts: int) -> tuple[T
     Source: Gale et al., "MegaBlocks", arXiv 2211.15841.
     """
     _check_permute(hidden_states, experts, num_experts)
-    check_experts(experts, num_experts)
-    return reference.permute(hidden_states, experts, num_experts)
+    implementation = PERMUTE.select(hidden_states.device, hidden_states.dtype)
+    if implementation is None:
+        check_experts(experts, num_experts)
+        return reference.permute(hidden_states, experts, num_experts)
+    result: tuple[Tensor, Tensor, Tensor] = PERMUTE(implementation, hidden_states, experts, num_experts)
+    return result
 
 
 def unpermute(rows: Tensor, order: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -103,7 +112,7 @@ def unpermute(rows: Tensor, order: Tensor, weights: Tensor | None = None) -> Ten
         ``[T, H]``, contiguous, of the dtype of ``rows``: ``Σₖ weights[t, k] · rows[order[t, k]]``, in float32, in the
         order of ``k``, rounded once.
 
-    Saves for backward: ``order``, and with ``weights`` these and ``rows``.
+    Saves for backward: ``order``, with ``weights`` these, and where these need a gradient ``rows``.
 
     Invariance: a token's sum, and the gradients of its rows and weights, depend on its rows and weights alone.
 
@@ -116,8 +125,12 @@ def unpermute(rows: Tensor, order: Tensor, weights: Tensor | None = None) -> Ten
     Source: Gale et al., "MegaBlocks", arXiv 2211.15841.
     """
     _check_unpermute(rows, order, weights)
-    check_order(order)
-    return reference.unpermute(rows, order, weights)
+    implementation = UNPERMUTE.select(rows.device, rows.dtype)
+    if implementation is None:
+        check_order(order)
+        return reference.unpermute(rows, order, weights)
+    result: Tensor = UNPERMUTE(implementation, rows, order, weights)
+    return result
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -133,6 +146,10 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     Returns:
         ``[S, N]``, contiguous: summed in float32, rounded once.
 
+    Invariance: by the compiled CPU kernels a row's output, and its gradient, depend on that row and its expert's weight
+    alone: not on how many rows the expert has, nor on the number of threads. The gradient of ``weight`` is a sum over
+    the expert's rows, in one order.
+
     Saves for backward: ``rows``, ``weight`` and ``offsets``. The gradient of ``weight`` is written for every expert,
     zeros for one without rows.
 
@@ -144,35 +161,11 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     Source: Gale et al., "MegaBlocks", arXiv 2211.15841.
     """
     _check_grouped(rows, weight, offsets)
-    return reference.grouped_linear(rows, weight, offsets)
-
-
-def check_experts(experts: Tensor, num_experts: int) -> None:
-    """``ValueError`` for an expert out of range, where the host sees it."""
-    if experts.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    wrong = ((experts < 0) | (experts >= num_experts)).flatten().nonzero()
-    if len(wrong):
-        at = int(wrong[0])
-        _refuse_value("permute", "experts", at, int(experts.flatten()[at]), f"from 0 to {num_experts - 1}")
-
-
-def check_order(order: Tensor) -> None:
-    """``ValueError`` for an element of ``order`` that is no row or is there twice, where the host sees it."""
-    if order.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    flat = order.flatten().tolist()
-    seen: set[int] = set()
-    for at, row in enumerate(flat):
-        if not 0 <= row < len(flat):
-            _refuse_value("unpermute", "order", at, row, f"from 0 to {len(flat) - 1}")
-        if row in seen:
-            _refuse_value("unpermute", "order", at, row, "every row once")
-        seen.add(row)
-
-
-def _refuse_value(operator: str, argument: str, position: int, value: int, expected: str) -> None:
-    raise ValueError(f"{operator}: {argument}[{position}] is {value}: expected {expected}")
+    implementation = GROUPED_LINEAR.select(rows.device, rows.dtype)
+    if implementation is None:
+        return reference.grouped_linear(rows, weight, offsets)
+    result: Tensor = GROUPED_LINEAR(implementation, rows, weight, offsets)
+    return result
 
 
 def _check_route(logits: Tensor, top_k: int, normalize: bool) -> None:
@@ -254,3 +247,153 @@ def _matrix(operator: str, argument: str, value: Tensor, expected: str) -> None:
 def _integer(operator: str, argument: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         checks.refuse(TypeError, operator, argument, "an int", checks.describe(value))
+
+
+def _route_fake(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, count = logits.shape
+    return (
+        logits.new_empty((tokens, top_k), dtype=torch.float32),
+        logits.new_empty((tokens, top_k), dtype=torch.int32),
+        logits.new_empty((count,), dtype=torch.int64),
+        logits.new_empty((count,), dtype=torch.float32),
+    )
+
+
+def _route_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, _, ctx.normalize = inputs
+    weights, experts, counts, _ = output
+    ctx.mark_non_differentiable(experts, counts)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, weights, experts)
+
+
+def _route_backward(ctx: Any, needs: Any, bwd: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    logits, weights, experts = ctx.saved_tensors
+    grad_weights, grad_probability = grads[0], grads[3]
+    if grad_weights is None and grad_probability is None:
+        return None, None, None
+    return bwd(logits, grad_weights, grad_probability, weights, experts, ctx.normalize), None, None
+
+
+def _route_bwd_fake(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _permute_fake(hidden_states: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows = hidden_states.new_empty((experts.shape[0] * experts.shape[1], hidden_states.shape[1]))
+    return rows, experts.new_empty(experts.shape), experts.new_empty((num_experts + 1,))
+
+
+def _permute_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[1])
+
+
+def _permute_backward(ctx: Any, needs: Any, bwd: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return bwd(grads[0], *ctx.saved_tensors), None, None
+
+
+def _permute_bwd_fake(grad_rows: Tensor, order: Tensor) -> Tensor:
+    return grad_rows.new_empty((order.shape[0], grad_rows.shape[1]))
+
+
+def _unpermute_fake(rows: Tensor, order: Tensor, weights: Tensor | None) -> Tensor:
+    return rows.new_empty((order.shape[0], rows.shape[1]))
+
+
+def _unpermute_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, order, weights = inputs
+    # Of the rows only the gradient of weights is made; without, they need not be kept.
+    ctx.save_for_backward(None if weights is None or not weights.requires_grad else rows, order, weights)
+
+
+def _unpermute_backward(ctx: Any, needs: Any, bwd: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    rows, order, weights = ctx.saved_tensors
+    grad_rows, grad_weights = bwd(grads[0], rows, order, weights, needs[0], needs[2])
+    return grad_rows if needs[0] else None, None, grad_weights if needs[2] else None
+
+
+def _unpermute_bwd_fake(
+    grad_output: Tensor,
+    rows: Tensor | None,
+    order: Tensor,
+    weights: Tensor | None,
+    need_rows: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = (order.shape[0] * order.shape[1], grad_output.shape[1])
+    grad_weights = grad_output.new_empty(order.shape if need_weights else (0,), dtype=torch.float32)
+    return grad_output.new_empty(shape if need_rows else (0,)), grad_weights
+
+
+def _grouped_fake(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    return rows.new_empty((rows.shape[0], weight.shape[1]))
+
+
+def _grouped_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_backward(ctx: Any, needs: Any, bwd: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_rows, grad_weight = bwd(grads[0], *ctx.saved_tensors, needs[0], needs[1])
+    return grad_rows if needs[0] else None, grad_weight if needs[1] else None, None
+
+
+def _grouped_bwd_fake(
+    grad_output: Tensor, rows: Tensor, weight: Tensor, offsets: Tensor, need_rows: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape if need_rows else (0,)), rows.new_empty(weight.shape if need_weight else (0,))
+
+
+ROUTE_TOPK = Operator(
+    "moe",
+    "route_topk",
+    fwd_schema="(Tensor logits, int top_k, bool normalize)"
+    " -> (Tensor weights, Tensor experts, Tensor counts, Tensor probability)",
+    bwd_schema="(Tensor logits, Tensor? grad_weights, Tensor? grad_probability, Tensor weights, Tensor experts,"
+    " bool normalize) -> Tensor",
+    fwd_fake=_route_fake,
+    bwd_fake=_route_bwd_fake,
+    results=lambda *_: 4,
+    setup_context=_route_setup_context,
+    backward=_route_backward,
+    backends=("native",),
+)
+PERMUTE = Operator(
+    "moe",
+    "permute",
+    fwd_schema="(Tensor hidden_states, Tensor experts, int num_experts) -> (Tensor rows, Tensor order, Tensor offsets)",
+    bwd_schema="(Tensor grad_rows, Tensor order) -> Tensor",
+    fwd_fake=_permute_fake,
+    bwd_fake=_permute_bwd_fake,
+    results=lambda *_: 3,
+    setup_context=_permute_setup_context,
+    backward=_permute_backward,
+    backends=("native",),
+)
+UNPERMUTE = Operator(
+    "moe",
+    "unpermute",
+    fwd_schema="(Tensor rows, Tensor order, Tensor? weights) -> Tensor",
+    bwd_schema="(Tensor grad_output, Tensor? rows, Tensor order, Tensor? weights, bool need_rows, bool need_weights)"
+    " -> (Tensor grad_rows, Tensor grad_weights)",
+    fwd_fake=_unpermute_fake,
+    bwd_fake=_unpermute_bwd_fake,
+    results=lambda *_: 1,
+    setup_context=_unpermute_setup_context,
+    backward=_unpermute_backward,
+    backends=("native",),
+)
+GROUPED_LINEAR = Operator(
+    "moe",
+    "grouped_linear",
+    fwd_schema="(Tensor rows, Tensor weight, Tensor offsets) -> Tensor",
+    bwd_schema="(Tensor grad_output, Tensor rows, Tensor weight, Tensor offsets, bool need_rows, bool need_weight)"
+    " -> (Tensor grad_rows, Tensor grad_weight)",
+    fwd_fake=_grouped_fake,
+    bwd_fake=_grouped_bwd_fake,
+    results=lambda *_: 1,
+    setup_context=_grouped_setup_context,
+    backward=_grouped_backward,
+    backends=("native",),
+)

@@ -60,17 +60,27 @@ class MoEExperts(nn.Module):
     def forward(self, hidden_states: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """``[T, H]``, ``[T, K]`` int32, ``[T, K]`` float32 → ``[T, H]``."""
         rows, order, offsets = permute(hidden_states, experts, self.num_experts)
-        return unpermute(self.grouped(rows, offsets), order, weights)
+        return unpermute(self.grouped(rows, offsets), order, weights).to(hidden_states.dtype)
 
     def grouped(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """``[S, H]``, ordered by expert, and ``[E + 1]`` → ``[S, H]``: what expert parallelism calls with the rows that
-        came to this rank."""
-        gate, up = grouped_linear(rows, self.gate_up_proj, offsets).chunk(2, -1)
-        return grouped_linear(swiglu(gate, up), self.down_proj, offsets)
+        """``[S, H]``, ordered by expert, and ``[E + 1]`` → ``[S, H]``, under autocast in its dtype: what expert
+        parallelism calls with the rows that came to this rank."""
+        rows, gate_up_proj, down_proj = _autocast(rows, self.gate_up_proj, self.down_proj)
+        gate, up = grouped_linear(rows, gate_up_proj, offsets).chunk(2, -1)
+        return grouped_linear(swiglu(gate, up), down_proj, offsets)
 
     def extra_repr(self) -> str:
         count, hidden, intermediate = self.down_proj.shape
         return f"{hidden}, {intermediate}, num_experts={count}"
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As ``F.linear`` takes its arguments under autocast."""
+    device = tensors[0].device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype is torch.float64 else x.to(dtype) for x in tensors)
 
 
 class MoE(nn.Module):
