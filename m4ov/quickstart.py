@@ -121,12 +121,16 @@ def usable_cpus() -> int:
 def _facts(config: QuickstartConfig, model: torch.nn.Module, result: TrainResult, task: sft.Task) -> dict[str, str]:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     general, domain = task.training
+    kind = "m4ov's own" if config.model.implementation == "m4ov" else "transformers' class, "
+    if config.model.implementation == "transformers":
+        kind += "patched" if config.train.patch else "unpatched"
     return {
-        "model": f"Qwen3-VL, {parameters / 1e6:.2f} M parameters, random initialisation (seed {config.run.seed})",
+        "model": f"Qwen3-VL ({kind}), {parameters / 1e6:.2f} M parameters, random initialisation "
+        f"(seed {config.run.seed})",
         "training data": f"{len(general.samples):,} easy-vqa questions on {len(general.images):,} images; "
         f"{len(domain.images):,} scanned digits",
         "training": f"{result.steps:,} steps, {result.tokens:,} tokens, {clock(result.seconds)} minutes, "
-        f"{config.train.precision}, {'patched' if config.train.patch else 'unpatched'}",
+        f"{config.train.precision}",
         "threads": str(torch.get_num_threads()),
         "allocator": allocator_status().how,
     }

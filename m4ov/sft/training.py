@@ -6,17 +6,27 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError
 from torch import Tensor
 
 from m4ov.data import image_processor, to_hugging_face
-from m4ov.models.qwen3_vl import build, cast_parameters, forward, training_flops
+from m4ov.models.qwen3_vl import (
+    Config,
+    Qwen3VL,
+    WeightsError,
+    build,
+    cast_parameters,
+    export,
+    forward,
+    new,
+    shapes,
+    training_flops,
+)
 from m4ov.parallel.checkpoint import full_tensors
 from m4ov.recipe import QuickstartConfig
 from m4ov.sft.task import Task
@@ -25,8 +35,21 @@ from m4ov_kernels.packing import PackedBatch
 from m4ov_kernels.patches import patch
 
 
+def model_of(config: QuickstartConfig, task: Task, seed: int) -> torch.nn.Module:
+    """What is trained, with random weights that depend on ``seed`` alone, in the dtype that it computes in."""
+    if config.model.implementation == "m4ov":
+        return new(Config.from_dict(task.model_config.to_dict()), seed=seed, dtype=task.dtype)
+    model = build(task.model_config, seed)
+    if config.train.patch:
+        patch(model)
+    return cast_parameters(model, task.dtype)
+
+
 def loss_of(model: torch.nn.Module, batch: PackedBatch) -> tuple[Tensor, int]:
     """Cross entropy of the answers' tokens, summed, and their number."""
+    if isinstance(model, Qwen3VL):
+        loss = model.loss(batch)
+        return loss.total, loss.num_labels
     return forward(model, batch).loss * batch.num_labels, batch.num_labels
 
 
@@ -43,15 +66,14 @@ def run(
         Interrupted, CheckpointError, TrainingError, RankError: see :func:`m4ov.train.train`.
     """
     world = world or World()
-    model = build(task.model_config, config.run.seed)
+    model = model_of(config, task, config.run.seed)
+    if isinstance(model, Qwen3VL):
+        model.always_vision = world.size > 1
     parameters = sum(parameter.numel() for parameter in model.parameters())
     console.print(
         f"Qwen3-VL, {parameters / 1e6:.2f} M parameters, {task.tokenizer.get_vocab_size()} tokens in the vocabulary, "
         f"{config.train.precision}, {f'{world.size} ranks, each ' * (world.size > 1)}{torch.get_num_threads()} threads"
     )
-    if config.train.patch:
-        patch(model)
-    cast_parameters(model, task.dtype)
     mixture = task.mixture(
         config.data,
         config.run.seed,
@@ -98,17 +120,19 @@ def save_model(task: Task, weights: Mapping[str, Tensor | None], folder: Path) -
     Raises:
         CheckpointError: it cannot be written. What was there before stays.
     """
-    model = build(task.model_config, 0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
+    config = Config.from_dict(task.model_config.to_dict())
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in shapes(config):
             value = weights[name]
             assert value is not None, name
-            parameter.copy_(value)
+            yield name, value
+
     temporary = folder.with_name(f".writing-{os.getpid()}")
     try:
         for left in folder.parent.glob(".writing-*"):
             shutil.rmtree(left)
-        model.save_pretrained(temporary)
+        export(config, tensors(), temporary, dtype=torch.float32)
         tokenizer, processor = to_hugging_face(task.tokenizer), image_processor(task.geometry)
         tokenizer.save_pretrained(temporary)
         processor.save_pretrained(temporary)
@@ -132,7 +156,7 @@ def save_model(task: Task, weights: Mapping[str, Tensor | None], folder: Path) -
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, WeightsError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error)
         raise CheckpointError(f"model {folder}: cannot be written ({reason})") from error

@@ -6,6 +6,7 @@ from m4ov_kernels.nn.attention import PatchOrder, Rotation, TextAttention, Visio
 from m4ov_kernels.nn.loss import CausalLMHead, causal_lm_loss
 from m4ov_kernels.nn.merger import PatchMerger
 from m4ov_kernels.nn.mlp import GELU, SwiGLUMLP, VisionMLP, linear_gelu
+from m4ov_kernels.nn.moe import MoE, MoEExperts, MoERouter, load_balancing_loss
 from m4ov_kernels.nn.norm import LayerNorm, RMSNorm
 from m4ov_kernels.nn.patch_embed import PatchEmbed
 from m4ov_kernels.nn.position_embedding import PositionEmbedding
@@ -18,6 +19,9 @@ __all__ = [
     "Int4Linear",
     "Int8Linear",
     "LayerNorm",
+    "MoE",
+    "MoEExperts",
+    "MoERouter",
     "PatchEmbed",
     "PatchMerger",
     "PatchOrder",
@@ -30,4 +34,5 @@ __all__ = [
     "VisionMLP",
     "causal_lm_loss",
     "linear_gelu",
+    "load_balancing_loss",
 ]

@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from m4ov_kernels.nn.residual import add_norm_mlp
-
 
 class DecoderLayer:
     """Front of a pre-norm decoder layer: the add after attention is fused with the norm before the MLP (or experts)."""
@@ -20,7 +18,8 @@ class DecoderLayer:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         kwargs.setdefault("attention_mask", None)
         attention = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)[0]
-        return add_norm_mlp(hidden_states, attention, layer.post_attention_layernorm, layer.mlp)
+        normed, residual = layer.post_attention_layernorm(attention, residual=hidden_states)
+        return residual + layer.mlp(normed)
 
 
 class VisionBlock:
@@ -31,7 +30,8 @@ class VisionBlock:
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         block: Any = self
         attention = block.attn(block.norm1(hidden_states), *args, **kwargs)
-        return add_norm_mlp(hidden_states, attention, block.norm2, block.mlp)
+        normed, residual = block.norm2(attention, residual=hidden_states)
+        return residual + block.mlp(normed)
 
 
 class SiglipLayer:
@@ -44,4 +44,5 @@ class SiglipLayer:
         attention = layer.self_attn(
             hidden_states=layer.layer_norm1(hidden_states), attention_mask=attention_mask, **kwargs
         )[0]
-        return add_norm_mlp(hidden_states, attention, layer.layer_norm2, layer.mlp)
+        normed, residual = layer.layer_norm2(attention, residual=hidden_states)
+        return residual + layer.mlp(normed)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from m4ov.models.qwen3_vl import Config, Qwen3VL
+from m4ov_kernels.nn import load_balancing_loss
 from m4ov_kernels.packing import PackedBatch, Patches, Sample
 from tests.kernels import tiny_models as tiny
 from tests.kernels.steps import Step
@@ -33,6 +34,8 @@ def drawn(family: str, **options: Any) -> tuple[Any, Qwen3VL]:
         **options,
     }
     theirs = tiny.model(family, **options)
+    if family == "qwen3_vl_moe":
+        theirs.set_experts_implementation("eager")  # PyTorch's grouped product knows no float64
     return theirs, ours_of(theirs)
 
 
@@ -60,15 +63,18 @@ def batch_of(owner: Any, parts: Sequence[tiny.Sample]) -> PackedBatch:
 
 def logits(model: Qwen3VL, batch: PackedBatch) -> Tensor:
     with torch.no_grad():
-        made: Tensor = model.lm_head(model(batch))
+        made: Tensor = model.lm_head(model(batch).hidden_states)
     return made
 
 
-def step(model: Qwen3VL, batch: PackedBatch) -> Step:
-    """The mean loss and every gradient."""
+def step(model: Qwen3VL, batch: PackedBatch, *, balance: bool = False) -> Step:
+    """The mean loss, with or without the experts' balance loss, and every gradient."""
     model.zero_grad()
     loss = model.loss(batch)
     mean = loss.total / loss.num_labels
+    if balance:
+        coefficient = model.config.text.router_aux_loss_coef
+        mean = mean + coefficient * load_balancing_loss(loss.loads, tokens=batch.tokens)
     mean.backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     return mean.detach(), {name: grad for name, grad in grads.items() if grad is not None}

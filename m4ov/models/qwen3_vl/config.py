@@ -211,12 +211,15 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """As Hugging Face's ``config.json`` has it, readable by transformers 5."""
-        text, vision = dataclasses.asdict(self.text), dataclasses.asdict(self.vision)
+        text, vision = (
+            {name: list(value) if isinstance(value, tuple) else value for name, value in vars(part).items()}
+            for part in (self.text, self.vision)
+        )
         theta, section = text.pop("rope_theta"), text.pop("mrope_section")
         text["rope_parameters"] = {
             "rope_type": "default",
             "rope_theta": theta,
-            "mrope_section": list(section),
+            "mrope_section": section,
             "mrope_interleaved": True,
         }
         if not self.text.num_experts:

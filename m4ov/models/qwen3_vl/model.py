@@ -11,9 +11,22 @@ from torch import Tensor, nn
 from m4ov.models.qwen3_vl.config import Config
 from m4ov.models.qwen3_vl.text import Packing, Placed, TextModel
 from m4ov.models.qwen3_vl.vision import VisionFeatures, VisionTower
+from m4ov_kernels.moe import ExpertLoad
 from m4ov_kernels.nn import CausalLMHead
 from m4ov_kernels.packing import PackedBatch, VisionInputs
 from m4ov_kernels.vision import scatter_vision
+
+
+class Output(NamedTuple):
+    """What the model makes of T tokens.
+
+    Attributes:
+        hidden_states: ``[T, D]``, normalised; ``lm_head`` makes logits of them.
+        loads: of each layer with experts, how tokens were spread over them.
+    """
+
+    hidden_states: Tensor
+    loads: tuple[ExpertLoad, ...]
 
 
 class TokenLoss(NamedTuple):
@@ -22,10 +35,12 @@ class TokenLoss(NamedTuple):
     Attributes:
         total: sum of the cross entropy over all tokens that count, float32.
         num_labels: how many these are; known on the host.
+        loads: see :class:`Output`; :func:`m4ov_kernels.nn.load_balancing_loss` makes a loss of them.
     """
 
     total: Tensor
     num_labels: int
+    loads: tuple[ExpertLoad, ...]
 
 
 class Qwen3VLModel(nn.Module):
@@ -38,16 +53,16 @@ class Qwen3VLModel(nn.Module):
         self.language_model = TextModel(config.text)
         self.always_vision = False
 
-    def forward(self, batch: PackedBatch) -> Tensor:
+    def forward(self, batch: PackedBatch) -> Output:
         """See :meth:`Qwen3VL.forward`."""
         inputs_embeds = self.language_model.embed_tokens(batch.input_ids)
         packing = Packing(batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
         seen = self.see(batch)
         if seen is None:
-            return self.language_model(inputs_embeds, packing)
+            return Output(*self.language_model(inputs_embeds, packing))
         features, positions = seen
         inputs_embeds = scatter_vision(inputs_embeds, features.merged.to(inputs_embeds.dtype), positions)
-        return self.language_model(inputs_embeds, packing, Placed(positions, features.deepstack))
+        return Output(*self.language_model(inputs_embeds, packing, Placed(positions, features.deepstack)))
 
     def see(self, batch: PackedBatch) -> tuple[VisionFeatures, Tensor] | None:
         """The features of a batch's images and videos, one for each vision token, and the tokens that take them,
@@ -77,7 +92,7 @@ class Qwen3VLModel(nn.Module):
 
 
 class Qwen3VL(nn.Module):
-    """The whole model: parameters named, shaped and ordered as in Hugging Face's ``…ForConditionalGeneration``.
+    """The whole model: parameters named and shaped as in Hugging Face's ``…ForConditionalGeneration``.
 
     Built under ``torch.device("meta")`` it takes no memory; then :func:`m4ov.models.qwen3_vl.load` or ``to_empty`` and
     :meth:`init_weights` make it whole.
@@ -102,11 +117,8 @@ class Qwen3VL(nn.Module):
     def always_vision(self, value: bool) -> None:
         self.model.always_vision = value
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """The hidden states ``[T, D]`` of a packed batch, normalised; ``lm_head`` makes logits of them.
-
-        The tower sees each image once, however many samples ask about it.
-        """
+    def forward(self, batch: PackedBatch) -> Output:
+        """The hidden states of a packed batch. The tower sees each image once, however many samples ask about it."""
         return self.model(batch)  # type: ignore[no-any-return]
 
     def loss(self, batch: PackedBatch) -> TokenLoss:
@@ -114,7 +126,8 @@ class Qwen3VL(nn.Module):
 
         Where there is no label it is 0, with gradients of 0.
         """
-        return TokenLoss(self.head_loss(self(batch), batch), batch.num_labels)
+        hidden_states, loads = self(batch)
+        return TokenLoss(self.head_loss(hidden_states, batch), batch.num_labels, loads)
 
     def head_loss(self, hidden_states: Tensor, batch: PackedBatch) -> Tensor:
         """The sum of the losses of hidden states ``[T, D]``."""

@@ -18,7 +18,6 @@ from m4ov_kernels.nn import (
     VisionAttention,
     VisionMLP,
 )
-from m4ov_kernels.nn.residual import add_norm_mlp
 
 
 class Frames(NamedTuple):
@@ -65,7 +64,8 @@ class VisionBlock(nn.Module):
     def forward(self, hidden_states: Tensor, order: PatchOrder, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """``[N, hidden_size]`` → ``[N, hidden_size]``."""
         attended = self.attn(self.norm1(hidden_states), order, cu_seqlens, max_seqlen)
-        return add_norm_mlp(hidden_states, attended, self.norm2, self.mlp)
+        normed, residual = self.norm2(attended, residual=hidden_states)
+        return residual + self.mlp(normed)
 
 
 class VisionTower(nn.Module):
