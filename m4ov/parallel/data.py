@@ -139,13 +139,15 @@ def imbalance(batch: PackedBatch, mesh: Mesh) -> dict[str, float]:
 
 
 def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The norm of all gradients together, of any placements, the same bits on every rank; a scalar, float32.
+    """The norm of all gradients together, of any placements, the same bits on every rank; a scalar, summed in float64,
+    returned in float32 (float64 for float64 gradients).
 
     Raises:
         ValueError: a gradient has yet to be summed over an axis.
     """
     sums: dict[tuple[str, ...], list[Tensor]] = {}
     groups: dict[str, Any] = {}
+    dtype = torch.float32
     for parameter in parameters:
         grad = parameter.grad
         if grad is None:
@@ -157,18 +159,19 @@ def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
                     raise ValueError(f"grad_norm: a gradient {list(grad.shape)} is not summed: {grad.placements}")
                 if placement.is_replicate() or grad.device_mesh.size(axis) == 1:
                     continue
-                group = grad.device_mesh.get_group(axis)
-                groups[group.group_name] = group
-                over.append(group.group_name)
+                name = (grad.device_mesh.mesh_dim_names or ())[axis]
+                groups[name] = grad.device_mesh.get_group(axis)
+                over.append(name)
             grad = grad.to_local()
-        sums.setdefault(tuple(over), []).append(grad.float().square().sum(dtype=torch.float64))
+        dtype = torch.promote_types(dtype, grad.dtype)
+        sums.setdefault(tuple(over), []).append(grad.to(dtype).square().sum(dtype=torch.float64))
     total = torch.zeros((), dtype=torch.float64)
-    for names in sorted(sums):
+    for names in sorted(sums):  # by axis: every rank in the same order, which their groups' names are not
         part = torch.stack(sums[names]).sum()
         for name in names:
             dist.all_reduce(part, group=groups[name])
         total = total.to(part.device) + part
-    return total.sqrt().float()
+    return total.sqrt().to(dtype)
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

@@ -23,8 +23,8 @@ import torch.distributed as dist
 
 from m4ov.parallel import hang
 
-#: What the server imports before it forks, once. Whatever starts the server first decides: tests that start processes of
-#: their own name these too.
+#: What the server imports before it forks. Whoever starts it first decides, so tests that start processes of their
+#: own name these too.
 PRELOAD = ("torch", "torch.distributed.fsdp", "m4ov.parallel.ranks", "m4ov.parallel.parity.fuzz")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
@@ -74,7 +74,9 @@ def record(build: Callable[[], Qwen3VL], batch: PackedBatch, mesh: Mesh | None, 
     ledger = Ledger({} if mesh is None else mesh.axis_of_group())
     with ledger if mesh is not None else nullcontext(), _watched(model, mesh) as margin:
         loss, norm = backward(model, batch, mesh)
-    made = Record(loss, norm, {name: whole(parameter.grad) for name, parameter in model.named_parameters()})
+    # One process without an image does not run the tower, which then has no gradients; others have zeros.
+    grads = {n: p.new_zeros(p.shape) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    made = Record(loss, norm, {name: whole(grad) for name, grad in grads.items()})
     made.margin, made.ledger = min(margin, default=math.inf), ledger.table()
     if steps:
         for name, kind, arguments in (("sgd", torch.optim.SGD, SGD), ("adamw", torch.optim.AdamW, ADAMW)):
@@ -114,9 +116,8 @@ def backward(model: Qwen3VL, batch: PackedBatch, mesh: Mesh | None) -> tuple[flo
     return float(values[0] + BALANCE * values[1]), float(data.grad_norm(model.parameters()))
 
 
-def whole(tensor: Tensor | nn.Parameter | None) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """Collective, if it is distributed."""
-    assert tensor is not None, "a parameter has no gradient"
     found: Any = tensor.detach()
     return (found.full_tensor() if isinstance(found, DTensor) else found).clone()  # type: ignore[no-any-return]
 
