@@ -84,7 +84,7 @@ struct Work {
 
   // The scales of weights whose largest magnitudes have these bits, as they are stored.
   V scales_of(I bits) const {
-    const V ideal = as_floats(bits) / set1(kKind == kToInt4 ? 7.5f : kKind == kToInt8Panel ? 127.5f : 448.0f);
+    const V ideal = as_floats(bits) / set1(kKind == kToInt4 ? 7.5f : kKind == kToInt8Panel ? 127.5f : kLargestE4m3);
     const V least = max(ideal, set1(a.scale_dtype == kFloat16 ? 0x1p-24f : 0x1p-126f));
     const V scale = where_negative(as_floats(as_ints(ideal) + ints(-1)), set1(1.0f), least);  // 1 where it is 0
     if (a.scale_dtype == kBFloat16) return round_to<Bf16>(scale);
