@@ -10,7 +10,7 @@ from torch import Tensor
 from m4ov_kernels import checks
 from m4ov_kernels.activation import gelu, swiglu
 from m4ov_kernels.dispatch import Operator, invariance_requested
-from m4ov_kernels.gemm import reference
+from m4ov_kernels.gemm import int4_cuda, reference
 from m4ov_kernels.gemm.panels import KINDS, Panels
 from m4ov_kernels.gemm.weights import Fp8Weight, Int4Weight, Int8Weight
 from m4ov_kernels.gemm.weights.fp8 import BLOCK
@@ -152,17 +152,18 @@ def _linear(
     rows, dtype = x.shape[:-1].numel(), x.dtype
     activation = resolved(kind, activation, rows, x.device.type, invariant)
     after = epilogue or "none"
-    implementation = QUANTIZED_LINEAR.select(x.device, dtype)
-    backend = "reference" if implementation is None else QUANTIZED_LINEAR.backend_of(implementation, x.device, dtype)
+    # An epilogue that is to be differentiated, or whose bits must not depend on that, or of panels that aren't paired.
+    composed = after != "none" and (
+        invariant or _differentiated(x, bias, residual) or (after == "swiglu" and type(weight) is Panels)
+    )
+    asked = (kind, rows, _act_order(weight), activation, "none" if composed else after)
+    implementation = QUANTIZED_LINEAR.select(x.device, dtype, *asked)
+    backend = "reference" if implementation is None else implementation.backend
     if invariant and backend != "native":
         raise RuntimeError(f"{op}: invariance was asked for, but backend {backend!r} is not invariant")
     if implementation is None:
         held = weight.weight() if type(weight) is Panels else weight
         return reference.quantized_linear(x, held, bias, residual, activation, after)
-    # An epilogue that is to be differentiated, or whose bits must not depend on that, or of panels that aren't paired.
-    composed = after != "none" and (
-        invariant or _differentiated(x, bias, residual) or (after == "swiglu" and type(weight) is Panels)
-    )
     flat = x.reshape(rows, x.shape[-1])
     # The compiled CPU kernels multiply by it themselves.
     factor = weight.pre_quant_scale if kind == "int4" and (backend, x.device.type) != ("native", "cpu") else None
@@ -192,6 +193,19 @@ def resolved(kind: str, activation: str, rows: int, device_type: str, invariant:
     if invariant or (kind == "fp8" and place == "cpu"):
         return "bf16"
     return "bf16" if kind == "int4" and rows <= FEW_ROWS[place] else MANY[place]
+
+
+def _act_order(weight: Any) -> bool:
+    return (weight.order if type(weight) is Panels else getattr(weight, "g_idx", None)) is not None
+
+
+def _declines(
+    backend: str, device_type: str, kind: str, rows: int, act_order: bool, activation: str, epilogue: str
+) -> str | None:
+    """The compiled kernels of a GPU are for some calls only."""
+    if (backend, device_type) != ("native", "cuda"):
+        return None
+    return int4_cuda.unserved(kind, rows, act_order, activation, epilogue)
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
@@ -331,4 +345,6 @@ QUANTIZED_LINEAR = Operator(
     serves=("int4_linear", "int8_linear", "fp8_linear"),
     public=False,
     backends=("native", "triton"),
+    declines=_declines,
+    usual={f"{kind}_linear": (kind, 1, False, resolved(kind, "auto", 1, "cuda"), "none") for kind in ACTIVATIONS},
 )

@@ -11,26 +11,12 @@ import torch
 from torch import Tensor
 
 from m4ov_kernels import _C
+from m4ov_kernels.gemm.int4_cuda import unserved
 from m4ov_kernels.gpu import current_device
 from m4ov_kernels.layout import DTYPES, as_rows, output
 
-FEW_ROWS = 16  # up to here the codes are read once, and their bandwidth is the limit
-MOST_ROWS = 64
 _PER_PIECE = 8  # bfloat16 in 16 bytes
 _ELEMENTS = 1 << 24  # of the weight that are dequantised at once, for the backward: 64 MiB in float32
-
-
-def unserved(rows: int, kind: str, act_order: bool, activation: str, epilogue: str) -> str | None:
-    """Why there is no CUDA C++ kernel for such a call; ``None`` if there is."""
-    if kind != "int4" or activation != "bf16":
-        return f"on a GPU it has int4 weights by bf16 activations; got {kind} by {activation}"
-    if act_order:
-        return "on a GPU it has no act-order (g_idx)"
-    if epilogue != "none":
-        return f"on a GPU it has no epilogue but bias and residual; got {epilogue!r}"
-    if rows > MOST_ROWS:
-        return f"on a GPU it is for {MOST_ROWS} rows at most; got {rows}"
-    return None
 
 
 def quantized_linear_fwd(
@@ -54,11 +40,9 @@ def quantized_linear_fwd(
     ``[N, G]``.
 
     Raises:
-        RuntimeError: it has no kernel for these arguments, see :func:`unserved`; Triton has.
+        RuntimeError: it has no kernel for these arguments, see :func:`m4ov_kernels.gemm.int4_cuda.unserved`.
     """
-    reason = unserved(input.shape[0], kind, order is not None, activation, epilogue)
-    if reason is not None:
-        raise RuntimeError(f"quantized_linear: backend 'native' was asked for, but {reason}")
+    _refuse_unserved(kind, input.shape[0], order, activation, epilogue)
     (rows, width), dtype = input.shape, input.dtype
     if codes.shape != (out_features, 4 * -(-width // 8)) or scales.shape[0] != out_features:
         raise ValueError(f"codes: expected [{out_features}, {4 * -(-width // 8)}], got {list(codes.shape)}")
@@ -97,9 +81,7 @@ def quantized_linear_bwd(
     """``[M, N]`` and the canonical weight of a forward above → ``grad_output @ weight``, ``[M, K]``, by PyTorch's
     products of the weight dequantised some input features at a time: in bfloat16 for gradients of that dtype, else in
     float32."""
-    reason = unserved(0, kind, order is not None, "bf16", "none")
-    if reason is not None:
-        raise RuntimeError(f"quantized_linear: backend 'native' was asked for, but {reason}")
+    _refuse_unserved(kind, 0, order, "bf16", "none")
     result = output(out, (grad_output.shape[0], in_features), grad_output, grad_output.dtype)
     dtype = torch.bfloat16 if grad_output.dtype is torch.bfloat16 else torch.float32
     largest, grad = torch.finfo(dtype).max, grad_output.to(dtype)
@@ -113,6 +95,13 @@ def quantized_linear_bwd(
         weight *= scales[:, groups].to(torch.float32)
         result[:, start:stop] = grad @ weight.clamp(-largest, largest).to(dtype)  # what is finite stays so
     return result
+
+
+def _refuse_unserved(kind: str, rows: int, order: Tensor | None, activation: str, epilogue: str) -> None:
+    """The front door asks before; a call of the raw operator does not."""
+    reason = unserved(kind, rows, order is not None, activation, epilogue)
+    if reason is not None:
+        raise RuntimeError(f"quantized_linear: no native kernel: {reason}")
 
 
 def _in_pieces(input: Tensor) -> tuple[Tensor, int]:
