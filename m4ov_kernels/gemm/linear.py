@@ -10,13 +10,13 @@ from torch import Tensor
 from m4ov_kernels import checks
 from m4ov_kernels.activation import gelu, swiglu
 from m4ov_kernels.dispatch import Operator, invariance_requested
-from m4ov_kernels.gemm import int4_cuda, reference
+from m4ov_kernels.gemm import int4_cuda, options, reference
 from m4ov_kernels.gemm.panels import KINDS, Panels
 from m4ov_kernels.gemm.weights import Fp8Weight, Int4Weight, Int8Weight
 from m4ov_kernels.gemm.weights.fp8 import BLOCK
 from m4ov_kernels.gemm.weights.int4 import WHOLE_ROW
 
-EPILOGUES = ("gelu", "gelu_tanh", "swiglu")
+EPILOGUES = tuple(name for name in options.EPILOGUES if name != "none")
 _CLASSES = {kind: weight for weight, kind in KINDS.items()}
 # To how many rows "auto" multiplies bfloat16 activations with an Int4Weight, and what it takes for more.
 FEW_ROWS = {"cpu": 4, "cuda": 64}
@@ -176,11 +176,11 @@ def _linear(
     to_add = None if residual is None else residual.reshape(rows, width)
     *operands, input_scale, group = _operands(weight, backend, x.device.type, after == "swiglu" and not composed)
     operands.append(None if kind == "fp8" and activation != "fp8" else input_scale)
-    options = (kind, weight.shape[0], group, activation)
+    scheme = (kind, weight.shape[0], group, activation)
     if not composed:
-        result: Tensor = QUANTIZED_LINEAR(implementation, flat, *operands, bias, to_add, *options, after)
+        result: Tensor = QUANTIZED_LINEAR(implementation, flat, *operands, bias, to_add, *scheme, after)
     else:
-        result = _activated(QUANTIZED_LINEAR(implementation, flat, *operands, bias, None, *options, "none"), after)
+        result = _activated(QUANTIZED_LINEAR(implementation, flat, *operands, bias, None, *scheme, "none"), after)
         result = result if to_add is None else result + to_add
     return result.to(dtype).view(*x.shape[:-1], width)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from m4ov_kernels import _C
+from m4ov_kernels.gemm.backward import by_parts
 from m4ov_kernels.gemm.int4_cuda import unserved
 from m4ov_kernels.gpu import current_device
 from m4ov_kernels.layout import DTYPES, as_rows, output
@@ -52,8 +53,8 @@ def quantized_linear_fwd(
     input, input_row = _in_pieces(input)
     codes, scales = codes.contiguous(), scales.contiguous()
     zeros = None if zeros is None else zeros.contiguous()
-    bias = None if bias is None else bias.to(dtype).contiguous()
-    residual, residual_row = (None, 0) if residual is None else as_rows(residual.to(dtype))
+    bias = None if bias is None else bias.contiguous()
+    residual, residual_row = (None, 0) if residual is None else as_rows(residual)
     with current_device(input):
         multiprocessors, stream = _machine(input.device)
         blocks, partials, tiles = _C.int4_linear_cuda_plan(rows, out_features, width, multiprocessors)
@@ -79,22 +80,20 @@ def quantized_linear_bwd(
     out: Tensor | None = None,
 ) -> Tensor:
     """``[M, N]`` and the canonical weight of a forward above → ``grad_output @ weight``, ``[M, K]``, by PyTorch's
-    products of the weight dequantised some input features at a time: in bfloat16 for gradients of that dtype, else in
-    float32."""
+    products."""
     _refuse_unserved(kind, 0, order, "bf16", "none")
-    result = output(out, (grad_output.shape[0], in_features), grad_output, grad_output.dtype)
-    dtype = torch.bfloat16 if grad_output.dtype is torch.bfloat16 else torch.float32
-    largest, grad = torch.finfo(dtype).max, grad_output.to(dtype)
-    step = max(1, _ELEMENTS // codes.shape[0] // 2) * 2
-    for start in range(0, in_features, step):
-        stop = min(in_features, start + step)
+
+    def values(start: int, stop: int) -> Tensor:
         words = codes[:, start // 2 : -(-stop // 2)]
         weight = torch.stack((words & 15, words >> 4), dim=-1).flatten(1)[:, : stop - start].to(torch.float32)
         groups = torch.arange(start, stop, device=codes.device) // group
         weight -= 8.0 if zeros is None else zeros[:, groups].to(torch.float32)
-        weight *= scales[:, groups].to(torch.float32)
-        result[:, start:stop] = grad @ weight.clamp(-largest, largest).to(dtype)  # what is finite stays so
-    return result
+        return (weight * scales[:, groups].to(torch.float32)).t()
+
+    step = max(1, _ELEMENTS // codes.shape[0] // 2) * 2
+    bounds = ((start, min(in_features, start + step)) for start in range(0, in_features, step))
+    parts = ((slice(start, stop), values(start, stop)) for start, stop in bounds)
+    return by_parts(grad_output, in_features, parts, lambda grad, part: grad @ part.t(), out)
 
 
 def _refuse_unserved(kind: str, rows: int, order: Tensor | None, activation: str, epilogue: str) -> None:
