@@ -11,10 +11,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
 from m4ov_kernels.checks import describe, refuse
+from m4ov_kernels.dispatch import native_extension
 from m4ov_kernels.gemm.weights import Fp8Weight, Int4Weight, Int8Weight, bits
 from m4ov_kernels.gemm.weights.cached import summary
 from m4ov_kernels.gemm.weights.fp8 import BLOCK, GRANULARITIES
 from m4ov_kernels.gemm.weights.int4 import WHOLE_ROW, groups_of
+from m4ov_kernels.layout import as_rows
 
 Weight = Int4Weight | Int8Weight | Fp8Weight
 PANEL = 64  # output features
@@ -132,10 +134,10 @@ def _of_int4(weight: Int4Weight, paired: bool) -> Panels:
         order, group = _act_order(weight.g_idx, G)
         codes = weight.codes()[:, order.long().clamp(min=0)]
         packed = bits.pack(codes.masked_fill_(order < 0, 0))
-    words, zeros = bits.to_words(packed), weight.zeros
+    zeros = weight.zeros
     return Panels(
         "int4",
-        _into_panels(words, paired).view(torch.uint8).unflatten(-1, (PANEL, 4)),
+        _packed("int4", packed, paired),
         _into_panels(weight.scales, paired),
         None if zeros is None else _into_panels(zeros, paired),
         order,
@@ -161,21 +163,18 @@ def _act_order(g_idx: Tensor, G: int) -> tuple[Tensor, int]:
 
 def _of_int8(weight: Int8Weight, paired: bool) -> Panels:
     K = weight.shape[1]
-    codes = F.pad(weight.codes.view(torch.uint8) ^ 128, (0, -K % 4), value=128)
-    panels = _into_panels(bits.to_words(codes), paired, fill=-0x7F7F7F80)  # 128 in each byte
-    codes = panels.view(torch.uint8).unflatten(-1, (PANEL, 4))
+    codes = _packed("int8", weight.codes.view(torch.uint8), paired)
     return Panels("int8", codes, _into_panels(weight.scales, paired), None, None, weight.shape, _up(K, 4), paired, 0)
 
 
 def _of_fp8(weight: Fp8Weight, paired: bool) -> Panels:
     N, K = weight.shape
-    words = bits.dense(F.pad(weight.values.view(torch.uint8), (0, K % 2))).view(torch.int16)
     scales = weight.scales.expand(N, 1) if weight.granularity == "tensor" else weight.scales
     if weight.granularity == "block":
         scales = scales.repeat_interleave(BLOCK, 0)[:N]
     return Panels(
         "fp8",
-        _into_panels(words, paired).view(torch.uint8).unflatten(-1, (PANEL, 2)),
+        _packed("fp8", weight.values.view(torch.uint8), paired),
         _into_panels(scales, paired),
         None,
         None,
@@ -185,6 +184,25 @@ def _of_fp8(weight: Fp8Weight, paired: bool) -> Panels:
         GRANULARITIES.index(weight.granularity),
         _own(weight.input_scale),
     )
+
+
+def _packed(kind: str, codes: Tensor, paired: bool) -> Tensor:
+    """uint8 [N, C], bytes of int4, int8 or e4m3 codes, → [P, ⌈C/size⌉, 64, size], size the bytes of a word."""
+    size, flip = 2 if kind == "fp8" else 4, 128 if kind == "int8" else 0
+    rows, columns = codes.shape
+    extension, _ = native_extension()
+    if extension is not None and codes.device.type == "cpu" and type(codes) is Tensor:  # not one without memory
+        halves = 2 if paired else 1
+        panels = halves * -(-rows // halves // PANEL)
+        result = codes.new_empty((panels, -(-columns // size), PANEL, size))
+        codes, stride = as_rows(codes)
+        addresses = (result.data_ptr(), codes.data_ptr())
+        extension.pack_panels(*addresses, rows, columns, stride, size, flip, paired, torch.get_num_threads())
+        return result
+    codes = bits.dense(F.pad(codes, (0, -columns % size)) ^ flip)
+    words = codes.view(torch.int16 if size == 2 else torch.int32)
+    fill = int.from_bytes(bytes([flip] * size), "little", signed=True)
+    return _into_panels(words, paired, fill).view(torch.uint8).unflatten(-1, (PANEL, size))
 
 
 def _words(codes: Tensor, kind: str) -> Tensor:

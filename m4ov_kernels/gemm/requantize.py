@@ -90,7 +90,6 @@ def _by_kernel(weight: Tensor) -> bool:
 
 
 def _quantized(weight: Tensor, scheme: str, group_size: int) -> Int4Weight | Int8Weight | Fp8Weight:
-    weight = weight.contiguous()
     if scheme == "int4":
         return Int4Weight.quantize(weight, group_size=group_size)
     return Int8Weight.quantize(weight) if scheme == "int8" else Fp8Weight.quantize(weight, granularity=_FP8[scheme])

@@ -94,6 +94,20 @@ def test_panels_hold_the_weight_as_they_say(data, kind, paired):
 
 
 @given(data=st.data(), kind=kinds, paired=st.booleans())
+@settings(max_examples=30)
+def test_panels_are_the_same_without_a_compiled_kernel(isa, data, kind, paired):
+    weight = data.draw(strategies.drawn(lambda draw: weight_of(draw, kind, even=paired)))
+    with on_threads(data.draw(st.integers(1, 3))):
+        packed = lay_out(weight, paired=paired)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("m4ov_kernels.gemm.panels.native_extension", lambda: (None, "not here"))
+        plain = lay_out(weight, paired=paired)
+    for name, value in vars(plain).items():
+        found = getattr(packed, name)
+        assert torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value
+
+
+@given(data=st.data(), kind=kinds, paired=st.booleans())
 @settings(max_examples=40)
 def test_panels_give_the_weight_back(data, kind, paired):
     weight = data.draw(strategies.drawn(lambda draw: weight_of(draw, kind, even=paired)))
@@ -136,6 +150,13 @@ def test_panels_made_inside_modes_outlive_them():
         x = torch.randn(3, 8, requires_grad=True)
         int8_linear(x, weight).sum().backward()
         assert x.grad is not None
+
+
+def test_panels_of_tensors_without_memory():
+    with torch.device("meta"):
+        panels = lay_out(Int8Weight(torch.empty(70, 9, dtype=torch.int8), torch.empty(70, 1)))
+    assert panels.device.type == "meta"
+    assert panels.codes.shape == (2, 3, PANEL, 4)
 
 
 def test_panels_refuse_what_they_cannot_hold():
