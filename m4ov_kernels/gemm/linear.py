@@ -11,7 +11,7 @@ from m4ov_kernels import checks
 from m4ov_kernels.activation import gelu, swiglu
 from m4ov_kernels.dispatch import Operator, invariance_requested
 from m4ov_kernels.gemm import int4_cuda, options, reference
-from m4ov_kernels.gemm.panels import KINDS, Panels
+from m4ov_kernels.gemm.panels import KINDS, PANEL, Panels
 from m4ov_kernels.gemm.weights import Fp8Weight, Int4Weight, Int8Weight
 from m4ov_kernels.gemm.weights.fp8 import BLOCK
 from m4ov_kernels.gemm.weights.int4 import WHOLE_ROW
@@ -40,7 +40,8 @@ def int4_linear(
     Args:
         x: ``[..., K]``, bfloat16, float16, float32 or float64; any strides.
         weight: ``[N, K]``, on the device of ``x``; or, on the CPU, the :class:`m4ov_kernels.gemm.panels.Panels` of one,
-            not paired. The layout that the CPU's kernels read is made at the first call and kept with the weight.
+            with the epilogue "swiglu" paired or not. The layout that the CPU's kernels read is made at the first call
+            and kept with the weight.
         bias: ``[N]``, of the dtype of ``x``.
         residual: shaped as the result, of the dtype of ``x``.
         activation: ``"bf16"``: rounded to bfloat16. ``"int8"``, ``"fp8"`` (e4m3): every row over its own scale, its
@@ -154,7 +155,7 @@ def _linear(
     after = epilogue or "none"
     # An epilogue that is to be differentiated, or whose bits must not depend on that, or of panels that aren't paired.
     composed = after != "none" and (
-        invariant or _differentiated(x, bias, residual) or (after == "swiglu" and type(weight) is Panels)
+        invariant or _differentiated(x, bias, residual) or (after == "swiglu" and _in_panels(weight, paired=False))
     )
     asked = (kind, rows, _act_order(weight), activation, "none" if composed else after)
     implementation = QUANTIZED_LINEAR.select(x.device, dtype, *asked)
@@ -165,8 +166,9 @@ def _linear(
         held = weight.weight() if type(weight) is Panels else weight
         return reference.quantized_linear(x, held, bias, residual, activation, after)
     flat = x.reshape(rows, x.shape[-1])
+    by_panels = (backend, x.device.type) == ("native", "cpu")
     # The compiled CPU kernels multiply by it themselves.
-    factor = weight.pre_quant_scale if kind == "int4" and (backend, x.device.type) != ("native", "cpu") else None
+    factor = weight.pre_quant_scale if kind == "int4" and not by_panels else None
     if composed or factor is not None:
         flat, bias = flat.float(), None if bias is None else bias.float()
         residual = None if residual is None else residual.float()
@@ -174,13 +176,19 @@ def _linear(
             flat = flat * factor.float()
     width = weight.shape[0] // 2 if after == "swiglu" else weight.shape[0]
     to_add = None if residual is None else residual.reshape(rows, width)
-    *operands, input_scale, group = _operands(weight, backend, x.device.type, after == "swiglu" and not composed)
+    *operands, input_scale, group = _operands(weight, by_panels, after == "swiglu" and not composed)
     operands.append(None if kind == "fp8" and activation != "fp8" else input_scale)
-    scheme = (kind, weight.shape[0], group, activation)
     if not composed:
-        result: Tensor = QUANTIZED_LINEAR(implementation, flat, *operands, bias, to_add, *scheme, after)
+        scheme = (kind, weight.shape[0], group, activation, after)
+        result: Tensor = QUANTIZED_LINEAR(implementation, flat, *operands, bias, to_add, *scheme)
     else:
-        result = _activated(QUANTIZED_LINEAR(implementation, flat, *operands, bias, None, *scheme, "none"), after)
+        by_turns = by_panels and _in_panels(weight, paired=True)  # gates and ups, 64 each, the padding too
+        scheme = (kind, operands[0].shape[0] * PANEL if by_turns else weight.shape[0], group, activation, "none")
+        product = QUANTIZED_LINEAR(implementation, flat, *operands, None if by_turns else bias, None, *scheme)
+        if by_turns:
+            product = product.unflatten(1, (-1, 2, PANEL)).transpose(1, 2).flatten(2)[..., :width].flatten(1)
+            product = product if bias is None else product + bias
+        result = _activated(product, after)
         result = result if to_add is None else result + to_add
     return result.to(dtype).view(*x.shape[:-1], width)
 
@@ -193,6 +201,10 @@ def resolved(kind: str, activation: str, rows: int, device_type: str, invariant:
     if invariant or (kind == "fp8" and place == "cpu"):
         return "bf16"
     return "bf16" if kind == "int4" and rows <= FEW_ROWS[place] else MANY[place]
+
+
+def _in_panels(weight: Any, *, paired: bool) -> bool:
+    return type(weight) is Panels and weight.paired is paired
 
 
 def _act_order(weight: Any) -> bool:
@@ -218,11 +230,11 @@ def _activated(product: Tensor, epilogue: str) -> Tensor:
     return gelu(product, approximate="tanh" if epilogue == "gelu_tanh" else "none")
 
 
-def _operands(weight: Any, backend: str, device_type: str, paired: bool) -> tuple[Any, ...]:
+def _operands(weight: Any, by_panels: bool, paired: bool) -> tuple[Any, ...]:
     """codes, scales, zeros, order, input_scale and group of the raw operator: in panels for the compiled CPU kernels,
     for which input_scale is also the factors [K] of the input of int4; for others canonical, ``group`` then the input
     features that share a scale."""
-    if backend == "native" and device_type == "cpu":
+    if by_panels:
         held = weight if type(weight) is Panels else weight.panels(paired=paired)
         factor = held.input_scale if held.pre_quant_scale is None else held.pre_quant_scale
         return held.codes, held.scales, held.zeros, held.order, factor, held.group
@@ -249,9 +261,9 @@ def _check(
     epilogue: str | None,
 ) -> None:
     checks.float_tensor(op, "x", x)
-    laid_out = type(weight) is Panels and weight.kind == kind and not weight.paired
+    laid_out = type(weight) is Panels and weight.kind == kind and not (weight.paired and epilogue != "swiglu")
     if not laid_out and type(weight) is not _CLASSES[kind]:
-        expected = f"an {_CLASSES[kind].__name__}, or panels of one that are not paired"
+        expected = f"an {_CLASSES[kind].__name__}, or panels of one, not paired but for 'swiglu'"
         checks.refuse(TypeError, op, "weight", expected, checks.describe(weight))
     N, K = weight.shape
     if not x.shape or x.shape[-1] != K:

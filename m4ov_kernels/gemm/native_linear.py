@@ -41,6 +41,7 @@ def quantized_linear_fwd(
     if tokens == 0:
         return result
     input, input_row = as_rows(input)
+    codes, scales, zeros = codes.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
     if input_scale is not None:
         input_scale = input_scale.float().contiguous()
     bias = None if bias is None else bias.contiguous()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -124,6 +124,48 @@ def lay_out(weight: Any, *, paired: bool = False) -> Panels:
         if isinstance(weight, Int4Weight):
             return _of_int4(weight, paired)
         return _of_int8(weight, paired) if isinstance(weight, Int8Weight) else _of_fp8(weight, paired)
+
+
+def pair_of(gate: Panels, up: Panels) -> Panels | None:
+    """The paired panels of two weights ``[I, K]`` as of one, ``[gate; up]``; ``None`` where these are not alike, or no
+    weight is both."""
+    if gate.paired or up.paired or gate.order is not None or up.order is not None:
+        return None
+    if (gate.kind, gate.shape, gate.group, gate.form) != (up.kind, up.shape, up.group, up.form):
+        return None
+    if gate.scales.dtype is not up.scales.dtype or (gate.zeros is None) is not (up.zeros is None):
+        return None
+    if not (bits.same(gate.input_scale, up.input_scale) and bits.same(gate.pre_quant_scale, up.pre_quant_scale)):
+        return None
+    form = gate.form
+    if gate.kind == "fp8" and GRANULARITIES[form] == "block" and gate.shape[0] % BLOCK:
+        return None
+    if gate.kind == "fp8" and GRANULARITIES[form] == "tensor":  # two of them
+        form = GRANULARITIES.index("channel")
+    tensors = {name: torch.stack((value, getattr(up, name)), 1).flatten(0, 1) for name, value in _by_panel(gate)}
+    return _with(gate, 2 * gate.shape[0], True, form, tensors)
+
+
+def halves_of(pair: Panels, form: int) -> tuple[Panels, Panels]:
+    """The inverse of :func:`pair_of`, in the memory of the pair; ``form``: of the halves."""
+    rows = pair.shape[0] // 2
+    gate, up = ({name: value[half::2] for name, value in _by_panel(pair)} for half in (0, 1))
+    return _with(pair, rows, False, form, gate), _with(pair, rows, False, form, up)
+
+
+def own(panels: Panels) -> Panels:
+    """The same panels in memory of their own, dense."""
+    tensors: Any = {name: value.clone(memory_format=torch.contiguous_format) for name, value in _by_panel(panels)}
+    return replace(panels, **tensors)
+
+
+def _by_panel(panels: Panels) -> list[tuple[str, Tensor]]:
+    values = {"codes": panels.codes, "scales": panels.scales, "zeros": panels.zeros}
+    return [(name, value) for name, value in values.items() if value is not None]
+
+
+def _with(panels: Panels, rows: int, paired: bool, form: int, tensors: dict[str, Any]) -> Panels:
+    return replace(panels, shape=torch.Size((rows, panels.shape[1])), paired=paired, form=form, **tensors)
 
 
 def _of_int4(weight: Int4Weight, paired: bool) -> Panels:
