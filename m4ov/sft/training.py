@@ -32,7 +32,7 @@ def loss_of(model: torch.nn.Module, batch: PackedBatch) -> Tensor:
 def loss_in_fp8(model: torch.nn.Module, batch: PackedBatch) -> Tensor:
     """The same, transformer-engine's linears multiplying in fp8."""
     with transformer_engine.autocast():
-        return loss_of(model, batch)
+        return loss_of(model, batch.to("cuda"))
 
 
 def run(config: QuickstartConfig, task: Task, folder: Path, console: Console) -> TrainResult:
@@ -58,17 +58,11 @@ def run(config: QuickstartConfig, task: Task, folder: Path, console: Console) ->
         patch(model)
     cast_parameters(model, task.dtype)
     if in_fp8:
-        console.print(f"fp8: {len(transformer_engine.install(model.to('cuda')))} linear layers of transformer-engine")
+        torch.nn.Module.to(model, "cuda")
+        console.print(f"fp8: {len(transformer_engine.install(model))} linear layers of transformer-engine")
     mixture = task.mixture(config.data, config.run.seed)
-    result = train(
-        model,
-        mixture.batch,
-        loss_in_fp8 if in_fp8 else loss_of,
-        config=config.train,
-        optim=config.optim,
-        folder=folder,
-        console=console,
-    )
+    loss = loss_in_fp8 if in_fp8 else loss_of
+    result = train(model, mixture.batch, loss, config=config.train, optim=config.optim, folder=folder, console=console)
     save_model(task, result.weights, folder / "model")
     return result
 
@@ -86,13 +80,8 @@ def fingerprint(config: QuickstartConfig) -> dict[str, Any]:
 
     tree = dataclasses.asdict(config)
     add("", {name: tree[name] for name in ("data", "model", "optim")})
-    add(
-        "",
-        {
-            "run": {"seed": config.run.seed},
-            "train": {k: tree["train"][k] for k in ("steps", "precision", "patch", "fp8")},
-        },
-    )
+    trained = {name: tree["train"][name] for name in ("steps", "precision", "patch", "fp8")}
+    add("", {"run": {"seed": config.run.seed}, "train": trained})
     return flat
 
 

@@ -132,7 +132,7 @@ def test_fp8_where_there_is_none(tmp_path):
     config.train.fp8 = "transformer_engine"
     if transformer_engine.unavailable() is None:
         pytest.skip("transformer-engine and a GPU are here")
-    with pytest.raises(TrainingError, match="train.fp8: transformer-engine(?:'s fp8 linears need| is not installed)"):
+    with pytest.raises(TrainingError, match=r"train\.fp8: transformer-engine(?:'s fp8 linears need| is not installed)"):
         sft.run(config, tiny_task(), tmp_path, quiet())
     assert not list(tmp_path.iterdir())
     model = build(tiny_task().model_config, 0)
@@ -142,5 +142,5 @@ def test_fp8_where_there_is_none(tmp_path):
             sixteenths = module.in_features % 16 == module.out_features % 16 == 0
             assert (name in chosen) == (sixteenths and name != "lm_head"), name
     assert chosen
-    with pytest.raises(ValueError, match="train.fp8: expected off or transformer_engine, got 'fp9'"):
+    with pytest.raises(ValueError, match=r"train\.fp8: expected off or transformer_engine, got 'fp9'"):
         TrainConfig(fp8="fp9")
