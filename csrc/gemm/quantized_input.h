@@ -2,47 +2,17 @@
 // places of the weight.
 #pragma once
 
+#include "codes.h"
 #include "quantized.h"
 
 namespace m4ov {
 namespace M4OV_VARIANT {
 namespace {  // nothing that the linker could share between variants
 
-constexpr float kSmallestScale = 1.17549435e-38f, kLargestE4m3 = 448.0f;
-
-// The largest magnitude; NaN if anything is not finite.
-static float largest_of(const float* x, int64_t count) {
-  uint32_t most = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    uint32_t bits;
-    memcpy(&bits, x + i, 4);
-    bits &= 0x7fffffff;
-    most = bits > most ? bits : most;
-  }
-  float largest;
-  memcpy(&largest, &most, 4);
-  return most < 0x7f800000 ? largest : __builtin_nanf("");
-}
-
-// NaN if anything is, else 0.
-static float any_nan(const float* x, int64_t count) {
+static bool any_nan(const float* x, int64_t count) {
   bool found = false;
   for (int64_t i = 0; i < count; ++i) found |= x[i] != x[i];
-  return found ? __builtin_nanf("") : 0.0f;
-}
-
-// Numbers of at most 448 to the nearest that e4m3 has (ties to even), as fp32.
-static void round_to_e4m3(float* x, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    uint32_t bits;
-    memcpy(&bits, x + i, 4);
-    bits = (bits + 0x7ffff + (bits >> 20 & 1)) & 0xfff00000;
-    float normal;
-    memcpy(&normal, &bits, 4);
-    constexpr float kStep = 3.0f * (1 << 13);  // added, the last bit is 2^-9
-    const float magnitude = x[i] < 0 ? -x[i] : x[i], denormal = magnitude + kStep - kStep;
-    x[i] = magnitude < 1.0f / 64 ? (x[i] < 0 ? -denormal : denormal) : normal;
-  }
+  return found;
 }
 
 // What every thread reads. A segment's rows lie together, one after another: tiles read memory in order.
@@ -93,25 +63,26 @@ struct Input {
   }
 
   // Codes, as fp32 in place, and their scale: of -127 to 127, or of e4m3; NaN if anything is not finite, or with a given
-  // scale, to whose range infinity is clamped, if anything is NaN.
+  // scale, to whose range infinity is clamped, if anything is NaN. Zeros may follow, up to the next multiple of 16.
   float quantize(float* wide, int64_t count) const {
-    const bool given = kKind == kFp8 && a.input_scale;
-    const float largest = given ? any_nan(wide, count) : largest_of(wide, count);
-    if (largest != largest) {
-      memset(wide, 0, count * sizeof(float));
-      return largest;
-    }
-    const float by_code = largest / (int8() ? 127.0f : kLargestE4m3);
-    const float scale = given ? *a.input_scale : by_code > kSmallestScale ? by_code : kSmallestScale;
+    float scale = __builtin_nanf("");
     if (int8()) {
+      scale = scale_of<kToInt8>(largest_of(wide, count));
+    } else if (kKind != kFp8 || !a.input_scale) {
+      scale = scale_of<kToE4m3>(largest_of(wide, count));
+    } else if (!any_nan(wide, count)) {
+      scale = *a.input_scale;
+    }
+    if (scale != scale) {
+      memset(wide, 0, count * sizeof(float));
+    } else if (int8()) {
       for (int64_t i = 0; i < count; i += kLanes) store_vector(wide + i, nearest(load_vector(wide + i) / set1(scale)));
-      return scale;
+    } else {
+      for (int64_t i = 0; i < count; i += kLanes) {
+        const V quotient = load_vector(wide + i) / set1(scale);
+        store_vector(wide + i, nearest_e4m3(max(set1(-kLargestE4m3), min(set1(kLargestE4m3), quotient))));
+      }
     }
-    for (int64_t i = 0; i < count; ++i) {
-      const float x = wide[i] / scale;
-      wide[i] = x > kLargestE4m3 ? kLargestE4m3 : x < -kLargestE4m3 ? -kLargestE4m3 : x;
-    }
-    round_to_e4m3(wide, count);
     return scale;
   }
 
