@@ -38,6 +38,13 @@ struct Product {
     return a.codes + (panel * a.places + place) / kStepPlaces<kKind> * kStepBytes<kKind>;
   }
 
+  // Where a row's results will be written comes from memory before, while there is something else to do.
+  void expect_outputs(int64_t panel, int64_t token) const {
+    const int64_t column = smaller(gated() ? panel / 2 * kPanel : panel * kPanel, outputs() - 1);
+    const char* at = reinterpret_cast<const char*>(static_cast<const T*>(a.output) + token * outputs() + column);
+    for (int64_t i = 0; i < kPanel * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(at + i, 1, 2);
+  }
+
   // sums [rows][64] = the products of rows with a panel.
   void multiply_panel(float* sums, int64_t panel, int64_t first, int64_t rows, const Mine& mine) const {
 #ifdef __AVX512BF16__
@@ -56,32 +63,29 @@ struct Product {
       const Right* right = unpack<Tile, kKind>(mine.right, codes(panel, begin), zeros, segment.count);
       if (segment.group != scaled) widen_scales(mine.scale, a, panel, segment.group);
       scaled = segment.group;
-      multiply_rows(sums, segment, index, first, rows, right, mine);
+      multiply_rows(sums, segment, index, panel, first, rows, right, mine);
       begin += segment.count;
     }
   }
 
   // Tiles as even as can be: the smaller, the more of its time goes into reading the right operand.
-  void multiply_rows(float* sums, const Segment& segment, int64_t index, int64_t first, int64_t rows, const Right* right,
-                     const Mine& mine) const {
+  void multiply_rows(float* sums, const Segment& segment, int64_t index, int64_t panel, int64_t first, int64_t rows,
+                     const Right* right, const Mine& mine) const {
+    const bool last = segment.begin + segment.count == a.places;
     const int64_t tiles = blocks_of(rows, kTileRows);
-    // Codes that are multiplied where they lie: those of the next segment come from memory meanwhile.
-    const uint8_t* next = nullptr;
-    if constexpr (kBytes && kKind == kInt8) next = rows > 2 ? right + segment.count * kPanel : nullptr;
     for (int64_t i = 0; i < tiles; ++i) {
-      if (next) {
-        const int64_t lines = segment.count * kPanel / 64;
-        for (int64_t j = i * lines / tiles; j < (i + 1) * lines / tiles; ++j) {
-          _mm_prefetch(reinterpret_cast<const char*>(next) + 64 * j, _MM_HINT_T1);
-        }
-      }
       const int64_t begin = i * rows / tiles, count = (i + 1) * rows / tiles - begin;
       float* c = sums + begin * kPanel;
+      for (int64_t j = 0; last && j < count; ++j) expect_outputs(panel, first + begin + j);
       const E* rows_of_left = left.rows(segment, first + begin);
       if constexpr (kBytes) {
 #ifdef __AVX512VNNI__
         const int32_t* start = left.starts + index * a.tokens + first + begin;
-        bytes_tile(c, kPanel, rows_of_left, segment.count, right, count, segment.count / 4, start, mine.scale);
+        // Codes that are multiplied where they lie: the first tiles fetch those of the next segment, four steps a line.
+        const int64_t steps = segment.count / 4, read = i * steps * 64;
+        const bool more = kKind == kInt8 && read < segment.count * kPanel;
+        const uint8_t* next = more ? right + segment.count * kPanel + read : right;
+        bytes_tile(c, kPanel, rows_of_left, segment.count, right, count, steps, start, mine.scale, next, more ? 64 : 0);
 #endif
       } else if (left.by_group()) {
         multiply<Tile, kZero>(mine.tile, kPanel, rows_of_left, segment.count, right, kPanel * Tile::kPair, count,
