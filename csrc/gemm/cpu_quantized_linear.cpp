@@ -38,20 +38,19 @@ struct Product {
     return a.codes + (panel * a.places + place) / kStepPlaces<kKind> * kStepBytes<kKind>;
   }
 
-  // Where a row's results will be written comes from memory before, while there is something else to do.
-  void expect_outputs(int64_t panel, int64_t token) const {
-    const int64_t column = smaller(gated() ? panel / 2 * kPanel : panel * kPanel, outputs() - 1);
-    const char* at = reinterpret_cast<const char*>(static_cast<const T*>(a.output) + token * outputs() + column);
-    for (int64_t i = 0; i < kPanel * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(at + i, 1, 2);
-  }
-
-  // sums [rows][64] = the products of rows with a panel.
-  void multiply_panel(float* sums, int64_t panel, int64_t first, int64_t rows, const Mine& mine) const {
+  // sums [rows][64] = the products of rows with a panel; after(begin, count) of them, as soon as they are whole: results
+  // go to memory while the next rows are multiplied.
+  template <typename After>
+  void multiply_panel(float* sums, int64_t panel, int64_t first, int64_t rows, const Mine& mine, const After& after) const {
 #ifdef __AVX512BF16__
     if constexpr (kSame<Tile, DotTile>) {
       if (a.tokens <= kFewRows && !left.by_group()) {
-        if (kKind == kInt4 && a.zeros) return few_rows<kKind, kKind == kInt4>(sums, left, panel, codes(panel, 0));
-        return few_rows<kKind, false>(sums, left, panel, codes(panel, 0));
+        if (kKind == kInt4 && a.zeros) {
+          few_rows<kKind, kKind == kInt4>(sums, left, panel, codes(panel, 0));
+        } else {
+          few_rows<kKind, false>(sums, left, panel, codes(panel, 0));
+        }
+        return after(0, rows);
       }
     }
 #endif
@@ -63,20 +62,23 @@ struct Product {
       const Right* right = unpack<Tile, kKind>(mine.right, codes(panel, begin), zeros, segment.count);
       if (segment.group != scaled) widen_scales(mine.scale, a, panel, segment.group);
       scaled = segment.group;
-      multiply_rows(sums, segment, index, panel, first, rows, right, mine);
       begin += segment.count;
+      if (begin < a.places) {
+        multiply_rows(sums, segment, index, first, rows, right, mine, [](int64_t, int64_t) {});
+      } else {
+        multiply_rows(sums, segment, index, first, rows, right, mine, after);
+      }
     }
   }
 
   // Tiles as even as can be: the smaller, the more of its time goes into reading the right operand.
-  void multiply_rows(float* sums, const Segment& segment, int64_t index, int64_t panel, int64_t first, int64_t rows,
-                     const Right* right, const Mine& mine) const {
-    const bool last = segment.begin + segment.count == a.places;
+  template <typename After>
+  void multiply_rows(float* sums, const Segment& segment, int64_t index, int64_t first, int64_t rows, const Right* right,
+                     const Mine& mine, const After& after) const {
     const int64_t tiles = blocks_of(rows, kTileRows);
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t begin = i * rows / tiles, count = (i + 1) * rows / tiles - begin;
       float* c = sums + begin * kPanel;
-      for (int64_t j = 0; last && j < count; ++j) expect_outputs(panel, first + begin + j);
       const E* rows_of_left = left.rows(segment, first + begin);
       if constexpr (kBytes) {
 #ifdef __AVX512VNNI__
@@ -98,6 +100,7 @@ struct Product {
         multiply<Tile, kAddScaled>(c, kPanel, rows_of_left, segment.count, right, kPanel * Tile::kPair, count,
                                    kPanel / kLanes, segment.count / Tile::kPair, mine.scale);
       }
+      after(begin, count);
     }
   }
 
@@ -112,12 +115,10 @@ struct Product {
   static void activate_all(float* to, const float* from, const Body& body) {
     for (int64_t j = 0; j < kPanel; j += kLanes) store_vector(to + j, body(load_vector(from + j)));
   }
-  void rescale(float* sums, const float* bias, int64_t token) const {
-    const bool scaled = left.scaled() && !left.by_group();
-    if (!scaled && !bias) return;
-    const V factor = set1(scaled ? left.scales[token] : 1.0f);
+  float factor(int64_t token) const { return left.scaled() && !left.by_group() ? left.scales[token] : 1.0f; }
+  static void rescale(float* sums, float factor, const float* bias) {
     for (int64_t j = 0; j < kPanel; j += kLanes) {
-      const V sum = load_vector(sums + j) * factor;
+      const V sum = load_vector(sums + j) * set1(factor);
       store_vector(sums + j, bias ? sum + load_vector(bias + j) : sum);
     }
   }
@@ -125,9 +126,11 @@ struct Product {
   // What follows the products, for one row of a panel, or of one of gates and one of ups.
   void finish(float* sums, float* ups, const float* bias, const float* up_bias, int64_t token, int64_t column,
               int64_t count) const {
-    rescale(sums, bias, token);
+    T* to = static_cast<T*>(a.output) + token * outputs() + column;
+    if (!bias && !a.residual && a.epilogue == kNothing) return narrow(to, sums, factor(token), count);
+    rescale(sums, factor(token), bias);
     if (a.epilogue == kSwiglu) {
-      rescale(ups, up_bias, token);
+      rescale(ups, factor(token), up_bias);
       for (int64_t j = 0; j < kPanel; j += kLanes) {
         store_vector(sums + j, activate<T, kSilu>(load_vector(sums + j)) * load_vector(ups + j));
       }
@@ -141,7 +144,7 @@ struct Product {
       widen(more, static_cast<const T*>(a.residual) + token * a.residual_row + column, count);
       for (int64_t j = 0; j < kPanel; j += kLanes) store_vector(sums + j, load_vector(sums + j) + load_vector(more + j));
     }
-    narrow(static_cast<T*>(a.output) + token * outputs() + column, sums, 1.0f, count);
+    narrow(to, sums, 1.0f, count);
   }
 
   void run_unit(int64_t panel, int64_t first, int64_t rows, const Mine& mine) const {
@@ -151,11 +154,17 @@ struct Product {
       widen(bias[0], static_cast<const T*>(a.bias) + column, count);
       if (gated()) widen(bias[1], static_cast<const T*>(a.bias) + outputs() + column, count);
     }
-    multiply_panel(mine.sums, gated() ? 2 * panel : panel, first, rows, mine);
-    if (gated()) multiply_panel(mine.more_sums, 2 * panel + 1, first, rows, mine);
-    for (int64_t i = 0; i < rows; ++i) {
-      finish(mine.sums + i * kPanel, gated() ? mine.more_sums + i * kPanel : nullptr, a.bias ? bias[0] : nullptr,
-             a.bias ? bias[1] : nullptr, first + i, column, count);
+    const auto finish_rows = [&](int64_t begin, int64_t rows) {
+      for (int64_t i = begin; i < begin + rows; ++i) {
+        finish(mine.sums + i * kPanel, mine.more_sums + i * kPanel, a.bias ? bias[0] : nullptr, a.bias ? bias[1] : nullptr,
+               first + i, column, count);
+      }
+    };
+    if (gated()) {
+      multiply_panel(mine.sums, 2 * panel, first, rows, mine, [](int64_t, int64_t) {});
+      multiply_panel(mine.more_sums, 2 * panel + 1, first, rows, mine, finish_rows);
+    } else {
+      multiply_panel(mine.sums, panel, first, rows, mine, finish_rows);
     }
   }
 };
