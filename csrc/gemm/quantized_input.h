@@ -87,19 +87,10 @@ struct Input {
   }
 
   void prepare(float* wide, int64_t token) const {
-    if constexpr (kSame<Tile, BytesTile>) {
-      if (!a.order && !(kKind == kInt4 && a.input_scale)) {
-        return prepare_bytes(static_cast<const T*>(a.input) + token * a.input_row, a.width, token);
-      }
-      gather(wide, token);
-      prepare_bytes(wide, a.places, token);
-    } else {
-      gather(wide, token);
-      prepare_wide(wide, token);
-    }
-  }
-
-  void prepare_wide(float* wide, int64_t token) const {
+#ifdef __AVX512BF16__
+    if constexpr (kSame<Tile, BytesTile>) return prepare_bytes(wide, token);
+#endif
+    gather(wide, token);
     if (by_group()) {
       for (int64_t group = 0; group < a.groups; ++group) {
         const int64_t begin = group * a.group;
@@ -115,30 +106,13 @@ struct Input {
     }
   }
 
-  // A row to codes, for VPDPBUSD; zeros at the places past its end.
-  template <typename S>
-  void prepare_bytes(const S* row, int64_t width, int64_t token) const {
-    const float scale = scale_of<kToInt8>(largest_of(row, width));
-    const Divisor by = divisor(scale);
-    scales[token] = scale;
-    // What an unsigned code is more than the number it stands for: see unpack_int4.
-    const int32_t offset = kKind == kInt8 ? 128 : a.zeros ? 15 : 8;
-    int64_t index = 0;
-    for (int64_t begin = 0; begin < a.places; ++index) {
-      const Segment segment = segment_at<kPlaces>(a, begin);
-      uint8_t* to = reinterpret_cast<uint8_t*>(values) + segment.begin * a.tokens + token * segment.count;
-      const int64_t there = larger(0, smaller(segment.count, width - begin));
-      write_run<kToInt8, false>(to, row + begin, there, scale, by, row + begin, false);
-      memset(to + there, 0, segment.count - there);
-      starts[index * a.tokens + token] = -offset * arrange(to, segment.count);
-      begin += segment.count;
-    }
-  }
-
   // `wide` may be read up to the next multiple of 16.
   void put(E* to, const float* wide, int64_t count) const {
-    if constexpr (kSame<Tile, DotTile>) {
-      put_pairs(to, wide, count);
+#ifdef __AVX512BF16__
+    if constexpr (kSame<Tile, DotTile>) return put_pairs(to, wide, count);
+#endif
+    if constexpr (!kSame<Tile, FmaTile>) {
+      return;
     } else if (scaled()) {
       memcpy(to, wide, count * sizeof(float));
     } else {
@@ -159,6 +133,33 @@ struct Input {
       __m256i bits = reinterpret_cast<const __m256i&>(halves);
       if constexpr (kKind == kInt4) bits = _mm256_shuffle_epi8(bits, order);
       _mm256_mask_storeu_epi16(to + i, first_lanes(count - i), bits);
+    }
+  }
+  void prepare_bytes(float* wide, int64_t token) const {
+    if (a.order || (kKind == kInt4 && a.input_scale)) {
+      gather(wide, token);
+      write_bytes(wide, a.places, token);
+    } else {
+      write_bytes(static_cast<const T*>(a.input) + token * a.input_row, a.width, token);
+    }
+  }
+  // A row to codes, for VPDPBUSD; zeros at the places past its end.
+  template <typename S>
+  void write_bytes(const S* row, int64_t width, int64_t token) const {
+    const float scale = scale_of<kToInt8>(largest_of(row, width));
+    const Divisor by = divisor(scale);
+    scales[token] = scale;
+    // What an unsigned code is more than the number it stands for: see unpack_int4.
+    const int32_t offset = kKind == kInt8 ? 128 : a.zeros ? 15 : 8;
+    int64_t index = 0;
+    for (int64_t begin = 0; begin < a.places; ++index) {
+      const Segment segment = segment_at<kPlaces>(a, begin);
+      uint8_t* to = reinterpret_cast<uint8_t*>(values) + segment.begin * a.tokens + token * segment.count;
+      const int64_t there = larger(0, smaller(segment.count, width - begin));
+      write_run<kToInt8, false>(to, row + begin, there, scale, by, row + begin, false);
+      memset(to + there, 0, segment.count - there);
+      starts[index * a.tokens + token] = -offset * arrange(to, segment.count);
+      begin += segment.count;
     }
   }
   // The same of codes, in place; returns their sum.
