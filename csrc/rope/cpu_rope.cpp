@@ -89,7 +89,7 @@ template <typename T>
 struct Rotation {
   Pair sine[kMaxHalfGroups], cosine[kMaxHalfGroups];
   Pair turned_sine[2][kMaxHalfGroups], turned_cosine[2][kMaxHalfGroups];
-  float sines[kMaxHalf + kGroup] = {}, cosines[kMaxHalf + kGroup] = {};
+  float sines[kMaxHalf + kGroup] = {}, cosines[kMaxHalf + kGroup] = {};  // beyond the half: any finite numbers
   float smallest = 0.0f;  // of both, but zero, where kMayConvert
 
   void set(Angles& angles, int64_t token, const Layout& layout, bool rounded) {
