@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Partial
 
+from m4ov.models.qwen3_vl import Qwen3VL, save
 from m4ov.parallel import data, expert, ranks
 from m4ov.parallel.data import DataParallel
 from m4ov.parallel.expert import ExpertParallel
 from m4ov.parallel.mesh import Layout, LayoutError, Mesh
-from m4ov.parallel.parallelize import Parallel, parallelize
+from m4ov.parallel.parallelize import Parallel, load, parallelize
 from m4ov.parallel.parity import cases, certificate, steps
 from m4ov.parallel.parity.cases import Draw
 from m4ov.parallel.tensor import TensorParallel, split_evenly
@@ -51,6 +53,26 @@ def test_options_do_not_change_the_gradients():
     found = ranks.run(options, 2)[0]
     assert found.pop("whole tower") < 1e-10
     assert max(found.values()) < 1e-6, found  # the norm is float32
+
+
+def from_files(label: str, kind: str, folder: Path) -> float:
+    draw, mesh = Draw(kind=kind, seed=4), Mesh(Layout.parse(label))
+
+    def build() -> Qwen3VL:
+        with torch.device("meta"):
+            model = Qwen3VL(draw.config)
+        parallelize(model, mesh).to_empty(device="cpu")
+        load(model, folder)
+        return model.train()
+
+    made = steps.record(build, cases.share(draw, mesh.data_rank, mesh.layout.data), mesh, steps=2)
+    return steps.compare(made, certificate.reference(draw, train=2)).largest
+
+
+@pytest.mark.parametrize(("label", "kind"), [("fsdp2", "dense"), ("tp2", "dense"), ("tp2-ep2", "moe")])
+def test_a_model_that_was_never_whole_is_filled_from_files(tmp_path, label, kind):
+    save(cases.model(Draw(kind=kind, seed=4)), tmp_path)
+    assert max(ranks.run(from_files, 2, label, kind, tmp_path)) < 3e-6  # float32
 
 
 def narrow() -> tuple[float, set[torch.dtype], set[torch.dtype]]:
