@@ -69,19 +69,21 @@ def _grouped_linear_kernel(
     if begin < stop:
         row = tl.cast(begin, tl.int64) + tl.arange(0, BLOCK_M)
         col = (program % across) * BLOCK_N + tl.arange(0, BLOCK_N)
-        # Rows and columns past the end repeat the last one: what they make is never stored.
+        # Past the end the last row (of the weight, too) is repeated: what it makes is never stored. Not so along
+        # memory, where the compiler would no longer see that neighbours lie together.
         left = rows_ptr + tl.minimum(row, stop - 1)[:, None] * rows_stride
         matrix = weight_ptr + tl.cast(number, tl.int64) * expert_stride
-        column = tl.minimum(col, columns - 1).to(tl.int64)
+        if not ACROSS:
+            matrix += tl.minimum(col, columns - 1)[None, :].to(tl.int64) * weight_stride
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, width, BLOCK_K):
             at = k + tl.arange(0, BLOCK_K)
             a = tl.load(left + at[None, :], mask=at[None, :] < width, other=0.0)
             if ACROSS:
-                place = at[:, None].to(tl.int64) * weight_stride + column[None, :]
+                place = at[:, None].to(tl.int64) * weight_stride + col[None, :]
+                b = tl.load(matrix + place, mask=(at[:, None] < width) & (col[None, :] < columns), other=0.0)
             else:
-                place = column[None, :] * weight_stride + at[:, None]
-            b = tl.load(matrix + place, mask=at[:, None] < width, other=0.0)
+                b = tl.load(matrix + at[:, None], mask=at[:, None] < width, other=0.0)
             if _WIDEN:
                 a = a.to(tl.float32)
                 b = b.to(tl.float32)
@@ -120,14 +122,13 @@ def _grouped_linear_weight_kernel(
         end = first
     row = (program // wide % high) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = (program % wide) * BLOCK_N + tl.arange(0, BLOCK_N)
-    left = grad_ptr + tl.minimum(row, columns - 1)[None, :]
-    right = rows_ptr + tl.minimum(col, width - 1)[None, :]
+    left, right = grad_ptr + row[None, :], rows_ptr + col[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for token in range(first, end, BLOCK_K):
         at = tl.cast(token, tl.int64) + tl.arange(0, BLOCK_K)
         inside = (at < end)[:, None]
-        a = tl.load(left + at[:, None] * grad_stride, mask=inside, other=0.0)
-        b = tl.load(right + at[:, None] * rows_stride, mask=inside, other=0.0)
+        a = tl.load(left + at[:, None] * grad_stride, mask=inside & (row < columns)[None, :], other=0.0)
+        b = tl.load(right + at[:, None] * rows_stride, mask=inside & (col < width)[None, :], other=0.0)
         if _WIDEN:
             a = a.to(tl.float32)
             b = b.to(tl.float32)

@@ -111,15 +111,16 @@ def _route_topk_bwd_kernel(
     slope = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     among = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)  # of a softmax over the chosen alone
     if HAS_PROBABILITY:
-        grad = tl.load(grad_probability_ptr + expert, mask=expert < count, other=0.0)
-        slope += (grad / tl.cast(tokens, tl.float32))[None, :]
+        mean_grad = tl.load(grad_probability_ptr + expert, mask=expert < count, other=0.0)
+        slope += (mean_grad / tl.cast(tokens, tl.float32))[None, :]
     if HAS_WEIGHTS:
         centre = tl.zeros([BLOCK_T], tl.float32)
         if NORMALIZE:
             for k in range(top_k):
-                slot = token * top_k + k
-                grad = tl.load(grad_weights_ptr + slot, mask=there, other=0.0)
-                centre += grad * tl.load(weights_ptr + slot, mask=there, other=0.0)
+                place = token * top_k + k
+                product = tl.load(grad_weights_ptr + place, mask=there, other=0.0)
+                product *= tl.load(weights_ptr + place, mask=there, other=0.0)
+                centre += product
         for k in range(top_k):
             slot = token * top_k + k
             grad = tl.load(grad_weights_ptr + slot, mask=there, other=0.0)
