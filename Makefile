@@ -4,6 +4,7 @@ VENV ?= .venv
 # A plain `torch` would bring gigabytes of CUDA; this version also exists as a CPU build.
 TORCH ?= torch==2.13.0
 FUZZ ?= 1000000
+PAIRS ?= 100
 # Processes of the test suite.
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 TRANSFORMERS ?= 5.14 5.17 5.23
@@ -19,7 +20,7 @@ define gpu_suite
 	PYTHONPATH=$(CURDIR)/build/$(2)/site $(1) -m m4ov_bench.gpu --work build/$(2)/work --build build/$(2)/build.json $(3)
 endef
 
-.PHONY: help run bench test lint types pytest kernels sanitize fuzz smoke gpu gpu-dry test-transformers test-trl test-formats clean
+.PHONY: help run bench test lint types pytest kernels sanitize fuzz parity fuzz-parity smoke gpu gpu-dry test-transformers test-trl test-formats clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -51,6 +52,12 @@ sanitize: $(VENV)/.dev ## the native tests under AddressSanitizer and UBSan
 
 fuzz: $(VENV)/.dev ## FUZZ=1000000 random calls of every operator under the sanitizers, on every instruction set
 	$(BIN)/python tests/fuzz.py --calls $(FUZZ)
+
+parity: $(VENV)/.dev ## every parallel layout against one process; and the collectives that are written down
+	$(BIN)/m4ov parity
+
+fuzz-parity: $(VENV)/.dev ## PAIRS=100 random layouts and batches against one process, in float64
+	$(BIN)/m4ov parity --fuzz $(PAIRS)
 
 smoke: $(VENV)/.dev ## a one-minute quickstart
 	rm -rf runs/smoke

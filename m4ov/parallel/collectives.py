@@ -1,5 +1,5 @@
-"""Differentiable collectives on local tensors. Rows may be as many as they like: a rank's share is the ceiling of its
-part, the last ones have fewer or none, and only what travels is padded."""
+"""Differentiable collectives on local tensors. Ranks may have different numbers of rows, none included: only what
+travels is padded."""
 
 from __future__ import annotations
 
@@ -13,21 +13,27 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 
+def shares(total: int, size: int) -> list[int]:
+    """How many rows each of ``size`` ranks has of ``total``: the ceiling of its part, the last ones fewer or none."""
+    each = -(-total // size)
+    return [max(0, min(each, total - rank * each)) for rank in range(size)]
+
+
 def share(total: int, group: ProcessGroup) -> slice:
-    """The rows of this rank, of ``total`` that are spread over a group in order."""
-    each = _each(total, group)
-    begin = min(dist.get_rank(group) * each, total)
-    return slice(begin, min(begin + each, total))
+    """The rows of this rank."""
+    counts, rank = shares(total, dist.get_world_size(group)), dist.get_rank(group)
+    begin = sum(counts[:rank])
+    return slice(begin, begin + counts[rank])
 
 
-def gather_rows(rows: Tensor, total: int, group: ProcessGroup) -> Tensor:
-    """This rank's share ``[t, ...]`` → all rows ``[total, ...]``. Backward: the ranks' gradients are summed, and each
-    takes those of its share; so each must hand back its own part of the gradient."""
-    return _Gather.apply(rows, total, group)
+def gather_rows(rows: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
+    """Each rank's ``[counts[rank], ...]`` → those of all, in order of rank. Backward: the ranks' gradients are summed,
+    and each takes those of its rows; so each must hand back its own part of the gradient."""
+    return _Gather.apply(rows, tuple(counts), group)
 
 
 def scatter_rows(rows: Tensor, group: ProcessGroup) -> Tensor:
-    """``[total, ...]``, summed over the ranks → this rank's share. Backward: the whole gradient, the same everywhere."""
+    """``[total, ...]``, summed over the ranks → this rank's share. Backward: the whole gradient, on every rank."""
     return _Scatter.apply(rows, group)
 
 
@@ -36,57 +42,63 @@ def exchange_rows(rows: Tensor, sent: Sequence[int], received: Sequence[int], gr
     return _Exchange.apply(rows, list(sent), list(received), group)
 
 
-def _each(total: int, group: ProcessGroup) -> int:
-    return -(-total // dist.get_world_size(group))
-
-
-def _padded(rows: Tensor, count: int) -> Tensor:
-    if rows.shape[0] == count:
-        return rows.contiguous()
-    padded = rows.new_zeros(count, *rows.shape[1:])
-    padded[: rows.shape[0]] = rows
-    return padded
-
-
-def all_gather(rows: Tensor, total: int, group: ProcessGroup) -> Tensor:
+def all_gather(rows: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
     """As :func:`gather_rows`, not differentiable."""
-    each = _each(total, group)
-    gathered = rows.new_empty(each * dist.get_world_size(group), *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, _padded(rows, each), group=group)
-    return gathered[:total]
+    each, size = max(counts), len(counts)
+    if rows.shape[0] < each:
+        rows = torch.cat([rows, rows.new_zeros(each - rows.shape[0], *rows.shape[1:])])
+    gathered = rows.new_empty(size * each, *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+    if _padded_only_last(counts):
+        return gathered[: sum(counts)]
+    return torch.cat([part[:count] for part, count in zip(gathered.split(each), counts, strict=True)])
 
 
-def reduce_scatter(rows: Tensor, group: ProcessGroup) -> Tensor:
-    """As :func:`scatter_rows`, not differentiable."""
-    total, each = rows.shape[0], _each(rows.shape[0], group)
+def reduce_scatter(rows: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
+    """``[sum(counts), ...]``, summed over the ranks → this rank's ``[counts[rank], ...]``; not differentiable."""
+    each, size = max(counts), len(counts)
+    if size * each > rows.shape[0]:
+        padded = rows.new_zeros(size * each, *rows.shape[1:])
+        if _padded_only_last(counts):
+            padded[: rows.shape[0]] = rows
+        else:
+            for part, own in zip(padded.split(each), rows.split(list(counts)), strict=True):
+                part[: own.shape[0]] = own
+        rows = padded
     own = rows.new_empty(each, *rows.shape[1:])
-    dist.reduce_scatter_tensor(own, _padded(rows, each * dist.get_world_size(group)), group=group)
-    place = share(total, group)
-    return own[: place.stop - place.start]
+    dist.reduce_scatter_tensor(own, rows.contiguous(), group=group)
+    return own[: counts[dist.get_rank(group)]]
+
+
+def _padded_only_last(counts: Sequence[int]) -> bool:
+    """Whether the rows of all ranks are one block, padding behind."""
+    full = max(counts)
+    short = next((rank for rank, count in enumerate(counts) if count < full), len(counts))
+    return not any(counts[short + 1 :])
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, total: int, group: ProcessGroup) -> Tensor:  # type: ignore[override]
-        ctx.group = group
-        return all_gather(rows, total, group)
+    def forward(ctx: Any, rows: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:  # type: ignore[override]
+        ctx.counts, ctx.group = counts, group
+        return all_gather(rows, counts, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return reduce_scatter(grad, ctx.group), None, None
+        return reduce_scatter(grad, ctx.counts, ctx.group), None, None
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: ProcessGroup) -> Tensor:  # type: ignore[override]
-        ctx.group, ctx.total = group, rows.shape[0]
-        return reduce_scatter(rows, group)
+        ctx.group, ctx.counts = group, shares(rows.shape[0], dist.get_world_size(group))
+        return reduce_scatter(rows, ctx.counts, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return all_gather(grad, ctx.total, ctx.group), None
+        return all_gather(grad, ctx.counts, ctx.group), None
 
 
 class _Exchange(torch.autograd.Function):

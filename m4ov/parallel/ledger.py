@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -39,10 +40,11 @@ _KINDS = {
 }
 
 
-class Entry(NamedTuple):
+@dataclass(frozen=True)
+class Entry:
     """How often, and how many bytes on this rank."""
 
-    count: int
+    calls: int
     bytes: int
 
 
@@ -72,7 +74,7 @@ class Ledger(TorchDispatchMode):
         found = func(*args, **(kwargs or {}))
         name = str(getattr(func, "_schema", func)).partition("(")[0].partition(".")[0]
         if name.startswith(("c10d::", "_c10d_functional::")) and not name.endswith(
-            ("wait_tensor", "monitored_barrier_")
+            ("wait_tensor", "_wrap_tensor_autograd")
         ):
             if name not in _KINDS:
                 raise NotImplementedError(f"the ledger does not know {name}; add it to its table")
@@ -81,7 +83,7 @@ class Ledger(TorchDispatchMode):
             size = sum(leaf.nbytes for leaf in tree_leaves(counted) if isinstance(leaf, Tensor))
             key = (self._axis(args, kwargs or {}), kind)
             before = self.entries.get(key, Entry(0, 0))
-            self.entries[key] = Entry(before.count + 1, before.bytes + size)
+            self.entries[key] = Entry(before.calls + 1, before.bytes + size)
         return found
 
     def _axis(self, args: Any, kwargs: Any) -> str:
@@ -97,8 +99,8 @@ class Ledger(TorchDispatchMode):
         return "world"
 
     def table(self) -> dict[str, dict[str, list[int]]]:
-        """axis → kind → [count, bytes], sorted, as JSON has it."""
+        """axis → kind → [calls, bytes], sorted, as JSON has it."""
         found: dict[str, dict[str, list[int]]] = {}
         for axis, kind in sorted(self.entries):
-            found.setdefault(axis, {})[kind] = list(self.entries[axis, kind])
+            found.setdefault(axis, {})[kind] = [self.entries[axis, kind].calls, self.entries[axis, kind].bytes]
         return found

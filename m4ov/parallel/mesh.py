@@ -108,14 +108,14 @@ class ModelSizes:
     @classmethod
     def of(cls, config: Any) -> ModelSizes:
         """Of a :class:`m4ov.models.qwen3_vl.Config`."""
-        text = config.text_config
+        text = config.text
         return cls(
             layers=text.num_hidden_layers,
             heads=text.num_attention_heads,
             key_value_heads=text.num_key_value_heads,
             intermediate_size=text.intermediate_size,
             vocab_size=text.vocab_size,
-            experts=getattr(text, "num_experts", 0) or 0,
+            experts=text.num_experts,
         )
 
 
@@ -190,8 +190,8 @@ class Mesh:
 
     Attributes:
         layout: as given.
-        dense, sparse: the two views, over the same ranks; an axis of one rank is left out, except the one that FSDP
-            shards over.
+        dense, sparse, folded: the views, over the same ranks; an axis of one rank is left out, except the one that
+            FSDP shards over.
     """
 
     def __init__(
@@ -222,13 +222,17 @@ class Mesh:
             kept = [name for name in names if name == always or getattr(layout, name) > 1]
             shape = tuple(getattr(layout, name) for name in kept)
             found = init_device_mesh(device_type, shape, mesh_dim_names=tuple(kept))
-            for group in found.get_all_groups() if timeout is not None else ():
-                _set_pg_timeout(timeout, group)  # the groups of a mesh do not take the world's
+            if timeout is not None:  # the groups of a mesh do not take the world's
+                for group in found.get_all_groups():
+                    _set_pg_timeout(timeout, group)
             return found
 
         self.dense = view(DENSE, "dp_shard")
-        # With one expert group per rank and no folding the two views are one.
-        self.sparse = view(SPARSE, "ep_shard")
+        # What holds whole weights and works on other rows on every rank (the vision tower, experts that are not spread)
+        # is sharded over all ranks of a replica: fold = dp_shard · cp · tp.
+        alone = layout.fold == layout.dp_shard
+        self.folded = self.dense if alone else view(("pp", "dp_replicate", "fold"), "fold")
+        self.sparse = self.folded if layout.ep == 1 else view(SPARSE, "ep_shard")
 
     def __repr__(self) -> str:
         return f"Mesh({self.layout})"
@@ -238,17 +242,34 @@ class Mesh:
 
     def submesh(self, *axes: str) -> DeviceMesh:
         """Of the axes among these that are there; all of one view."""
-        view = self.sparse if {"ep", "ep_shard"} & set(axes) else self.dense
-        present = tuple(axis for axis in axes if axis in (view.mesh_dim_names or ()))
-        return view[present if len(present) > 1 else present[0]]
+        for view in (self.dense, self.folded, self.sparse):
+            present = tuple(axis for axis in axes if axis in (view.mesh_dim_names or ()))
+            if present and axes[-1] == present[-1]:
+                return view[present if len(present) > 1 else present[0]]
+        raise KeyError(f"{self!r} has no axis {axes[-1]}")
 
     def group(self, axis: str) -> ProcessGroup | None:
-        """``None``: the axis has one rank."""
+        """``None``: the axis has one rank, and needs none."""
         return self.submesh(axis).get_group() if self.size(axis) > 1 else None
 
     def rank(self, axis: str) -> int:
         """This rank's place on an axis."""
         return self.submesh(axis).get_local_rank() if self.size(axis) > 1 else 0
+
+    @property
+    def data_mesh(self) -> DeviceMesh:
+        """What FSDP shards the layers over: the last axis; a first one replicates."""
+        return self.submesh("dp_replicate", "dp_shard")
+
+    @property
+    def expert_mesh(self) -> DeviceMesh:
+        """What FSDP shards the experts over."""
+        return self.fold_mesh if self.layout.ep == 1 else self.submesh("dp_replicate", "ep_shard")
+
+    @property
+    def fold_mesh(self) -> DeviceMesh:
+        """What FSDP shards the vision tower over."""
+        return self.data_mesh if self.folded is self.dense else self.submesh("dp_replicate", "fold")
 
     @property
     def data_rank(self) -> int:
@@ -257,10 +278,10 @@ class Mesh:
 
     def axis_of_group(self) -> dict[str, str]:
         """Name of a process group → its axis, for logs."""
-        names = {}
-        for view in (self.sparse, self.dense):
+        names: dict[str, str] = {}
+        for view in (self.folded, self.sparse, self.dense):
             for axis, group in zip(view.mesh_dim_names or (), view.get_all_groups(), strict=True):
-                names[group.group_name] = axis
+                names[str(group.group_name)] = axis
         return names
 
     def all_reduce(self, tensor: Tensor, axes: Sequence[str]) -> Tensor:

@@ -23,7 +23,9 @@ import torch.distributed as dist
 
 from m4ov.parallel import hang
 
-PRELOAD = ("torch", "torch.distributed.fsdp", "torch.distributed.tensor", "m4ov_kernels", "m4ov.parallel.ranks")
+#: What the server imports before it forks. Whoever starts it first decides, so tests that start processes of their
+#: own name these too.
+PRELOAD = ("torch", "torch.distributed.fsdp", "m4ov.parallel.ranks", "m4ov.parallel.parity.fuzz")
 
 
 class RankError(RuntimeError):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from m4ov.parallel.ranks import PRELOAD
 from m4ov_kernels.patches import patch, unpatch
 from tests.kernels import tiny_models as tiny
 from tests.kernels.steps import assert_same, assert_same_step, in_float64, logits_of, step
@@ -151,7 +152,7 @@ def test_fully_sharded(tmp_path):
         port = free.getsockname()[1]
     torch.save((plain.state_dict(), batch), tmp_path / "inputs.pt")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "transformers", __name__])
+    context.set_forkserver_preload([*PRELOAD, __name__])
     ranks = [context.Process(target=_sharded_rank, args=(rank, port, tmp_path), daemon=True) for rank in (0, 1)]
     for rank in ranks:
         rank.start()

@@ -1,0 +1,37 @@
+"""A model on a mesh: expert and tensor parallelism first, then FSDP around them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from m4ov.models.qwen3_vl import Qwen3VL
+from m4ov.parallel import data, expert, tensor
+from m4ov.parallel.data import DataParallel
+from m4ov.parallel.expert import ExpertParallel
+from m4ov.parallel.mesh import LayoutError, Mesh, ModelSizes, check
+from m4ov.parallel.tensor import TensorParallel
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """What each kind needs to know; :class:`m4ov.parallel.mesh.Layout` says how many ranks it has."""
+
+    data: DataParallel = field(default_factory=DataParallel)
+    tensor: TensorParallel = field(default_factory=TensorParallel)
+    expert: ExpertParallel = field(default_factory=ExpertParallel)
+
+
+def parallelize(model: Qwen3VL, mesh: Mesh, config: Parallel | None = None) -> Qwen3VL:
+    """Put a model on a mesh, in place; it holds the same weights on every rank, or none (meta).
+
+    Raises:
+        LayoutError: the layout does not fit the model, or has pipeline or context ranks, which are not built yet.
+    """
+    config, layout = config or Parallel(), mesh.layout
+    check(layout, layout.world, ModelSizes.of(model.config))
+    for axis in ("pp", "cp"):
+        if getattr(layout, axis) > 1:
+            raise LayoutError(f"layout {layout}: {axis} {getattr(layout, axis)}: this axis is not built yet")
+    expert.spread(model, mesh)
+    tensor.split(model, mesh, config.tensor)
+    return data.shard(model, mesh, config.data)
