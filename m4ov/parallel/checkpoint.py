@@ -17,6 +17,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,17 @@ class Checkpoints:
         keep: how many of the newest stay.
         rank, size: of this process in the world. More than one rank: collective, in a process group of its own, so
             that a save in the background never meets the training's collectives.
+        timeout_seconds: that a rank waits for the others in one step of saving or loading.
     """
 
-    def __init__(self, folder: Path, *, keep: int, rank: int = 0, size: int = 1) -> None:
+    def __init__(
+        self, folder: Path, *, keep: int, rank: int = 0, size: int = 1, timeout_seconds: float = 600.0
+    ) -> None:
         self.folder, self.keep, self.rank, self.size = folder, keep, rank, size
-        self._group = dist.new_group(backend="gloo") if size > 1 else None
+        self._group = None
+        if size > 1:
+            with hang.named():
+                self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self._saving: tuple[Path, Future[Any]] | None = None
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, wait: bool = False) -> None:

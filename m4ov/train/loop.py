@@ -112,7 +112,13 @@ def train(
     world = world or World()
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     optimizer = Optimizer(model, optim, config.steps, world, muon_dtype=dtype)
-    saved = Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints, rank=world.rank, size=world.size)
+    saved = Checkpoints(
+        folder / "checkpoints",
+        keep=config.keep_checkpoints,
+        rank=world.rank,
+        size=world.size,
+        timeout_seconds=config.timeout_seconds,
+    )
     start, seconds, tokens = 0, 0.0, 0
     if world.data_rank:
         torch.manual_seed(torch.initial_seed() + world.data_rank)  # ranks drop out different units

@@ -1,5 +1,5 @@
 """Something small that trains on ranks: Muon and AdamW, dropout, packed rows of uneven length, a parameter that few
-batches use."""
+batches use. Light to import: every rank does so."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from rich.console import Console
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F
 
 from m4ov.data import PackedLoader
 from m4ov.data.loader import Visit
+from m4ov.parallel.checkpoint import full_tensors
 from m4ov.recipe import OptimConfig, TrainConfig
-from m4ov.train import CheckpointError, TrainResult, World, train
-from tests.tiny_task import quiet
+from m4ov.train import CheckpointError, Interrupted, RankError, TrainResult, World, train
 
 SAMPLES, CAPACITY, WORDS = 57, 24, 11
 
@@ -50,7 +54,8 @@ def lengths() -> list[int]:
 
 
 class Small(nn.Module):
-    def __init__(self, dropout: float) -> None:
+    def __init__(self, dropout: float = 0.0, always: bool = False) -> None:
+        """``always``: the parameter that few batches use takes part in all, as FSDP demands."""
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5)
@@ -59,12 +64,13 @@ class Small(nn.Module):
             self.text = nn.ModuleDict({"layers": nn.ModuleList(layers)})  # Muon trains what has this name
             self.seldom = nn.Parameter(torch.randn(16))
             self.head = nn.Linear(16, WORDS)
-        self.dropout = dropout
+        self.dropout, self.always = dropout, always
 
     def forward(self, ids: Tensor) -> Tensor:
         hidden_states = self.embed(ids)
-        if (ids == 0).any():  # as a batch with an image uses the tower, and another does not
-            hidden_states = hidden_states + self.seldom
+        used = (ids == 0).any()  # as a batch with an image uses the tower, and another does not
+        if used or self.always:
+            hidden_states = hidden_states + self.seldom * used
         for layer in self.text["layers"]:
             hidden_states = F.dropout(torch.tanh(layer(hidden_states)), self.dropout, self.training)
         return self.head(hidden_states)
@@ -97,9 +103,12 @@ def run(
         terminate: (step, rank): SIGTERM comes to that rank while it computes that step.
     """
     data = loader(world)
+    sent = False
 
     def loss_of(model: nn.Module, batch: Row) -> tuple[Tensor, int]:
-        if (data.step - 1, world.rank) == terminate:
+        nonlocal sent
+        if (data.step - 1, world.rank) == terminate and not sent:
+            sent = True  # a second one would end a rank that is alone at once
             os.kill(os.getpid(), signal.SIGTERM)
         return summed_loss(model, batch)
 
@@ -111,9 +120,59 @@ def run(
         config=TrainConfig(steps=steps, **options),  # type: ignore[arg-type]
         optim=OptimConfig(warmup_steps=2),
         folder=folder,
-        console=quiet(),
+        console=Console(quiet=True),
         world=world,
     )
+
+
+def world() -> World:
+    return World(dist.get_rank(), dist.get_world_size(), patience=0.5) if dist.is_initialized() else World()
+
+
+def sharded(mesh_shape: tuple[int, ...]) -> nn.Module:
+    """The small model under FSDP2 (HSDP where the mesh has two axes); gradients are summed, not averaged."""
+    model = Small(always=True)
+    names = ("dp_replicate", "dp_shard")[-len(mesh_shape) :]
+    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
+    for layer in model.text["layers"]:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def train_small(
+    folder: Path,
+    mesh: tuple[int, ...] | None = None,
+    terminate: tuple[int, int] | None = None,
+    always: bool = False,
+) -> dict[str, torch.Tensor] | str:
+    """The float32 weights after eight steps, or how it was interrupted."""
+    model = Small(always=always) if mesh is None else sharded(mesh)
+    try:
+        found = run(folder, world(), steps=8, model=model, terminate=terminate)
+    except Interrupted as interrupt:
+        return str(interrupt)
+    return {name: tensor for name, tensor in full_tensors(found.weights, keep=True) if tensor is not None}
+
+
+def die_in_the_second_step(folder: Path) -> str:
+    def loss_of(model: nn.Module, batch: Row):
+        if dist.get_rank() == 1 and (folder / "checkpoints" / "step-00000001").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(model, batch)
+
+    global summed_loss
+    original, summed_loss = summed_loss, loss_of
+    try:
+        run(folder, world(), steps=200)
+    except RankError as error:
+        (folder / "error").write_text(str(error))
+        raise
+    return "it should not come here"
 
 
 def rank_main(rank: int, size: int, port: int, folder: Path, steps: int, status: int = 7) -> None:
@@ -129,7 +188,7 @@ def rank_main(rank: int, size: int, port: int, folder: Path, steps: int, status:
     }
     world = World.start(10)
     try:
-        run(folder, world, steps=steps, dropout=0.1)
+        run(folder, world, steps=steps, dropout=0.1, timeout_seconds=10.0)
     except (RuntimeError, CheckpointError):
         os._exit(status)  # the background save may wait in vain for the rank that is gone
     world.close()

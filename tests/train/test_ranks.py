@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from m4ov import sft
 from m4ov.parallel import ranks
-from m4ov.parallel.checkpoint import checkpoints, full_tensors, read
-from m4ov.train import Interrupted, RankError, World
+from m4ov.parallel.checkpoint import checkpoints, read
 from m4ov.train.metrics import read as read_metrics
 from tests.tiny_task import mixture_batch, quiet, tiny_config, tiny_task
 from tests.train import killing, small
-
-
-def world() -> World:
-    return World(dist.get_rank(), dist.get_world_size(), patience=0.5) if dist.is_initialized() else World()
 
 
 def close(one: Path, other: Path, *, steps: int, within: float = 1e-6, of: str = "") -> None:
@@ -38,37 +27,11 @@ def close(one: Path, other: Path, *, steps: int, within: float = 1e-6, of: str =
             assert difference <= within * reference.norm(), f"{name}: {difference / reference.norm():.1e}"
 
 
-def sharded(mesh_shape: tuple[int, ...]) -> nn.Module:
-    """The small model under FSDP2 (HSDP where the mesh has two axes); gradients are summed, not averaged."""
-    model = small.Small(0.0)
-    mesh = init_device_mesh("cpu", mesh_shape)
-    for layer in model.text["layers"]:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-    return model
-
-
-def train_small(
-    folder: Path, mesh: tuple[int, ...] | None = None, terminate: tuple[int, int] | None = None
-) -> dict[str, torch.Tensor] | str:
-    """The float32 weights after eight steps, or how it was interrupted."""
-    model = None if mesh is None else sharded(mesh)
-    try:
-        found = small.run(folder, world(), steps=8, model=model, terminate=terminate)
-    except Interrupted as interrupt:
-        return str(interrupt)
-    return {name: tensor for name, tensor in full_tensors(found.weights, keep=True) if tensor is not None}
-
-
 @pytest.mark.parametrize(("size", "mesh"), [(2, None), (4, None), (2, (2,)), (4, (2, 2))])
 def test_ranks_train_as_one_does(tmp_path, size, mesh):
-    one = small.run(tmp_path / "one", World(), steps=8)
-    for weights in ranks.run(train_small, size, tmp_path / "many", mesh):
-        for name, reference in one.weights.items():
+    one = small.train_small(tmp_path / "one", always=mesh is not None)
+    for weights in ranks.run(small.train_small, size, tmp_path / "many", mesh):
+        for name, reference in one.items():
             assert (weights[name] - reference).norm() <= 1e-6 * reference.norm(), name
     close(tmp_path / "one", tmp_path / "many", steps=8)
     rows = read_metrics(tmp_path / "many" / "metrics.jsonl")
@@ -77,29 +40,29 @@ def test_ranks_train_as_one_does(tmp_path, size, mesh):
 
 def test_a_run_goes_on_on_other_layouts(tmp_path):
     """One rank, two replicas, four with shards, one: each is told to stop by a signal to one of its ranks."""
-    train_small(tmp_path / "whole")
+    small.train_small(tmp_path / "whole", always=True)
     folder = tmp_path / "moved"
-    assert "stopped after step 2;" in str(train_small(folder, None, (1, 0)))
-    for said in ranks.run(train_small, 2, folder, None, (3, 1)):
+    assert "stopped after step 2;" in str(small.train_small(folder, None, (1, 0), True))
+    for said in ranks.run(small.train_small, 2, folder, None, (3, 1), True):
         assert "stopped after step 4;" in str(said)
-    for said in ranks.run(train_small, 4, folder, (2, 2), (5, 2)):
+    for said in ranks.run(small.train_small, 4, folder, (2, 2), (5, 2)):
         assert "stopped after step 6;" in str(said)
-    train_small(folder)
+    small.train_small(folder, always=True)
     close(tmp_path / "whole", folder, steps=8)
 
 
 def test_what_is_accumulated_is_the_same_step(tmp_path):
     """Parts of a step of the quickstart, one after the other, and spread over ranks as well."""
-    runs = {"whole": (1, 1), "parts": (1, 2), "ranks": (2, 2)}
-    for name, (size, accumulate) in runs.items():
-        ranks.run(train_quickstart, size, tmp_path / name, accumulate)
+    train_quickstart(tmp_path / "whole", 1)
+    train_quickstart(tmp_path / "parts", 2)
+    ranks.run(train_quickstart, 2, tmp_path / "ranks", 2)
     for name in ("parts", "ranks"):
         close(tmp_path / "whole", tmp_path / name, steps=3, of="Muon.")
 
 
 def train_quickstart(folder: Path, accumulate: int) -> None:
     config = tiny_config(folder, precision="fp32", steps=3, accumulate=accumulate)
-    sft.run(config, tiny_task(), folder, quiet(), world())
+    sft.run(config, tiny_task(), folder, quiet(), small.world())
 
 
 def test_shares_of_a_step_are_its_samples():
@@ -122,24 +85,9 @@ def contents(batch) -> list[tuple]:
     ]
 
 
-def die_in_the_second_step(folder: Path) -> str:
-    def loss_of(model: nn.Module, batch: small.Row):
-        if dist.get_rank() == 1 and (folder / "checkpoints" / "step-00000001").exists():
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(model, batch)
-
-    original, small.summed_loss = small.summed_loss, loss_of
-    try:
-        small.run(folder, world(), steps=200)
-    except RankError as error:
-        (folder / "error").write_text(str(error))
-        raise
-    return "it should not come here"
-
-
 def test_a_rank_that_dies_is_named(tmp_path):
     with pytest.raises(ranks.RankError, match="rank 1 died: exit status -9"):
-        ranks.run(die_in_the_second_step, 2, tmp_path)
+        ranks.run(small.die_in_the_second_step, 2, tmp_path)
     assert "ranks 1 did not come" in (tmp_path / "error").read_text()
 
 
