@@ -116,10 +116,12 @@ class TrainConfig:
     peak_tflops: float = 0.0  # of one rank, that MFU is held against; 0: the GPU's data sheet, or measured
     timeout_seconds: float = 600.0  # of a collective, until the run ends with the names of the missing ranks
     wandb: str = ""  # project of Weights & Biases; empty: none
+    fp8: str = "off"  # "transformer_engine": its linears, multiplying in fp8; needs that package and a CUDA device
 
     def __post_init__(self) -> None:
         _require(self.steps > 0, "train.steps", "at least 1", self.steps)
         _require(self.precision in ("bf16", "fp32"), "train.precision", "bf16 or fp32", self.precision)
+        _require(self.fp8 in ("off", "transformer_engine"), "train.fp8", "off or transformer_engine", self.fp8)
         _require(self.keep_checkpoints > 0, "train.keep_checkpoints", "at least 1", self.keep_checkpoints)
         _require(self.log_every > 0, "train.log_every", "at least 1", self.log_every)
         _require(self.accumulate > 0, "train.accumulate", "at least 1", self.accumulate)

@@ -30,7 +30,8 @@ from m4ov.models.qwen3_vl import (
 from m4ov.parallel.checkpoint import full_tensors
 from m4ov.recipe import QuickstartConfig
 from m4ov.sft.task import Task
-from m4ov.train import CheckpointError, TrainResult, World, train
+from m4ov.train import CheckpointError, TrainingError, TrainResult, World, train
+from m4ov_kernels.integrations import transformer_engine
 from m4ov_kernels.packing import PackedBatch
 from m4ov_kernels.patches import patch
 
@@ -53,6 +54,12 @@ def loss_of(model: torch.nn.Module, batch: PackedBatch) -> tuple[Tensor, int]:
     return forward(model, batch).loss * batch.num_labels, batch.num_labels
 
 
+def loss_in_fp8(model: torch.nn.Module, batch: PackedBatch) -> tuple[Tensor, int]:
+    """The same, transformer-engine's linears multiplying in fp8."""
+    with transformer_engine.autocast():
+        return loss_of(model, batch.to("cuda"))
+
+
 def run(
     config: QuickstartConfig, task: Task, folder: Path, console: Console, world: World | None = None
 ) -> TrainResult:
@@ -63,8 +70,12 @@ def run(
         world: the ranks, over which a step's images are spread and on which the model is replicated.
 
     Raises:
-        Interrupted, CheckpointError, TrainingError, RankError: see :func:`m4ov.train.train`.
+        Interrupted, CheckpointError, TrainingError, RankError: see :func:`m4ov.train.train`. TrainingError also where
+            ``train.fp8`` asks for what this machine has not.
     """
+    in_fp8 = config.train.fp8 == "transformer_engine"
+    if in_fp8 and (reason := transformer_engine.unavailable()) is not None:
+        raise TrainingError(f"train.fp8: {reason}")
     world = world or World()
     model = model_of(config, task, config.run.seed)
     if isinstance(model, Qwen3VL):
@@ -81,10 +92,13 @@ def run(
         ranks=world.data_size,
         accumulate=config.train.accumulate,
     )
+    if in_fp8:
+        torch.nn.Module.to(model, "cuda")
+        console.print(f"fp8: {len(transformer_engine.install(model))} linear layers of transformer-engine")
     result = train(
         model,
         mixture,
-        loss_of,
+        loss_in_fp8 if in_fp8 else loss_of,
         config=config.train,
         optim=config.optim,
         folder=folder,
@@ -110,7 +124,8 @@ def fingerprint(config: QuickstartConfig) -> dict[str, Any]:
 
     tree = dataclasses.asdict(config)
     add("", {name: tree[name] for name in ("data", "model", "optim")})
-    add("", {"run": {"seed": config.run.seed}, "train": {k: tree["train"][k] for k in ("steps", "precision", "patch")}})
+    trained = {name: tree["train"][name] for name in ("steps", "precision", "patch", "fp8")}
+    add("", {"run": {"seed": config.run.seed}, "train": trained})
     return flat
 
 

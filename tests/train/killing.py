@@ -45,13 +45,18 @@ def start(size: int, folder: Path) -> tuple[list[Any], dist.TCPStore]:
 
 
 def wait(processes: list[Any]) -> list[int]:
+    """Exit statuses. As torchrun does, once a rank has died the others are ended too, after a moment to notice."""
     deadline = time.monotonic() + 60
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+        if any(process.exitcode == -signal.SIGKILL for process in processes):
+            deadline = min(deadline, time.monotonic() + 1.5)
+        time.sleep(0.01)
+    died = any(process.exitcode == -signal.SIGKILL for process in processes)
     hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
-    for rank in hung:
-        processes[rank].kill()
-    assert not hung, f"ranks {hung} did not notice that another had ended"
+    for process in processes:
+        process.kill()
+        process.join()
+    assert died or not hung, f"ranks {hung} did not end"
     return [process.exitcode for process in processes]
 
 
