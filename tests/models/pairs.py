@@ -19,7 +19,7 @@ FAMILIES = ("qwen3_vl", "qwen3_vl_moe")
 
 
 def drawn(family: str, **options: Any) -> tuple[Any, Qwen3VL]:
-    """A random model of transformers', and ours: heads, widths, depths, DeepStack, biases, a padding token, ties."""
+    """A random model of transformers', and ours: heads, depths, DeepStack, biases, a padding token, tied or not."""
     seed = random.Random(int(torch.randint(2**31, ())))
     depth = seed.choice([2, 3])
     options = {
