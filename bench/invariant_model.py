@@ -29,7 +29,7 @@ def benchmark(session: Session) -> Iterator[Row]:
         if not problem:
             session.say(f"invariant(): {what}")
             calls = {"inside": make(model, data, invariant), _OUTSIDE: make(model, data, nullcontext)}
-            times = session.interleaved(calls, measure.Effort(8.0, 4.0, 5, 40))
+            times = session.interleaved(calls, measure.Effort(4.0, 2.0, 3, 20))
             inside, outside = times["inside"], times[_OUTSIDE]
             measured = timing(inside) | {"peers": {_OUTSIDE: Peer(outside.seconds, outside.ratio_to(inside))}}
         yield Row(

@@ -90,9 +90,9 @@ def serving() -> list[Served]:
 
 
 def _serve(function: str, operator: Operator, device: torch.device, dtype: torch.dtype) -> Served:
-    name = str(dtype).removeprefix("torch.")
+    name, usual = str(dtype).removeprefix("torch."), operator.usual.get(function, ())
     try:
-        implementation = operator.select(device, dtype)
+        implementation = operator.select(device, dtype, *usual)
     except RuntimeError as error:
         return Served(function, device.type, name, "error", str(error))
     runs = "reference" if implementation is None else implementation.backend
@@ -102,12 +102,21 @@ def _serve(function: str, operator: Operator, device: torch.device, dtype: torch
         why = f"compiled kernels, {native_extension()[0].isa()}"
     else:
         tried = [name for name in BACKENDS if name in operator.backends]
-        reasons = [(backend, operator.unavailable(backend, device.type, dtype)) for backend in tried]
+        reasons = [(backend, _reason(operator, backend, device.type, dtype, usual)) for backend in tried]
         by = [f"kernels of {operator.library().chosen()}"] if runs == "library" else []
         why = "; ".join(by + [f"{backend}: {reason}" for backend, reason in reasons if reason is not None])
     if device.type == "cuda" and not torch.cuda.is_available():
         return Served(function, "cuda", name, "none", f"no GPU; with one: {runs}" + f" ({why})" * bool(why))
     return Served(function, device.type, name, runs, why)
+
+
+def _reason(
+    operator: Operator, backend: str, device_type: str, dtype: torch.dtype, usual: tuple[Any, ...]
+) -> str | None:
+    reason = operator.unavailable(backend, device_type, dtype)
+    if reason is None and operator.declines is not None:
+        reason = operator.declines(backend, device_type, *usual)
+    return reason
 
 
 def openmp_runtimes() -> list[str] | None:

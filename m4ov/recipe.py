@@ -109,10 +109,12 @@ class TrainConfig:
     keep_checkpoints: int = 2
     log_every: int = 10  # steps
     patch: bool = True  # train with m4ov_kernels.patch
+    fp8: str = "off"  # "transformer_engine": its linears, multiplying in fp8; needs that package and a CUDA device
 
     def __post_init__(self) -> None:
         _require(self.steps > 0, "train.steps", "at least 1", self.steps)
         _require(self.precision in ("bf16", "fp32"), "train.precision", "bf16 or fp32", self.precision)
+        _require(self.fp8 in ("off", "transformer_engine"), "train.fp8", "off or transformer_engine", self.fp8)
         _require(self.keep_checkpoints > 0, "train.keep_checkpoints", "at least 1", self.keep_checkpoints)
         _require(self.log_every > 0, "train.log_every", "at least 1", self.log_every)
 

@@ -16,7 +16,7 @@ import importlib
 import importlib.util
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -140,6 +140,9 @@ class Operator:
         public: whether there is a public function of the operator's own name.
         backends: the modules that the family has besides its reference. A ``library.py`` also defines
             ``unavailable(device_type, dtype)``: why it cannot serve such tensors, or ``None``.
+        declines: ``(backend, device_type, *call)`` → why a backend that serves such tensors has no kernel for this
+            call, or ``None``; ``call``: what :meth:`select` is told of it.
+        usual: where there is ``declines``: of each public function a call, for ``m4ov doctor``.
     """
 
     def __init__(
@@ -159,8 +162,11 @@ class Operator:
         public: bool = True,
         backends: tuple[str, ...] = ("native", "triton"),
         dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES,
+        declines: Callable[..., str | None] | None = None,
+        usual: Mapping[str, tuple[Any, ...]] | None = None,
     ) -> None:
         self.family, self.name, self.backends, self.dtypes = family, name, backends, dtypes
+        self.declines, self.usual = declines, usual or {}
         self.native_devices = native
         self._table: dict[Any, Implementation | None] = {}
         self.registered_fwd, self.registered_bwd = self._register("fwd", fwd_schema, fwd_fake), None
@@ -199,38 +205,53 @@ class Operator:
 
         return kernel
 
-    def select(self, device: torch.device, dtype: torch.dtype | None) -> Implementation | None:
-        """The raw pair that serves tensors of this device and dtype (``None``: mixed dtypes); ``None``: reference."""
-        key = (device, dtype, _thread.override)
-        try:
-            return self._table[key]
-        except KeyError:
-            if is_compiling():  # the registered op chooses again when it runs
-                return _REGISTERED if self._has_kernel(*key) else None
-            self._table[key] = found = self._resolve(*key)
-            return found
+    def select(self, device: torch.device, dtype: torch.dtype | None, *call: Any) -> Implementation | None:
+        """The raw pair that serves tensors of this device and dtype (``None``: mixed dtypes); ``None``: reference.
 
-    def _has_kernel(self, device: torch.device, dtype: torch.dtype | None, override: str | None) -> bool:
-        return self._resolve(device, dtype, override) is not None
+        ``call``: what ``declines`` asks about. A backend that was asked for and declines it raises ``RuntimeError``;
+        otherwise the next one serves.
+        """
+        override = _thread.override
+        try:
+            found = self._table[device, dtype, override, ()]
+        except KeyError:
+            found = self._find(device, dtype, override, ())
+        if call and self.declines is not None:
+            declined: tuple[str, ...] = ()
+            while found is not None:
+                reason = self.declines(found.backend, device.type, *call)
+                if reason is None:
+                    break
+                if override:
+                    raise RuntimeError(f"{self.name}: backend {override!r} was asked for, but {reason}")
+                declined = (*declined, found.backend)
+                found = self._find(device, dtype, override, declined)
+        return found
+
+    def _find(
+        self, device: torch.device, dtype: torch.dtype | None, override: str | None, declined: tuple[str, ...]
+    ) -> Implementation | None:
+        key = (device, dtype, override, declined)
+        if is_compiling():  # the registered op chooses again when it runs
+            return _REGISTERED[self._name_of(*key)]
+        if key not in self._table:
+            self._table[key] = self._resolve(*key)
+        return self._table[key]
+
+    def _name_of(self, *key: Any) -> str:
+        found = self._resolve(*key)
+        return "reference" if found is None else found.backend
 
     # Dynamo cannot trace the imports behind the choice. As torch.compiler.assume_constant_result marks it, but without
     # its import of the whole compiler, which takes as long as all the rest.
-    _has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _name_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-    def backend_of(self, implementation: Implementation, device: torch.device, dtype: torch.dtype | None) -> str:
-        """The name of what :meth:`select` has found; while compiling, of what the registered op will find."""
-        if implementation is not _REGISTERED:
-            return implementation.backend
-        return self._kernel_for(device, dtype, _thread.override)
-
-    def _kernel_for(self, device: torch.device, dtype: torch.dtype | None, override: str | None) -> str:
-        found = self._resolve(device, dtype, override)
-        return "reference" if found is None else found.backend
-
-    _kernel_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-    def _resolve(self, device: torch.device, dtype: torch.dtype | None, override: str | None) -> Implementation | None:
+    def _resolve(
+        self, device: torch.device, dtype: torch.dtype | None, override: str | None, declined: tuple[str, ...]
+    ) -> Implementation | None:
         for name in (override,) if override else _ORDER.get(device.type, ("reference",)):
+            if name in declined:
+                continue
             reason = self.unavailable(name, device.type, dtype)
             if reason is None:
                 return None if name == "reference" else self.load(name)
@@ -298,7 +319,9 @@ def _never_called(*_: Any, **__: Any) -> Any:
     raise AssertionError("while compiling, operators are called through torch.library")
 
 
-_REGISTERED = Implementation("registered", _never_called, _never_called)
+_REGISTERED = {
+    name: None if name == "reference" else Implementation(name, _never_called, _never_called) for name in BACKENDS
+}
 
 
 class _Differentiable(torch.autograd.Function):

@@ -102,9 +102,9 @@ def test_the_kernels_import_no_trainer_and_no_plotting():
 
 
 def test_nothing_stands_on_the_integrations():
-    """They put operators into other people's code; no operator knows of them."""
+    """They join operators and other people's code; no operator knows of them. (A recipe of m4ov may ask for one.)"""
     for name in MODULES:
-        if not name.startswith("m4ov_kernels.integrations"):
+        if name.startswith("m4ov_kernels") and not name.startswith("m4ov_kernels.integrations"):
             used = [target for target in imports(name) if target.startswith("m4ov_kernels.integrations")]
             assert not used, f"{name} imports {used[0]}"
 

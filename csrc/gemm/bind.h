@@ -74,6 +74,11 @@ void bind_gemm(py::module_& m) {
                                                 at<void>(weight), rows, columns, weight_stride, group, kind, span,
                                                 paired, scale_dtype, dtype, threads});
   });
+  m.def("pack_panels", [](Address panels, Address codes, int64_t rows, int64_t columns, int64_t row_stride,
+                          int word_bytes, int flip, bool paired, int threads) {
+    run<&Kernels::pack_panels>(PackPanels{at<uint8_t>(panels), at<uint8_t>(codes), rows, columns, row_stride,
+                                          word_bytes, flip, paired, threads});
+  });
 
   // (input, codes, scales, zeros, order, input_scale, bias, residual, output, scratch); (tokens, columns, width, places,
   // group, groups, input_row, residual_row); (kind, activation, epilogue, scale_dtype, dtype, threads).

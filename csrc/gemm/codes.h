@@ -218,6 +218,13 @@ struct Largest {
   }
 };
 
+template <typename T>
+static uint32_t largest_of(const T* x, int64_t count) {
+  Largest<T> found;
+  found.add(x, count);
+  return found.value();
+}
+
 static float as_float(uint32_t bits) {
   float x;
   memcpy(&x, &bits, sizeof x);
@@ -257,13 +264,23 @@ M4OV_INLINE V quotient(V x, const Divisor& by) {
 
 enum Kind { kToInt8, kToE4m3, kToInt8Panel, kToInt4 };
 
+constexpr float kLargestE4m3 = 448.0f;
+
 // |q| at most 464, the middle between the largest e4m3, 448, and what would follow. Adding 2^(20 + exponent of q), or of
 // the smallest normal e4m3, leaves the significand's four bits, rounded half to even, at the end of the sum, and its
 // exponent (120 less would be e4m3's) 20 bits above: their sum is the code. 152 makes up for the difference of the biases.
-M4OV_INLINE I e4m3(V q, V sign) {
+M4OV_INLINE V beside_e4m3(V q) {
   const V unit = as_floats((as_ints(q) & ints(0x7f800000)) + ints((20 << 23) + 152));
-  const I sum = as_ints(magnitude(q) + max(as_floats(ints(((14 + 127) << 23) + 152)), unit));
+  return max(as_floats(ints(((14 + 127) << 23) + 152)), unit);
+}
+M4OV_INLINE I e4m3(V q, V sign) {
+  const I sum = as_ints(magnitude(q) + beside_e4m3(q));
   return select(ints(0x80), right<24>(as_ints(sign)), sum + right<20>(sum));
+}
+// The number that e4m3(q, q) stands for.
+M4OV_INLINE V nearest_e4m3(V q) {
+  const V beside = beside_e4m3(q), rounded = magnitude(q) + beside - beside;
+  return as_floats(select(ints(INT32_MIN), as_ints(q), as_ints(rounded)));
 }
 
 template <Kind kKind, bool kDivide>
@@ -335,7 +352,7 @@ static void write_run(uint8_t* codes, const T* x, int64_t count, float scale, co
 template <Kind kKind>
 static float scale_of(uint32_t largest) {
   if (largest >= kInfinite) return __builtin_nanf("");
-  const float scale = as_float(largest) / (kKind == kToE4m3 ? 448.0f : 127.0f);
+  const float scale = as_float(largest) / (kKind == kToE4m3 ? kLargestE4m3 : 127.0f);
   return scale < 0x1p-126f ? 0x1p-126f : scale;
 }
 

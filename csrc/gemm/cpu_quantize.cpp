@@ -14,13 +14,6 @@ constexpr int64_t kBlocksAtOnce = 8;     // side by side; 128 rows of them stay 
 
 // ---- Rows: two passes, the second from the cache.
 
-template <typename T>
-static uint32_t largest_of(const T* x, int64_t count) {
-  Largest<T> found;
-  found.add(x, count);
-  return found.value();
-}
-
 template <Kind kKind, typename T>
 static void rows(const QuantizeRows& a) {
   const int64_t bytes = a.rows * a.columns * static_cast<int64_t>(sizeof(T));

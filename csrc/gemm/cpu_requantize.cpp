@@ -3,36 +3,16 @@
 // Rows are read twice: one after the other for their largest magnitudes, which brings them into L2, and in pieces of all
 // rows of a panel for their codes, while what comes next is on its way from memory.
 #include "codes.h"
-#include "kernels.h"
+#include "panels.h"
 
 namespace m4ov {
 namespace M4OV_VARIANT {
 namespace {
 
-constexpr int64_t kPanel = 64;    // output features of a panel
 constexpr int64_t kStrip = 128;   // rows, and columns, of a block that shares a scale
 constexpr int64_t kPiece = 128;   // columns of a panel that are put in order at once
 constexpr int64_t kL2Bytes = 256 << 10;  // of the weight, between the first reading and the second
 constexpr int64_t kMostGroups = 64;      // in as many columns
-
-// Sixteen words of four rows, each in its row, to columns.
-struct Words {
-  __m128i at[4];
-};
-M4OV_INLINE Words transposed(const uint8_t* from, int64_t stride) {
-  __m128i x[4];
-  for (int i = 0; i < 4; ++i) x[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * stride));
-  const __m128i a = _mm_unpacklo_epi32(x[0], x[1]), b = _mm_unpackhi_epi32(x[0], x[1]);
-  const __m128i c = _mm_unpacklo_epi32(x[2], x[3]), d = _mm_unpackhi_epi32(x[2], x[3]);
-  return {{_mm_unpacklo_epi64(a, c), _mm_unpackhi_epi64(a, c), _mm_unpacklo_epi64(b, d), _mm_unpackhi_epi64(b, d)}};
-}
-M4OV_INLINE __m128i low_halves(__m128i x, __m128i y) {
-  return _mm_packs_epi32(_mm_srai_epi32(_mm_slli_epi32(x, 16), 16), _mm_srai_epi32(_mm_slli_epi32(y, 16), 16));
-}
-M4OV_INLINE __m128i high_halves(__m128i x, __m128i y) {
-  return _mm_packs_epi32(_mm_srai_epi32(x, 16), _mm_srai_epi32(y, 16));
-}
-M4OV_INLINE void put_word(uint8_t* to, __m128i x) { _mm_store_si128(reinterpret_cast<__m128i*>(to), x); }
 
 // Of one piece of columns, or several: by group, then by output feature of the panel.
 struct Scales {
@@ -54,25 +34,23 @@ struct Work {
   static constexpr uint8_t kPad = kKind == kToInt8Panel ? 128 : 0;
 
   const Requantize& a;
-  int64_t group, groups, words, panels, half;
+  const PanelRows of_panels;
+  int64_t group, groups, words, panels;
   bool stream;
   uint32_t largest = 0;
 
-  explicit Work(const Requantize& arguments) : a(arguments) {
+  explicit Work(const Requantize& arguments) : a(arguments), of_panels(a.rows, a.paired) {
     group = a.group ? a.group : a.columns;
     groups = blocks_of(a.columns, group);
     words = blocks_of(a.columns, kTogether);
-    half = a.paired ? a.rows / 2 : a.rows;
-    panels = blocks_of(half, kPanel) * (a.paired ? 2 : 1);
+    panels = of_panels.count();
     stream = a.rows * a.columns * static_cast<int64_t>(sizeof(T)) >= kStreamBytes &&
              reinterpret_cast<uintptr_t>(a.codes) % 64 == 0;
   }
 
   int64_t bytes() const { return a.rows * a.columns * static_cast<int64_t>(sizeof(T)); }
-  int64_t first_row(int64_t panel) const {
-    return a.paired ? panel % 2 * half + panel / 2 * kPanel : panel * kPanel;
-  }
-  int64_t rows_of(int64_t panel) const { return smaller(kPanel, half - (a.paired ? panel / 2 : panel) * kPanel); }
+  int64_t first_row(int64_t panel) const { return of_panels.first(panel); }
+  int64_t rows_of(int64_t panel) const { return of_panels.rows(panel); }
   const T* row(int64_t n) const { return static_cast<const T*>(a.weight) + n * a.weight_stride; }
 
   void saw(uint32_t bits) {
@@ -84,7 +62,7 @@ struct Work {
 
   // The scales of weights whose largest magnitudes have these bits, as they are stored.
   V scales_of(I bits) const {
-    const V ideal = as_floats(bits) / set1(kKind == kToInt4 ? 7.5f : kKind == kToInt8Panel ? 127.5f : 448.0f);
+    const V ideal = as_floats(bits) / set1(kKind == kToInt4 ? 7.5f : kKind == kToInt8Panel ? 127.5f : kLargestE4m3);
     const V least = max(ideal, set1(a.scale_dtype == kFloat16 ? 0x1p-24f : 0x1p-126f));
     const V scale = where_negative(as_floats(as_ints(ideal) + ints(-1)), set1(1.0f), least);  // 1 where it is 0
     if (a.scale_dtype == kBFloat16) return round_to<Bf16>(scale);
@@ -140,34 +118,9 @@ struct Work {
       }
       const int64_t made = blocks_of(n, kTogether);
       uint8_t* to = a.codes + (panel * words + k / kTogether) * kPanel * kWordBytes;
-      put_in_order(ordered, tile);
+      put_in_order<kWordBytes, kTileRow>(ordered, tile);
       stream ? stream_lines(to, ordered, made * kPanel * kWordBytes)
              : static_cast<void>(memcpy(to, ordered, made * kPanel * kWordBytes));
-    }
-  }
-
-  static void put_in_order(uint8_t* to, const uint8_t* tile) {
-    constexpr int64_t kStep = kPanel * kWordBytes, kWords = kTileRow / kWordBytes;
-    if constexpr (kKind == kToE4m3) {
-      for (int64_t word = 0; word < kWords; word += 8) {
-        for (int64_t f = 0; f < kPanel; f += 8) {
-          const uint8_t* from = tile + f * kTileRow + word * kWordBytes;
-          const Words x = transposed(from, kTileRow), y = transposed(from + 4 * kTileRow, kTileRow);
-          uint8_t* place = to + word * kStep + f * kWordBytes;
-          for (int i = 0; i < 4; ++i) {
-            put_word(place + 2 * i * kStep, low_halves(x.at[i], y.at[i]));
-            put_word(place + (2 * i + 1) * kStep, high_halves(x.at[i], y.at[i]));
-          }
-        }
-      }
-    } else {
-      for (int64_t word = 0; word < kWords; word += 4) {
-        for (int64_t f = 0; f < kPanel; f += 4) {
-          const Words x = transposed(tile + f * kTileRow + word * kWordBytes, kTileRow);
-          uint8_t* place = to + word * kStep + f * kWordBytes;
-          for (int i = 0; i < 4; ++i) put_word(place + i * kStep, x.at[i]);
-        }
-      }
     }
   }
 

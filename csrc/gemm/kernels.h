@@ -78,6 +78,17 @@ struct Requantize {
   int scale_dtype, dtype, threads;
 };
 
+// Rows of codes to the panels that m4ov_kernels/gemm/panels.py describes, in words of some bytes of each row.
+struct PackPanels {
+  uint8_t* panels;  // [panels, words, 64, word_bytes]
+  const uint8_t* codes;
+  int64_t rows, columns, row_stride;  // columns: bytes of a row
+  int word_bytes;   // 2 or 4
+  int flip;         // the bits that differ in every byte; what is past the end of the codes is 0 before
+  int paired;       // as in Requantize
+  int threads;
+};
+
 enum QuantizedKind : int { kInt4, kInt8, kFp8 };
 enum QuantizedActivation : int { kAsBf16, kAsInt8, kAsFp8 };
 enum QuantizedEpilogue : int { kNothing, kGelu, kGeluByTanh, kSwiglu };
@@ -108,4 +119,5 @@ struct QuantizedLinear {
   X(void, rms_norm_quantize, RmsNormQuantize) \
   X(void, swiglu_quantize, SwigluQuantize) \
   X(int64_t, requantize, Requantize) \
+  X(void, pack_panels, PackPanels) \
   X(int64_t, quantized_linear, QuantizedLinear)

@@ -2,47 +2,17 @@
 // places of the weight.
 #pragma once
 
+#include "codes.h"
 #include "quantized.h"
 
 namespace m4ov {
 namespace M4OV_VARIANT {
 namespace {  // nothing that the linker could share between variants
 
-constexpr float kSmallestScale = 1.17549435e-38f, kLargestE4m3 = 448.0f;
-
-// The largest magnitude; NaN if anything is not finite.
-static float largest_of(const float* x, int64_t count) {
-  uint32_t most = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    uint32_t bits;
-    memcpy(&bits, x + i, 4);
-    bits &= 0x7fffffff;
-    most = bits > most ? bits : most;
-  }
-  float largest;
-  memcpy(&largest, &most, 4);
-  return most < 0x7f800000 ? largest : __builtin_nanf("");
-}
-
-// NaN if anything is, else 0.
-static float any_nan(const float* x, int64_t count) {
+static bool any_nan(const float* x, int64_t count) {
   bool found = false;
   for (int64_t i = 0; i < count; ++i) found |= x[i] != x[i];
-  return found ? __builtin_nanf("") : 0.0f;
-}
-
-// Numbers of at most 448 to the nearest that e4m3 has (ties to even), as fp32.
-static void round_to_e4m3(float* x, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    uint32_t bits;
-    memcpy(&bits, x + i, 4);
-    bits = (bits + 0x7ffff + (bits >> 20 & 1)) & 0xfff00000;
-    float normal;
-    memcpy(&normal, &bits, 4);
-    constexpr float kStep = 3.0f * (1 << 13);  // added, the last bit is 2^-9
-    const float magnitude = x[i] < 0 ? -x[i] : x[i], denormal = magnitude + kStep - kStep;
-    x[i] = magnitude < 1.0f / 64 ? (x[i] < 0 ? -denormal : denormal) : normal;
-  }
+  return found;
 }
 
 // What every thread reads. A segment's rows lie together, one after another: tiles read memory in order.
@@ -93,29 +63,33 @@ struct Input {
   }
 
   // Codes, as fp32 in place, and their scale: of -127 to 127, or of e4m3; NaN if anything is not finite, or with a given
-  // scale, to whose range infinity is clamped, if anything is NaN.
+  // scale, to whose range infinity is clamped, if anything is NaN. Zeros may follow, up to the next multiple of 16.
   float quantize(float* wide, int64_t count) const {
-    const bool given = kKind == kFp8 && a.input_scale;
-    const float largest = given ? any_nan(wide, count) : largest_of(wide, count);
-    if (largest != largest) {
-      memset(wide, 0, count * sizeof(float));
-      return largest;
-    }
-    const float by_code = largest / (int8() ? 127.0f : kLargestE4m3);
-    const float scale = given ? *a.input_scale : by_code > kSmallestScale ? by_code : kSmallestScale;
+    float scale = __builtin_nanf("");
     if (int8()) {
+      scale = scale_of<kToInt8>(largest_of(wide, count));
+    } else if (kKind != kFp8 || !a.input_scale) {
+      scale = scale_of<kToE4m3>(largest_of(wide, count));
+    } else if (!any_nan(wide, count)) {
+      scale = *a.input_scale;
+    }
+    if (scale != scale) {
+      memset(wide, 0, count * sizeof(float));
+    } else if (int8()) {
       for (int64_t i = 0; i < count; i += kLanes) store_vector(wide + i, nearest(load_vector(wide + i) / set1(scale)));
-      return scale;
+    } else {
+      for (int64_t i = 0; i < count; i += kLanes) {
+        const V quotient = load_vector(wide + i) / set1(scale);
+        store_vector(wide + i, nearest_e4m3(max(set1(-kLargestE4m3), min(set1(kLargestE4m3), quotient))));
+      }
     }
-    for (int64_t i = 0; i < count; ++i) {
-      const float x = wide[i] / scale;
-      wide[i] = x > kLargestE4m3 ? kLargestE4m3 : x < -kLargestE4m3 ? -kLargestE4m3 : x;
-    }
-    round_to_e4m3(wide, count);
     return scale;
   }
 
   void prepare(float* wide, int64_t token) const {
+#ifdef __AVX512BF16__
+    if constexpr (kSame<Tile, BytesTile>) return prepare_bytes(wide, token);
+#endif
     gather(wide, token);
     if (by_group()) {
       for (int64_t group = 0; group < a.groups; ++group) {
@@ -125,41 +99,34 @@ struct Input {
     } else if (scaled()) {
       scales[token] = quantize(wide, rounded_up(a.places, 16));
     }
-    int64_t index = 0;
-    for (int64_t begin = 0; begin < a.places; ++index) {
+    for (int64_t begin = 0; begin < a.places;) {
       const Segment segment = segment_at<kPlaces>(a, begin);
-      E* to = values + segment.begin * a.tokens + token * segment.count;
-      const int32_t sum = put(to, wide + begin, segment.count);
-      if constexpr (kSame<Tile, BytesTile>) {
-        // What an unsigned code is more than the number it stands for: see unpack_int4.
-        const int32_t offset = kKind == kInt8 ? 128 : a.zeros ? 15 : 8;
-        starts[index * a.tokens + token] = -offset * sum;
-      }
+      put(values + segment.begin * a.tokens + token * segment.count, wide + begin, segment.count);
       begin += segment.count;
     }
   }
 
   // `wide` may be read up to the next multiple of 16.
-  int32_t put(E* to, const float* wide, int64_t count) const {
-    if constexpr (kSame<Tile, FmaTile>) {
-      if (scaled()) {
-        memcpy(to, wide, count * sizeof(float));
-      } else {
-        int64_t i = 0;
-        for (; i + kLanes <= count; i += kLanes) store_vector(to + i, round_to_bf16(load_vector(wide + i)));
-        float last[kLanes];
-        if (i < count) store_vector(last, round_to_bf16(load_vector(wide + i)));
-        memcpy(to + i, last, (count - i) * sizeof(float));
-      }
-      return 0;
+  void put(E* to, const float* wide, int64_t count) const {
+#ifdef __AVX512BF16__
+    if constexpr (kSame<Tile, DotTile>) return put_pairs(to, wide, count);
+#endif
+    if constexpr (!kSame<Tile, FmaTile>) {
+      return;
+    } else if (scaled()) {
+      memcpy(to, wide, count * sizeof(float));
     } else {
-      return put_narrow(to, wide, count);
+      int64_t i = 0;
+      for (; i + kLanes <= count; i += kLanes) store_vector(to + i, round_to_bf16(load_vector(wide + i)));
+      float last[kLanes];
+      if (i < count) store_vector(last, round_to_bf16(load_vector(wide + i)));
+      memcpy(to + i, last, (count - i) * sizeof(float));
     }
   }
 
 #ifdef __AVX512BF16__
   // Of each eight places: as unpack_int4 has them.
-  static int32_t put_narrow(Bf16* to, const float* wide, int64_t count) {
+  static void put_pairs(Bf16* to, const float* wide, int64_t count) {
     const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
     for (int64_t i = 0; i < count; i += 16) {
       const __m256bh halves = _mm512_cvtneps_pbh(_mm512_loadu_ps(wide + i));
@@ -167,18 +134,43 @@ struct Input {
       if constexpr (kKind == kInt4) bits = _mm256_shuffle_epi8(bits, order);
       _mm256_mask_storeu_epi16(to + i, first_lanes(count - i), bits);
     }
-    return 0;
   }
-  static int32_t put_narrow(int8_t* to, const float* wide, int64_t count) {
-    const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+  void prepare_bytes(float* wide, int64_t token) const {
+    if (a.order || (kKind == kInt4 && a.input_scale)) {
+      gather(wide, token);
+      write_bytes(wide, a.places, token);
+    } else {
+      write_bytes(static_cast<const T*>(a.input) + token * a.input_row, a.width, token);
+    }
+  }
+  // A row to codes, for VPDPBUSD; zeros at the places past its end.
+  template <typename S>
+  void write_bytes(const S* row, int64_t width, int64_t token) const {
+    const float scale = scale_of<kToInt8>(largest_of(row, width));
+    const Divisor by = divisor(scale);
+    scales[token] = scale;
+    // What an unsigned code is more than the number it stands for: see unpack_int4.
+    const int32_t offset = kKind == kInt8 ? 128 : a.zeros ? 15 : 8;
+    int64_t index = 0;
+    for (int64_t begin = 0; begin < a.places; ++index) {
+      const Segment segment = segment_at<kPlaces>(a, begin);
+      uint8_t* to = reinterpret_cast<uint8_t*>(values) + segment.begin * a.tokens + token * segment.count;
+      const int64_t there = larger(0, smaller(segment.count, width - begin));
+      write_run<kToInt8, false>(to, row + begin, there, scale, by, row + begin, false);
+      memset(to + there, 0, segment.count - there);
+      starts[index * a.tokens + token] = -offset * arrange(to, segment.count);
+      begin += segment.count;
+    }
+  }
+  // The same of codes, in place; returns their sum.
+  static int32_t arrange(uint8_t* codes, int64_t count) {
+    const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
     __m512i sum = _mm512_setzero_si512();
-    for (int64_t i = 0; i < count; i += 16) {
-      const __mmask16 lanes = first_lanes(count - i);
-      const __m512i codes = _mm512_maskz_cvtps_epi32(lanes, _mm512_loadu_ps(wide + i));
-      sum = _mm512_add_epi32(sum, codes);
-      __m128i bytes = _mm512_cvtepi32_epi8(codes);
-      if constexpr (kKind == kInt4) bytes = _mm_shuffle_epi8(bytes, order);
-      _mm_mask_storeu_epi8(to + i, lanes, bytes);
+    for (int64_t i = 0; i < count; i += 64) {
+      const __mmask64 lanes = count - i < 64 ? (uint64_t{1} << (count - i)) - 1 : ~uint64_t{0};
+      __m512i some = _mm512_maskz_loadu_epi8(lanes, codes + i);
+      sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), some);
+      if constexpr (kKind == kInt4) _mm512_mask_storeu_epi8(codes + i, lanes, _mm512_shuffle_epi8(some, order));
     }
     return _mm512_reduce_add_epi32(sum);
   }

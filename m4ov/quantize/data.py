@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from m4ov.data import DataError, Encoder, Mixture, digits, easy_vqa, encoder_of
 from m4ov.quantize.calibration import Batch
+from m4ov.quantize.jsonl import Lines
 from m4ov.recipe import DataConfig
 
 QUICKSTART = "quickstart"
@@ -21,8 +22,8 @@ class Calibration:
     Args:
         model: the folder of the model.
         data: "quickstart" (its training questions), a folder laid out as easy-vqa's data, a ``.safetensors`` file that
-            is a batch (names and tensors are the keyword arguments of the model's forward, ``labels`` among them), or a
-            folder of such files.
+            is a batch (names and tensors are the keyword arguments of the model's forward, ``labels`` among them), a
+            folder of such files, or a ``.jsonl`` file (:mod:`m4ov.quantize.jsonl`).
         count: batches at most.
 
     Raises:
@@ -33,7 +34,11 @@ class Calibration:
         self.data, self.count = data, count
         self._files: list[Path] = []
         self._mixture: dict[str, Any] = {}
+        self._lines: Lines | None = None
         path = Path(data)
+        if path.suffix == ".jsonl":
+            self._lines = Lines(model, path, count)
+            return
         if data != QUICKSTART and path.suffix == ".safetensors":
             self._files = [path]
         elif data != QUICKSTART and path.is_dir():
@@ -43,13 +48,13 @@ class Calibration:
         if data != QUICKSTART and not (path / "train" / "questions.json").is_file():
             raise ValueError(
                 f"--calibrate: expected quickstart, a folder with train/questions.json (as easy-vqa's), or "
-                f".safetensors batches; got {data}"
+                f".safetensors batches, or a .jsonl file; got {data}"
             )
         encoder = encoder_of(model)
         if encoder is None:
             raise ValueError(
                 f"--calibrate: {model} is no quickstart's model: its processor and tokenizer are others; "
-                f"give batches as .safetensors files"
+                f"give batches as .safetensors files, or a .jsonl file of texts and images"
             )
         self._mixture = self._splits("" if data == QUICKSTART else data, encoder)
 
@@ -75,6 +80,8 @@ class Calibration:
         Raises:
             ValueError: a file is damaged.
         """
+        if self._lines is not None:
+            return list(self._lines.batches(dtype))
         if self._mixture:
             mixture = Mixture(**self._mixture, seed=0, flip=False, shift=0, dtype=dtype)
             return [mixture.batch(step) for step in range(self.count)]

@@ -18,7 +18,8 @@ from m4ov.data import image_processor, to_hugging_face
 from m4ov.models.qwen3_vl import build, cast_parameters, forward
 from m4ov.recipe import QuickstartConfig
 from m4ov.sft.task import Task
-from m4ov.train import CheckpointError, TrainResult, train
+from m4ov.train import CheckpointError, TrainingError, TrainResult, train
+from m4ov_kernels.integrations import transformer_engine
 from m4ov_kernels.packing import PackedBatch
 from m4ov_kernels.patches import patch
 
@@ -28,6 +29,12 @@ def loss_of(model: torch.nn.Module, batch: PackedBatch) -> Tensor:
     return forward(model, batch).loss
 
 
+def loss_in_fp8(model: torch.nn.Module, batch: PackedBatch) -> Tensor:
+    """The same, transformer-engine's linears multiplying in fp8."""
+    with transformer_engine.autocast():
+        return loss_of(model, batch.to("cuda"))
+
+
 def run(config: QuickstartConfig, task: Task, folder: Path, console: Console) -> TrainResult:
     """Train, or go on training, and write ``folder/model`` when done.
 
@@ -35,8 +42,12 @@ def run(config: QuickstartConfig, task: Task, folder: Path, console: Console) ->
         folder: of the run, claimed by the caller (:class:`m4ov.train.RunFolder`).
 
     Raises:
-        Interrupted, CheckpointError, TrainingError: see :func:`m4ov.train.train`.
+        Interrupted, CheckpointError, TrainingError: see :func:`m4ov.train.train`. TrainingError also where
+            ``train.fp8`` asks for what this machine has not.
     """
+    in_fp8 = config.train.fp8 == "transformer_engine"
+    if in_fp8 and (reason := transformer_engine.unavailable()) is not None:
+        raise TrainingError(f"train.fp8: {reason}")
     model = build(task.model_config, config.run.seed)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     console.print(
@@ -46,10 +57,12 @@ def run(config: QuickstartConfig, task: Task, folder: Path, console: Console) ->
     if config.train.patch:
         patch(model)
     cast_parameters(model, task.dtype)
+    if in_fp8:
+        torch.nn.Module.to(model, "cuda")
+        console.print(f"fp8: {len(transformer_engine.install(model))} linear layers of transformer-engine")
     mixture = task.mixture(config.data, config.run.seed)
-    result = train(
-        model, mixture.batch, loss_of, config=config.train, optim=config.optim, folder=folder, console=console
-    )
+    loss = loss_in_fp8 if in_fp8 else loss_of
+    result = train(model, mixture.batch, loss, config=config.train, optim=config.optim, folder=folder, console=console)
     save_model(task, result.weights, folder / "model")
     return result
 
@@ -67,7 +80,8 @@ def fingerprint(config: QuickstartConfig) -> dict[str, Any]:
 
     tree = dataclasses.asdict(config)
     add("", {name: tree[name] for name in ("data", "model", "optim")})
-    add("", {"run": {"seed": config.run.seed}, "train": {k: tree["train"][k] for k in ("steps", "precision", "patch")}})
+    trained = {name: tree["train"][name] for name in ("steps", "precision", "patch", "fp8")}
+    add("", {"run": {"seed": config.run.seed}, "train": trained})
     return flat
 
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from m4ov_kernels import checks
 from m4ov_kernels.activation import gelu, swiglu
 from m4ov_kernels.dispatch import Operator, invariance_requested
-from m4ov_kernels.gemm import reference
-from m4ov_kernels.gemm.panels import KINDS, Panels
+from m4ov_kernels.gemm import int4_cuda, options, reference
+from m4ov_kernels.gemm.panels import KINDS, PANEL, Panels
 from m4ov_kernels.gemm.weights import Fp8Weight, Int4Weight, Int8Weight
 from m4ov_kernels.gemm.weights.fp8 import BLOCK
 from m4ov_kernels.gemm.weights.int4 import WHOLE_ROW
 
-EPILOGUES = ("gelu", "gelu_tanh", "swiglu")
+EPILOGUES = tuple(name for name in options.EPILOGUES if name != "none")
 _CLASSES = {kind: weight for weight, kind in KINDS.items()}
 # To how many rows "auto" multiplies bfloat16 activations with an Int4Weight, and what it takes for more.
 FEW_ROWS = {"cpu": 4, "cuda": 64}
@@ -40,7 +40,8 @@ def int4_linear(
     Args:
         x: ``[..., K]``, bfloat16, float16, float32 or float64; any strides.
         weight: ``[N, K]``, on the device of ``x``; or, on the CPU, the :class:`m4ov_kernels.gemm.panels.Panels` of one,
-            not paired. The layout that the CPU's kernels read is made at the first call and kept with the weight.
+            with the epilogue "swiglu" paired or not. The layout that the CPU's kernels read is made at the first call
+            and kept with the weight.
         bias: ``[N]``, of the dtype of ``x``.
         residual: shaped as the result, of the dtype of ``x``.
         activation: ``"bf16"``: rounded to bfloat16. ``"int8"``, ``"fp8"`` (e4m3): every row over its own scale, its
@@ -152,20 +153,22 @@ def _linear(
     rows, dtype = x.shape[:-1].numel(), x.dtype
     activation = resolved(kind, activation, rows, x.device.type, invariant)
     after = epilogue or "none"
-    implementation = QUANTIZED_LINEAR.select(x.device, dtype)
-    backend = "reference" if implementation is None else QUANTIZED_LINEAR.backend_of(implementation, x.device, dtype)
+    # An epilogue that is to be differentiated, or whose bits must not depend on that, or of panels that aren't paired.
+    composed = after != "none" and (
+        invariant or _differentiated(x, bias, residual) or (after == "swiglu" and _in_panels(weight, paired=False))
+    )
+    asked = (kind, rows, _act_order(weight), activation, "none" if composed else after)
+    implementation = QUANTIZED_LINEAR.select(x.device, dtype, *asked)
+    backend = "reference" if implementation is None else implementation.backend
     if invariant and backend != "native":
         raise RuntimeError(f"{op}: invariance was asked for, but backend {backend!r} is not invariant")
     if implementation is None:
         held = weight.weight() if type(weight) is Panels else weight
         return reference.quantized_linear(x, held, bias, residual, activation, after)
-    # An epilogue that is to be differentiated, or whose bits must not depend on that, or of panels that aren't paired.
-    composed = after != "none" and (
-        invariant or _differentiated(x, bias, residual) or (after == "swiglu" and type(weight) is Panels)
-    )
     flat = x.reshape(rows, x.shape[-1])
+    by_panels = (backend, x.device.type) == ("native", "cpu")
     # The compiled CPU kernels multiply by it themselves.
-    factor = weight.pre_quant_scale if kind == "int4" and (backend, x.device.type) != ("native", "cpu") else None
+    factor = weight.pre_quant_scale if kind == "int4" and not by_panels else None
     if composed or factor is not None:
         flat, bias = flat.float(), None if bias is None else bias.float()
         residual = None if residual is None else residual.float()
@@ -173,13 +176,19 @@ def _linear(
             flat = flat * factor.float()
     width = weight.shape[0] // 2 if after == "swiglu" else weight.shape[0]
     to_add = None if residual is None else residual.reshape(rows, width)
-    *operands, input_scale, group = _operands(weight, backend, x.device.type, after == "swiglu" and not composed)
+    *operands, input_scale, group = _operands(weight, by_panels, after == "swiglu" and not composed)
     operands.append(None if kind == "fp8" and activation != "fp8" else input_scale)
-    options = (kind, weight.shape[0], group, activation)
     if not composed:
-        result: Tensor = QUANTIZED_LINEAR(implementation, flat, *operands, bias, to_add, *options, after)
+        scheme = (kind, weight.shape[0], group, activation, after)
+        result: Tensor = QUANTIZED_LINEAR(implementation, flat, *operands, bias, to_add, *scheme)
     else:
-        result = _activated(QUANTIZED_LINEAR(implementation, flat, *operands, bias, None, *options, "none"), after)
+        by_turns = by_panels and _in_panels(weight, paired=True)  # gates and ups, 64 each, the padding too
+        scheme = (kind, operands[0].shape[0] * PANEL if by_turns else weight.shape[0], group, activation, "none")
+        product = QUANTIZED_LINEAR(implementation, flat, *operands, None if by_turns else bias, None, *scheme)
+        if by_turns:
+            product = product.unflatten(1, (-1, 2, PANEL)).transpose(1, 2).flatten(2)[..., :width].flatten(1)
+            product = product if bias is None else product + bias
+        result = _activated(product, after)
         result = result if to_add is None else result + to_add
     return result.to(dtype).view(*x.shape[:-1], width)
 
@@ -194,6 +203,23 @@ def resolved(kind: str, activation: str, rows: int, device_type: str, invariant:
     return "bf16" if kind == "int4" and rows <= FEW_ROWS[place] else MANY[place]
 
 
+def _in_panels(weight: Any, *, paired: bool) -> bool:
+    return type(weight) is Panels and weight.paired is paired
+
+
+def _act_order(weight: Any) -> bool:
+    return (weight.order if type(weight) is Panels else getattr(weight, "g_idx", None)) is not None
+
+
+def _declines(
+    backend: str, device_type: str, kind: str, rows: int, act_order: bool, activation: str, epilogue: str
+) -> str | None:
+    """The compiled kernels of a GPU are for some calls only."""
+    if (backend, device_type) != ("native", "cuda"):
+        return None
+    return int4_cuda.unserved(kind, rows, act_order, activation, epilogue)
+
+
 def _differentiated(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
@@ -204,11 +230,11 @@ def _activated(product: Tensor, epilogue: str) -> Tensor:
     return gelu(product, approximate="tanh" if epilogue == "gelu_tanh" else "none")
 
 
-def _operands(weight: Any, backend: str, device_type: str, paired: bool) -> tuple[Any, ...]:
+def _operands(weight: Any, by_panels: bool, paired: bool) -> tuple[Any, ...]:
     """codes, scales, zeros, order, input_scale and group of the raw operator: in panels for the compiled CPU kernels,
     for which input_scale is also the factors [K] of the input of int4; for others canonical, ``group`` then the input
     features that share a scale."""
-    if backend == "native" and device_type == "cpu":
+    if by_panels:
         held = weight if type(weight) is Panels else weight.panels(paired=paired)
         factor = held.input_scale if held.pre_quant_scale is None else held.pre_quant_scale
         return held.codes, held.scales, held.zeros, held.order, factor, held.group
@@ -235,9 +261,9 @@ def _check(
     epilogue: str | None,
 ) -> None:
     checks.float_tensor(op, "x", x)
-    laid_out = type(weight) is Panels and weight.kind == kind and not weight.paired
+    laid_out = type(weight) is Panels and weight.kind == kind and not (weight.paired and epilogue != "swiglu")
     if not laid_out and type(weight) is not _CLASSES[kind]:
-        expected = f"an {_CLASSES[kind].__name__}, or panels of one that are not paired"
+        expected = f"an {_CLASSES[kind].__name__}, or panels of one, not paired but for 'swiglu'"
         checks.refuse(TypeError, op, "weight", expected, checks.describe(weight))
     N, K = weight.shape
     if not x.shape or x.shape[-1] != K:
@@ -331,4 +357,6 @@ QUANTIZED_LINEAR = Operator(
     serves=("int4_linear", "int8_linear", "fp8_linear"),
     public=False,
     backends=("native", "triton"),
+    declines=_declines,
+    usual={f"{kind}_linear": (kind, 1, False, resolved(kind, "auto", 1, "cuda"), "none") for kind in ACTIVATIONS},
 )

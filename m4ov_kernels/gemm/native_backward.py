@@ -3,13 +3,15 @@ by the kernel that keeps a row's bits. On a GPU the weight is canonical, and ``n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from m4ov_kernels.gemm import native_cuda
+from m4ov_kernels.gemm.backward import by_parts
 from m4ov_kernels.gemm.native_invariant import invariant_linear_fwd
 from m4ov_kernels.gemm.panels import PANEL, PLACES
-from m4ov_kernels.layout import output
 
 _ELEMENTS = 1 << 21  # of the weight that are dequantised at once: 8 MiB in float32
 
@@ -26,37 +28,27 @@ def quantized_linear_bwd(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``[M, N]`` and a weight in panels (not paired) → ``grad_output @ weight``, ``[M, K]``.
-
-    bfloat16 gradients meet a weight rounded to bfloat16, others one in float32; sums are float32.
-    """
+    """``[M, N]`` and a weight in panels (not paired) → ``grad_output @ weight``, ``[M, K]``."""
     if grad_output.is_cuda:
         operands = (codes, scales, zeros, order)
         return native_cuda.quantized_linear_bwd(grad_output, *operands, kind, in_features, group, out=out)
-    columns, places = grad_output.shape[1], PLACES[kind]
-    result = output(out, (grad_output.shape[0], in_features), grad_output, grad_output.dtype)
-    dtype = torch.bfloat16 if grad_output.dtype is torch.bfloat16 else torch.float32
-    grad = grad_output.to(dtype)
-    end = codes.shape[1] * places
+    columns, end = grad_output.shape[1], codes.shape[1] * PLACES[kind]
     step = max(8, _ELEMENTS // (codes.shape[0] * PANEL) // 8 * 8)
-    for start in range(0, end, step):
-        stop = min(end, start + step)
-        block = _dequantized(codes, scales, zeros, kind, group, start, stop)[:, :columns]  # [places, N]
-        if dtype is torch.bfloat16:  # what is finite stays so
-            block = block.clamp(-_LARGEST, _LARGEST).to(dtype)
-        if order is None:
-            stop = min(stop, in_features)
-            result[:, start:stop] = invariant_linear_fwd(grad, block[: stop - start], None)
-        else:
+
+    def parts() -> Iterator[tuple[slice | Tensor, Tensor]]:
+        for start in range(0, end, step):
+            stop = min(end, start + step)
+            values = _dequantized(codes, scales, zeros, kind, group, start, stop)[:, :columns]
+            if order is None:
+                stop = min(stop, in_features)
+                yield slice(start, stop), values[: stop - start]
+                continue
             features = order[start:stop].long()
             present = features >= 0
-            if not present.any():
-                continue
-            result[:, features[present]] = invariant_linear_fwd(grad, block[present], None).to(result.dtype)
-    return result
+            if present.any():
+                yield features[present], values[present]
 
-
-_LARGEST = torch.finfo(torch.bfloat16).max
+    return by_parts(grad_output, in_features, parts(), lambda grad, part: invariant_linear_fwd(grad, part, None), out)
 
 
 def _dequantized(

@@ -11,26 +11,13 @@ import torch
 from torch import Tensor
 
 from m4ov_kernels import _C
+from m4ov_kernels.gemm.backward import by_parts
+from m4ov_kernels.gemm.int4_cuda import unserved
 from m4ov_kernels.gpu import current_device
 from m4ov_kernels.layout import DTYPES, as_rows, output
 
-FEW_ROWS = 16  # up to here the codes are read once, and their bandwidth is the limit
-MOST_ROWS = 64
 _PER_PIECE = 8  # bfloat16 in 16 bytes
 _ELEMENTS = 1 << 24  # of the weight that are dequantised at once, for the backward: 64 MiB in float32
-
-
-def unserved(rows: int, kind: str, act_order: bool, activation: str, epilogue: str) -> str | None:
-    """Why there is no CUDA C++ kernel for such a call; ``None`` if there is."""
-    if kind != "int4" or activation != "bf16":
-        return f"on a GPU it has int4 weights by bf16 activations; got {kind} by {activation}"
-    if act_order:
-        return "on a GPU it has no act-order (g_idx)"
-    if epilogue != "none":
-        return f"on a GPU it has no epilogue but bias and residual; got {epilogue!r}"
-    if rows > MOST_ROWS:
-        return f"on a GPU it is for {MOST_ROWS} rows at most; got {rows}"
-    return None
 
 
 def quantized_linear_fwd(
@@ -54,11 +41,9 @@ def quantized_linear_fwd(
     ``[N, G]``.
 
     Raises:
-        RuntimeError: it has no kernel for these arguments, see :func:`unserved`; Triton has.
+        RuntimeError: it has no kernel for these arguments, see :func:`m4ov_kernels.gemm.int4_cuda.unserved`.
     """
-    reason = unserved(input.shape[0], kind, order is not None, activation, epilogue)
-    if reason is not None:
-        raise RuntimeError(f"quantized_linear: backend 'native' was asked for, but {reason}")
+    _refuse_unserved(kind, input.shape[0], order, activation, epilogue)
     (rows, width), dtype = input.shape, input.dtype
     if codes.shape != (out_features, 4 * -(-width // 8)) or scales.shape[0] != out_features:
         raise ValueError(f"codes: expected [{out_features}, {4 * -(-width // 8)}], got {list(codes.shape)}")
@@ -68,8 +53,8 @@ def quantized_linear_fwd(
     input, input_row = _in_pieces(input)
     codes, scales = codes.contiguous(), scales.contiguous()
     zeros = None if zeros is None else zeros.contiguous()
-    bias = None if bias is None else bias.to(dtype).contiguous()
-    residual, residual_row = (None, 0) if residual is None else as_rows(residual.to(dtype))
+    bias = None if bias is None else bias.contiguous()
+    residual, residual_row = (None, 0) if residual is None else as_rows(residual)
     with current_device(input):
         multiprocessors, stream = _machine(input.device)
         blocks, partials, tiles = _C.int4_linear_cuda_plan(rows, out_features, width, multiprocessors)
@@ -95,24 +80,27 @@ def quantized_linear_bwd(
     out: Tensor | None = None,
 ) -> Tensor:
     """``[M, N]`` and the canonical weight of a forward above → ``grad_output @ weight``, ``[M, K]``, by PyTorch's
-    products of the weight dequantised some input features at a time: in bfloat16 for gradients of that dtype, else in
-    float32."""
-    reason = unserved(0, kind, order is not None, "bf16", "none")
-    if reason is not None:
-        raise RuntimeError(f"quantized_linear: backend 'native' was asked for, but {reason}")
-    result = output(out, (grad_output.shape[0], in_features), grad_output, grad_output.dtype)
-    dtype = torch.bfloat16 if grad_output.dtype is torch.bfloat16 else torch.float32
-    largest, grad = torch.finfo(dtype).max, grad_output.to(dtype)
-    step = max(1, _ELEMENTS // codes.shape[0] // 2) * 2
-    for start in range(0, in_features, step):
-        stop = min(in_features, start + step)
+    products."""
+    _refuse_unserved(kind, 0, order, "bf16", "none")
+
+    def values(start: int, stop: int) -> Tensor:
         words = codes[:, start // 2 : -(-stop // 2)]
         weight = torch.stack((words & 15, words >> 4), dim=-1).flatten(1)[:, : stop - start].to(torch.float32)
         groups = torch.arange(start, stop, device=codes.device) // group
         weight -= 8.0 if zeros is None else zeros[:, groups].to(torch.float32)
-        weight *= scales[:, groups].to(torch.float32)
-        result[:, start:stop] = grad @ weight.clamp(-largest, largest).to(dtype)  # what is finite stays so
-    return result
+        return (weight * scales[:, groups].to(torch.float32)).t()
+
+    step = max(1, _ELEMENTS // codes.shape[0] // 2) * 2
+    bounds = ((start, min(in_features, start + step)) for start in range(0, in_features, step))
+    parts = ((slice(start, stop), values(start, stop)) for start, stop in bounds)
+    return by_parts(grad_output, in_features, parts, lambda grad, part: grad @ part.t(), out)
+
+
+def _refuse_unserved(kind: str, rows: int, order: Tensor | None, activation: str, epilogue: str) -> None:
+    """The front door asks before; a call of the raw operator does not."""
+    reason = unserved(kind, rows, order is not None, activation, epilogue)
+    if reason is not None:
+        raise RuntimeError(f"quantized_linear: no native kernel: {reason}")
 
 
 def _in_pieces(input: Tensor) -> tuple[Tensor, int]:

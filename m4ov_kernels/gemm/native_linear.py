@@ -8,12 +8,9 @@ from torch import Tensor
 
 from m4ov_kernels import _C
 from m4ov_kernels.gemm import native_cuda
+from m4ov_kernels.gemm.options import ACTIVATIONS, EPILOGUES, KINDS
+from m4ov_kernels.gemm.panels import PLACES
 from m4ov_kernels.layout import DTYPES, as_rows, output, scratch
-
-KINDS = {"int4": 0, "int8": 1, "fp8": 2}
-ACTIVATIONS = {"bf16": 0, "int8": 1, "fp8": 2}
-EPILOGUES = {"none": 0, "gelu": 1, "gelu_tanh": 2, "swiglu": 3}
-_STEP = {"int4": 8, "int8": 4, "fp8": 2}  # places
 
 
 def quantized_linear_fwd(
@@ -44,14 +41,12 @@ def quantized_linear_fwd(
     if tokens == 0:
         return result
     input, input_row = as_rows(input)
+    codes, scales, zeros = codes.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
     if input_scale is not None:
         input_scale = input_scale.float().contiguous()
-    residual_row = 0
-    if bias is not None:
-        bias = bias.to(input.dtype).contiguous()
-    if residual is not None:
-        residual, residual_row = as_rows(residual.to(input.dtype))
-    places = codes.shape[1] * _STEP[kind]
+    bias = None if bias is None else bias.contiguous()
+    residual, residual_row = (None, 0) if residual is None else as_rows(residual)
+    places = codes.shape[1] * PLACES[kind]
     pointers = (input, codes, scales, zeros, order, input_scale, bias, residual, result)
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in pointers]
     sizes = (tokens, out_features, width, places, group, scales.shape[1], input_row, residual_row)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -11,10 +11,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
 from m4ov_kernels.checks import describe, refuse
+from m4ov_kernels.dispatch import native_extension
 from m4ov_kernels.gemm.weights import Fp8Weight, Int4Weight, Int8Weight, bits
 from m4ov_kernels.gemm.weights.cached import summary
 from m4ov_kernels.gemm.weights.fp8 import BLOCK, GRANULARITIES
 from m4ov_kernels.gemm.weights.int4 import WHOLE_ROW, groups_of
+from m4ov_kernels.layout import as_rows
 
 Weight = Int4Weight | Int8Weight | Fp8Weight
 PANEL = 64  # output features
@@ -124,6 +126,48 @@ def lay_out(weight: Any, *, paired: bool = False) -> Panels:
         return _of_int8(weight, paired) if isinstance(weight, Int8Weight) else _of_fp8(weight, paired)
 
 
+def pair_of(gate: Panels, up: Panels) -> Panels | None:
+    """The paired panels of two weights ``[I, K]`` as of one, ``[gate; up]``; ``None`` where these are not alike, or no
+    weight is both."""
+    if gate.paired or up.paired or gate.order is not None or up.order is not None:
+        return None
+    if (gate.kind, gate.shape, gate.group, gate.form) != (up.kind, up.shape, up.group, up.form):
+        return None
+    if gate.scales.dtype is not up.scales.dtype or (gate.zeros is None) is not (up.zeros is None):
+        return None
+    if not (bits.same(gate.input_scale, up.input_scale) and bits.same(gate.pre_quant_scale, up.pre_quant_scale)):
+        return None
+    form = gate.form
+    if gate.kind == "fp8" and GRANULARITIES[form] == "block" and gate.shape[0] % BLOCK:
+        return None
+    if gate.kind == "fp8" and GRANULARITIES[form] == "tensor":  # two of them
+        form = GRANULARITIES.index("channel")
+    tensors = {name: torch.stack((value, getattr(up, name)), 1).flatten(0, 1) for name, value in _by_panel(gate)}
+    return _with(gate, 2 * gate.shape[0], True, form, tensors)
+
+
+def halves_of(pair: Panels, form: int) -> tuple[Panels, Panels]:
+    """The inverse of :func:`pair_of`, in the memory of the pair; ``form``: of the halves."""
+    rows = pair.shape[0] // 2
+    gate, up = ({name: value[half::2] for name, value in _by_panel(pair)} for half in (0, 1))
+    return _with(pair, rows, False, form, gate), _with(pair, rows, False, form, up)
+
+
+def own(panels: Panels) -> Panels:
+    """The same panels in memory of their own, dense."""
+    tensors: Any = {name: value.clone(memory_format=torch.contiguous_format) for name, value in _by_panel(panels)}
+    return replace(panels, **tensors)
+
+
+def _by_panel(panels: Panels) -> list[tuple[str, Tensor]]:
+    values = {"codes": panels.codes, "scales": panels.scales, "zeros": panels.zeros}
+    return [(name, value) for name, value in values.items() if value is not None]
+
+
+def _with(panels: Panels, rows: int, paired: bool, form: int, tensors: dict[str, Any]) -> Panels:
+    return replace(panels, shape=torch.Size((rows, panels.shape[1])), paired=paired, form=form, **tensors)
+
+
 def _of_int4(weight: Int4Weight, paired: bool) -> Panels:
     K, G = weight.in_features, groups_of(weight.in_features, weight.group_size)
     packed, order = weight.packed, None
@@ -132,10 +176,10 @@ def _of_int4(weight: Int4Weight, paired: bool) -> Panels:
         order, group = _act_order(weight.g_idx, G)
         codes = weight.codes()[:, order.long().clamp(min=0)]
         packed = bits.pack(codes.masked_fill_(order < 0, 0))
-    words, zeros = bits.to_words(packed), weight.zeros
+    zeros = weight.zeros
     return Panels(
         "int4",
-        _into_panels(words, paired).view(torch.uint8).unflatten(-1, (PANEL, 4)),
+        _packed("int4", packed, paired),
         _into_panels(weight.scales, paired),
         None if zeros is None else _into_panels(zeros, paired),
         order,
@@ -161,21 +205,18 @@ def _act_order(g_idx: Tensor, G: int) -> tuple[Tensor, int]:
 
 def _of_int8(weight: Int8Weight, paired: bool) -> Panels:
     K = weight.shape[1]
-    codes = F.pad(weight.codes.view(torch.uint8) ^ 128, (0, -K % 4), value=128)
-    panels = _into_panels(bits.to_words(codes), paired, fill=-0x7F7F7F80)  # 128 in each byte
-    codes = panels.view(torch.uint8).unflatten(-1, (PANEL, 4))
+    codes = _packed("int8", weight.codes.view(torch.uint8), paired)
     return Panels("int8", codes, _into_panels(weight.scales, paired), None, None, weight.shape, _up(K, 4), paired, 0)
 
 
 def _of_fp8(weight: Fp8Weight, paired: bool) -> Panels:
     N, K = weight.shape
-    words = bits.dense(F.pad(weight.values.view(torch.uint8), (0, K % 2))).view(torch.int16)
     scales = weight.scales.expand(N, 1) if weight.granularity == "tensor" else weight.scales
     if weight.granularity == "block":
         scales = scales.repeat_interleave(BLOCK, 0)[:N]
     return Panels(
         "fp8",
-        _into_panels(words, paired).view(torch.uint8).unflatten(-1, (PANEL, 2)),
+        _packed("fp8", weight.values.view(torch.uint8), paired),
         _into_panels(scales, paired),
         None,
         None,
@@ -185,6 +226,25 @@ def _of_fp8(weight: Fp8Weight, paired: bool) -> Panels:
         GRANULARITIES.index(weight.granularity),
         _own(weight.input_scale),
     )
+
+
+def _packed(kind: str, codes: Tensor, paired: bool) -> Tensor:
+    """uint8 [N, C], bytes of int4, int8 or e4m3 codes, → [P, ⌈C/size⌉, 64, size], size the bytes of a word."""
+    size, flip = 2 if kind == "fp8" else 4, 128 if kind == "int8" else 0
+    rows, columns = codes.shape
+    extension, _ = native_extension()
+    if extension is not None and codes.device.type == "cpu" and type(codes) is Tensor:  # not one without memory
+        halves = 2 if paired else 1
+        panels = halves * -(-rows // halves // PANEL)
+        result = codes.new_empty((panels, -(-columns // size), PANEL, size))
+        codes, stride = as_rows(codes)
+        addresses = (result.data_ptr(), codes.data_ptr())
+        extension.pack_panels(*addresses, rows, columns, stride, size, flip, paired, torch.get_num_threads())
+        return result
+    codes = bits.dense(F.pad(codes, (0, -columns % size)) ^ flip)
+    words = codes.view(torch.int16 if size == 2 else torch.int32)
+    fill = int.from_bytes(bytes([flip] * size), "little", signed=True)
+    return _into_panels(words, paired, fill).view(torch.uint8).unflatten(-1, (PANEL, size))
 
 
 def _words(codes: Tensor, kind: str) -> Tensor:

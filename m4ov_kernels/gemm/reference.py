@@ -15,9 +15,6 @@ from m4ov_kernels.gemm.weights.fp8 import BLOCK, LARGEST
 
 __all__ = ["quantize_fp8", "quantize_int8", "quantized_linear", "rms_norm_quantize", "rounded", "swiglu_quantize"]
 
-INT8_LARGEST = 127.0
-SMALLEST_SCALE = 2.0**-126
-
 
 def quantized_linear(
     input: Tensor,
@@ -61,29 +58,18 @@ def rounded(single: Tensor, weight: Any, activation: str, compute: torch.dtype) 
     their scales."""
     if activation == "bf16":
         return single.to(torch.bfloat16).to(compute)
+    static = weight.input_scale if activation == "fp8" and isinstance(weight, Fp8Weight) else None
     if activation == "int8":
-        codes, scales = scaled(single, INT8_LARGEST)
-        return codes.round().to(compute) * scales.to(compute)
-    static = weight.input_scale if isinstance(weight, Fp8Weight) else None
-    if static is not None:
-        values = (single / static.to(torch.float32)).clamp(-LARGEST, LARGEST)
-        return values.to(torch.float8_e4m3fn).to(compute) * static.to(compute)
-    if isinstance(weight, Fp8Weight) and weight.granularity == "block":
-        width = single.shape[-1]
-        groups = F.pad(single, (0, -width % BLOCK)).unflatten(-1, (-1, BLOCK))
-        values, scales = scaled(groups, LARGEST)
-        return (values.to(torch.float8_e4m3fn).to(compute) * scales.to(compute)).flatten(-2)[..., :width]
-    values, scales = scaled(single, LARGEST)
-    return values.to(torch.float8_e4m3fn).to(compute) * scales.to(compute)
-
-
-def scaled(single: Tensor, largest: float) -> tuple[Tensor, Tensor]:
-    """float32 [..., K] over its scales [..., 1], which bring the largest magnitude of a row to ``largest``. A row that
-    is not finite has the scale NaN and zeros."""
-    finite = single.isfinite().all(-1, keepdim=True)
-    scales = (single.abs().amax(-1, keepdim=True) / largest).clamp_min(SMALLEST_SCALE)
-    zero, nan = single.new_zeros(()), single.new_full((), torch.nan)
-    return torch.where(finite, single / scales, zero), torch.where(finite, scales, nan)
+        codes, scales = quantize_int8(single)
+    elif static is not None:
+        scales = static.to(torch.float32)
+        codes = (single / scales).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    elif isinstance(weight, Fp8Weight) and weight.granularity == "block":
+        codes, scales, _ = quantize_fp8(single, "group", False)
+        scales = scales.repeat_interleave(BLOCK, -1)[..., : single.shape[-1]]
+    else:
+        codes, scales, _ = quantize_fp8(single, "row", False)
+    return codes.to(compute) * scales.to(compute)
 
 
 class _StraightThrough(torch.autograd.Function):

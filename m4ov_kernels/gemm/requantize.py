@@ -9,18 +9,18 @@ from torch import Tensor
 
 from m4ov_kernels.checks import describe, one_of, refuse
 from m4ov_kernels.dispatch import KERNEL_DTYPES, native_extension, requested
+from m4ov_kernels.gemm.options import KINDS
 from m4ov_kernels.gemm.panels import PANEL, PLACES, Panels, lay_out
 from m4ov_kernels.gemm.weights import Fp8Weight, Int4Weight, Int8Weight, validate
 from m4ov_kernels.gemm.weights.fp8 import BLOCK, GRANULARITIES
 from m4ov_kernels.gemm.weights.int4 import GROUP_SIZES, WHOLE_ROW
-from m4ov_kernels.layout import DTYPES, as_rows
+from m4ov_kernels.layout import DTYPES, as_rows, scratch
 
 __all__ = ["requantize"]
 
 _OP = "requantize"
 _FP8 = {f"fp8-{granularity}": granularity for granularity in GRANULARITIES}
 SCHEMES = ("int4", "int8", *_FP8)
-_KINDS = {"int4": 0, "int8": 1, "fp8": 2}  # as csrc/gemm/kernels.h numbers them
 _OWNERS = {"int4": "Int4Weight", "int8": "Int8Weight", "fp8": "Fp8Weight"}
 
 
@@ -90,7 +90,6 @@ def _by_kernel(weight: Tensor) -> bool:
 
 
 def _quantized(weight: Tensor, scheme: str, group_size: int) -> Int4Weight | Int8Weight | Fp8Weight:
-    weight = weight.contiguous()
     if scheme == "int4":
         return Int4Weight.quantize(weight, group_size=group_size)
     return Int8Weight.quantize(weight) if scheme == "int8" else Fp8Weight.quantize(weight, granularity=_FP8[scheme])
@@ -123,17 +122,17 @@ def _run(weight: Tensor, panels: Panels, scheme: str) -> int:
     rows, stride = as_rows(weight.detach())
     N, K = weight.shape
     span = {"fp8-block": 1, "fp8-tensor": 2}.get(scheme, 0)
-    scratch = torch.empty(-(-N // BLOCK) * panels.scales.shape[1] if span else 0)
+    _memory, address = scratch(4 * -(-N // BLOCK) * panels.scales.shape[1] if span else 0)
     largest: int = _C.requantize(
         panels.codes.data_ptr(),
         panels.scales.data_ptr(),
-        scratch.data_ptr(),
+        address,
         rows.data_ptr(),
         N,
         K,
         stride,
         panels.group if panels.scales.shape[1] > 1 else 0,
-        _KINDS[panels.kind],
+        KINDS[panels.kind],
         span,
         panels.paired,
         DTYPES[panels.scales.dtype],

@@ -6,38 +6,9 @@ import triton
 import triton.language as tl
 
 from m4ov_kernels.gemm.triton_linear_tiles import INT4, INT8
+from m4ov_kernels.gemm.triton_quantize_kernels import _codes, _finite, _scale
 
-_LEAST = tl.constexpr(1.1754943508222875e-38)  # 2⁻¹²⁶, float32's smallest normal number
-_MOST = tl.constexpr(3.4028234663852886e38)
 _BLOCK = tl.constexpr(128)
-
-
-@triton.jit
-def _e4m3_bits(x):
-    """uint8: x of at most 448 in magnitude, rounded to nearest, half to even; by its bits, which every architecture
-    (and Triton's interpreter) has."""
-    bits = x.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    # Below 2⁻⁶ the last place is 2⁻⁹, which is that of a float32 from 2¹⁴ on: the addition rounds.
-    small = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-    large = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960
-    code = tl.where(magnitude < 0x3C800000, small, tl.minimum(large, 126))
-    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
-
-
-@triton.jit
-def _integers(x):
-    """int8: x of at most 127 in magnitude, rounded to nearest, half to even: beside 1.5 · 2²³ the last place is 1."""
-    return ((x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
-
-
-@triton.jit
-def _coded(x, scale, good, FLOAT8: tl.constexpr):
-    scaled = tl.div_rn(x, tl.zeros_like(x) + scale)
-    if FLOAT8:
-        return _e4m3_bits(tl.where(good, tl.minimum(tl.maximum(scaled, -448.0), 448.0), 0.0))
-    else:
-        return _integers(tl.where(good, scaled, 0.0))
 
 
 @triton.jit(do_not_specialize=["input_stride", "rows", "width"])
@@ -57,7 +28,6 @@ def _quantized_linear_input_kernel(
     """A row's codes and scales, as ``quantize_int8`` and ``quantize_fp8`` define them; with STATIC the given scale, but
     NaN in a row with a NaN."""
     row = tl.cast(tl.program_id(0), tl.int64)
-    largest: tl.constexpr = 448.0 if FLOAT8 else 127.0
     source = input_ptr + row * input_stride
     sink = codes_ptr + row * width
     if GROUPED:
@@ -65,11 +35,11 @@ def _quantized_linear_input_kernel(
         for start in range(0, width, BLOCK_D):
             col = start + tl.arange(0, groups)[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
             x = tl.load(source + col, mask=col < width, other=0.0).to(tl.float32)
-            magnitude = tl.abs(x)
-            good = tl.min((magnitude <= _MOST).to(tl.int32), axis=1) > 0
-            most = tl.max(tl.where(magnitude <= _MOST, magnitude, 0.0), axis=1)
-            scale = tl.maximum(tl.div_rn(most, tl.zeros_like(most) + largest), _LEAST)
-            tl.store(sink + col, _coded(x, scale[:, None], good[:, None], FLOAT8), mask=col < width)
+            magnitude, bad = _finite(tl.abs(x))
+            good = tl.max(bad, axis=1) == 0
+            scale = _scale(tl.max(magnitude, axis=1), FLOAT8)
+            codes = _codes(x, scale[:, None], good[:, None], FLOAT8)
+            tl.store(sink + col, codes.to(codes_ptr.dtype.element_ty), mask=col < width)
             group = start // _BLOCK + tl.arange(0, groups)
             to = scales_ptr + tl.cast(group, tl.int64) * rows + row
             tl.store(to, tl.where(good, scale, float("nan")), mask=group * _BLOCK < width)
@@ -85,16 +55,16 @@ def _quantized_linear_input_kernel(
                 x = tl.where(col < width, tl.div_rn(x, tl.zeros_like(x) + scale), 0.0)
                 bad |= (x != x).to(tl.int32)
             else:
-                magnitude = tl.abs(x)
-                bad |= 1 - (magnitude <= _MOST).to(tl.int32)
-                most = tl.maximum(most, tl.where(magnitude <= _MOST, magnitude, 0.0))
+                magnitude, not_finite = _finite(tl.abs(x))
+                most, bad = tl.maximum(most, magnitude), tl.maximum(bad, not_finite)
         good = tl.max(bad, axis=0) == 0
         if not STATIC:
-            scale = tl.maximum(tl.div_rn(tl.max(most, axis=0), largest), _LEAST)
+            scale = _scale(tl.max(most, axis=0), FLOAT8)
         for start in range(0, width, BLOCK_D):  # again, out of a cache
             col = start + tl.arange(0, BLOCK_D)
             x = tl.load(source + col, mask=col < width, other=0.0).to(tl.float32)
-            tl.store(sink + col, _coded(x, scale, good, FLOAT8), mask=col < width)
+            codes = _codes(x, scale, good, FLOAT8, STATIC)
+            tl.store(sink + col, codes.to(codes_ptr.dtype.element_ty), mask=col < width)
         tl.store(scales_ptr + row, tl.where(good, scale, float("nan")))
 
 

@@ -9,18 +9,17 @@ from typing import Any
 import torch
 
 from m4ov_kernels import configs
+from m4ov_kernels.gemm.options import ACTIVATIONS, EPILOGUES, KINDS
 from m4ov_kernels.gemm.triton_linear_around import (
     _quantized_linear_dequantize_kernel,
     _quantized_linear_input_kernel,
 )
 from m4ov_kernels.gemm.triton_linear_kernels import (
-    EPILOGUES,
     _quantized_linear_fwd_kernel,
     _quantized_linear_merge_kernel,
 )
 from m4ov_kernels.gemm.triton_linear_large import _quantized_linear_large_fwd_kernel
 from m4ov_kernels.gemm.triton_linear_launches import BITS, DESCRIPTORS, MANY, MANY_CODES, PAIRS, SIZES
-from m4ov_kernels.gemm.triton_linear_tiles import ACTIVATIONS, KINDS
 from m4ov_kernels.gpu import DTYPES, Build, Config, Work
 from m4ov_kernels.gpu import SIZES as BYTES
 

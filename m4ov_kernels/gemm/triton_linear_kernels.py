@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from m4ov_kernels.activation.triton_kernels import _activate
+from m4ov_kernels.gemm.options import EPILOGUES
 from m4ov_kernels.gemm.triton_linear_tiles import (
     FP8,
     INT4,
@@ -26,8 +27,7 @@ from m4ov_kernels.gemm.triton_linear_tiles import (
     _values,
 )
 
-EPILOGUES = {"none": 0, "gelu": 1, "gelu_tanh": 2, "swiglu": 3}
-_GELU, _GELU_TANH, _SWIGLU = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+_GELU, _GELU_TANH, _SWIGLU = (tl.constexpr(EPILOGUES[name]) for name in ("gelu", "gelu_tanh", "swiglu"))
 _FREE = [
     "x_stride",
     "weight_stride",

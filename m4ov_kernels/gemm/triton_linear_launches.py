@@ -12,18 +12,17 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from m4ov_kernels import configs, gpu
+from m4ov_kernels.gemm.options import ACTIVATIONS, EPILOGUES, KINDS
 from m4ov_kernels.gemm.triton_linear_around import (
     _quantized_linear_dequantize_kernel,
     _quantized_linear_input_kernel,
 )
 from m4ov_kernels.gemm.triton_linear_kernels import (
-    EPILOGUES,
     _quantized_linear_fwd_kernel,
     _quantized_linear_merge_kernel,
 )
 from m4ov_kernels.gemm.triton_linear_large import _quantized_linear_large_fwd_kernel
 from m4ov_kernels.gemm.triton_linear_layout import BLOCK, Layout, ordered, scale_steps
-from m4ov_kernels.gemm.triton_linear_tiles import ACTIVATIONS, KINDS
 from m4ov_kernels.gpu import Config, current_device
 from m4ov_kernels.layout import as_rows
 

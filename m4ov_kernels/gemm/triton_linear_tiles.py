@@ -11,13 +11,12 @@ import triton
 import triton.language as tl
 
 from m4ov_kernels.dispatch import triton_interpreted
+from m4ov_kernels.gemm.options import ACTIVATIONS, KINDS
 
 # Interpreted, bfloat16 arithmetic is garbage: operands are widened there.
 _WIDEN = tl.constexpr(triton_interpreted())
-INT4, INT8, FP8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # kinds of codes
-BF16 = tl.constexpr(0)  # kind of activations, beside INT8 and FP8
-KINDS = {"int4": 0, "int8": 1, "fp8": 2}
-ACTIVATIONS = {"bf16": 0, "int8": 1, "fp8": 2}
+INT4, INT8, FP8 = (tl.constexpr(KINDS[kind]) for kind in ("int4", "int8", "fp8"))  # kinds of codes
+BF16 = tl.constexpr(ACTIVATIONS["bf16"])  # kind of activations, beside INT8 and FP8
 
 
 @triton.jit

@@ -35,8 +35,11 @@ def _scale(most, FLOAT8: tl.constexpr):
 
 
 @triton.jit
-def _codes(x, scale, good, FLOAT8: tl.constexpr):
+def _codes(x, scale, good, FLOAT8: tl.constexpr, CLAMPED: tl.constexpr = False):
+    """int8, or the bits of e4m3; of 0 where x is not good. CLAMPED: to what e4m3 has, else x fits."""
     scaled = tl.where(good, tl.div_rn(x, tl.zeros_like(x) + scale), 0.0)
+    if CLAMPED:
+        scaled = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
     if FLOAT8:
         return _e4m3(scaled)
     else:

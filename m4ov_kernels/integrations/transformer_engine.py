@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import nn
 
 from m4ov_kernels import checks
@@ -94,12 +95,20 @@ def _swap(model: nn.Module, name: str, made: nn.Module, old: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, made)
 
 
-def _library() -> Any:
+def unavailable() -> str | None:
+    """Why this machine cannot do it; ``None`` if it can."""
     if importlib.util.find_spec(_PACKAGE) is None:
-        raise RuntimeError(
-            f"{_OP}: transformer-engine is not installed; its fp8 linears need it and a CUDA device: "
+        return (
+            "transformer-engine is not installed; its fp8 linears need it and a CUDA device: "
             "pip install --no-build-isolation transformer-engine[pytorch]"
         )
+    return None if torch.cuda.is_available() else "transformer-engine's fp8 linears need a CUDA device; there is none"
+
+
+def _library() -> Any:
+    reason = unavailable()
+    if reason is not None:
+        raise RuntimeError(f"{_OP}: {reason}")
     try:
         return importlib.import_module(f"{_PACKAGE}.pytorch")
     except Exception as error:

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 from m4ov_kernels.activation import gelu, swiglu
 from m4ov_kernels.nn.plain import is_plain
+from m4ov_kernels.nn.quantized_pair import quantized_swiglu
 
 
 class SwiGLUMLP(nn.Module):
-    """``down_proj(silu(gate_proj(x)) · up_proj(x))``; parameters named as in Hugging Face's modules.
+    """``down_proj(silu(gate_proj(x)) · up_proj(x))``; parameters named as in Hugging Face's modules. Projections that
+    are quantised alike become one linear: :func:`m4ov_kernels.nn.quantized_pair.quantized_swiglu`.
 
     Args:
         hidden_size: width of input and output.
@@ -25,7 +27,10 @@ class SwiGLUMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., hidden_size]`` → ``[..., hidden_size]``."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        activated = quantized_swiglu(self.gate_proj, self.up_proj, x)
+        if activated is None:
+            activated = swiglu(self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(activated)
 
 
 class GELU(nn.GELU):

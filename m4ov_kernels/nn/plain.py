@@ -12,10 +12,13 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     LoRA gives a layer another class, ``fully_shard`` another class and hooks, and a parametrization makes the weight a
     property: then the module must be called.
     """
+    return (not kinds or type(module) in kinds) and module._parameters.get("weight") is not None and is_unhooked(module)
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether nothing happens around a call of ``module``."""
     return (
-        (not kinds or type(module) in kinds)
-        and module._parameters.get("weight") is not None
-        and not module._forward_hooks
+        not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks

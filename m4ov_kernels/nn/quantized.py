@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from m4ov_kernels.checks import FLOAT_DTYPES, describe, float_tensor, refuse
+from m4ov_kernels.dispatch import is_compiling
 from m4ov_kernels.gemm import fp8_linear, int4_linear, int8_linear
 from m4ov_kernels.gemm.linear import ACTIVATIONS
-from m4ov_kernels.gemm.panels import Panels, lay_out
+from m4ov_kernels.gemm.panels import Panels, lay_out, own
 from m4ov_kernels.gemm.weights import Fp8Weight, Int4Weight, Int8Weight
 from m4ov_kernels.gemm.weights.fp8 import GRANULARITIES
 
@@ -68,12 +69,17 @@ class QuantizedLinear(nn.Module, Generic[W]):
         on_cpu = weight.device.type == "cpu"
         if on_cpu and not isinstance(weight, Panels):
             weight = lay_out(weight)
-        self._held: Any = weight
+        self.held: Any = weight  # as the kernels read it
+        self.pair: Panels | None = None
+
+    def share(self, half: Panels, pair: Panels) -> None:
+        """Holds ``half``, the same weight as before, which is part of ``pair``."""
+        self.held, self.pair = half, pair
 
     @property
     def quantized_weight(self) -> W:
         """The weight; on the CPU made anew of its panels, which costs a pass over it."""
-        held: Any = self._held.weight() if isinstance(self._held, Panels) else self._held
+        held: Any = self.held.weight() if isinstance(self.held, Panels) else self.held
         return held  # type: ignore[no-any-return]
 
     @property
@@ -82,27 +88,37 @@ class QuantizedLinear(nn.Module, Generic[W]):
         weight, which is right but slow. Its dtype alone is ``compute_dtype``."""
         return self.quantized_weight.dequantize(self.compute_dtype)
 
-    def _linear(self, input: Tensor, bias: Tensor | None) -> Tensor:
+    def linear(self, input: Tensor, weight: Any, bias: Tensor | None, epilogue: str | None = None) -> Tensor:
+        """The layer's function, of any weight of its kind."""
         raise NotImplementedError
+
+    @staticmethod
+    def cast(input: Tensor) -> Tensor:
+        """Under autocast to its dtype."""
+        device = input.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            return input if input.dtype is torch.float64 else input.to(torch.get_autocast_dtype(device))
+        return input
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., K]`` → ``[..., N]``; under autocast in its dtype."""
-        device = input.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            input = input if input.dtype is torch.float64 else input.to(torch.get_autocast_dtype(device))
+        if self.pair is not None and not is_compiling():
+            self._hold(own(self.held))
+        input = self.cast(input)
         bias: Any = self.bias
-        return self._linear(input, bias if bias is None or bias.dtype is input.dtype else bias.to(input.dtype))
+        bias = bias if bias is None or bias.dtype is input.dtype else bias.to(input.dtype)
+        return self.linear(input, self.held, bias)
 
     def extra_repr(self) -> str:
         held = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return ", ".join((held, *self._described(self._held), f"activation={self.activation!r}"))
+        return ", ".join((held, *self._described(self.held), f"activation={self.activation!r}"))
 
     def _described(self, held: Any) -> tuple[str, ...]:
         return ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        held: Any = self._held
+        held: Any = self.held
         probe = fn(torch.empty(0, dtype=self.compute_dtype, device=held.device))
         if isinstance(held, Panels) and probe.device.type != "cpu":
             held = held.weight()
@@ -144,12 +160,12 @@ class QuantizedLinear(nn.Module, Generic[W]):
             error_msgs.append(f"size mismatch for {prefix}*: {list(weight.shape)} in the checkpoint, {own} here")
         elif local_metadata.get("assign_to_params_buffers", False):
             self._hold(weight)
-        elif self._held.device.type == "meta" and weight.device.type != "meta":
+        elif self.held.device.type == "meta" and weight.device.type != "meta":
             warnings.warn(f"{prefix}*: a layer of meta tensors loads with assign=True; nothing is done", stacklevel=2)
-        elif self._held.device == weight.device != torch.device("cpu"):
+        elif self.held.device == weight.device != torch.device("cpu"):
             self._hold(replace(weight, **{n: v.clone() for n, v in vars(weight).items() if isinstance(v, Tensor)}))
         else:
-            self._hold(weight.to(self._held.device))
+            self._hold(weight.to(self.held.device))
 
 
 def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
@@ -201,8 +217,8 @@ class Int4Linear(QuantizedLinear[Int4Weight]):
         weight = Int4Weight.quantize(matrix, group_size=group_size, symmetric=symmetric)
         return cls(weight, activation=activation, **rest).train(linear.training)
 
-    def _linear(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        return int4_linear(input, self._held, bias=bias, activation=self.activation)
+    def linear(self, input: Tensor, weight: Any, bias: Tensor | None, epilogue: str | None = None) -> Tensor:
+        return int4_linear(input, weight, bias=bias, activation=self.activation, epilogue=epilogue)
 
     def _described(self, held: Any) -> tuple[str, ...]:
         group_size = held.form if isinstance(held, Panels) else held.group_size
@@ -232,8 +248,8 @@ class Int8Linear(QuantizedLinear[Int8Weight]):
         matrix, rest = _of(linear, cls.__name__)
         return cls(Int8Weight.quantize(matrix), **rest).train(linear.training)
 
-    def _linear(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        return int8_linear(input, self._held, bias=bias)
+    def linear(self, input: Tensor, weight: Any, bias: Tensor | None, epilogue: str | None = None) -> Tensor:
+        return int8_linear(input, weight, bias=bias, epilogue=epilogue)
 
 
 class Fp8Linear(QuantizedLinear[Fp8Weight]):
@@ -265,8 +281,8 @@ class Fp8Linear(QuantizedLinear[Fp8Weight]):
         weight = Fp8Weight.quantize(matrix, granularity=granularity)
         return cls(weight, activation=activation, **rest).train(linear.training)
 
-    def _linear(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        return fp8_linear(input, self._held, bias=bias, activation=self.activation)
+    def linear(self, input: Tensor, weight: Any, bias: Tensor | None, epilogue: str | None = None) -> Tensor:
+        return fp8_linear(input, weight, bias=bias, activation=self.activation, epilogue=epilogue)
 
     def _described(self, held: Any) -> tuple[str, ...]:
         granularity = GRANULARITIES[held.form] if isinstance(held, Panels) else held.granularity

@@ -272,3 +272,13 @@ def test_bytes_that_begin_anywhere():
         moved = dataclasses.replace(w, packed=odd)
         assert moved.equal(w)
         assert Int4Weight.from_state_dict(moved.state_dict()).equal(w)
+
+
+@pytest.mark.parametrize("stride", [(1, 40), (96, 2)])
+def test_quantize_takes_any_strides(stride):
+    weight = torch.randn(60 * 96).as_strided((40, 48), stride)
+    assert not weight.is_contiguous()
+    for kind, options in ((Int4Weight, {"group_size": 32}), (Int8Weight, {}), (Fp8Weight, {"granularity": "block"})):
+        for dtype in (torch.float32, torch.bfloat16):
+            strided = weight.to(dtype)
+            assert kind.quantize(strided, **options).equal(kind.quantize(strided.contiguous(), **options))

@@ -15,7 +15,8 @@ from torch import nn
 import m4ov_kernels
 from m4ov_kernels.gemm.panels import Panels
 from m4ov_kernels.gemm.weights import Fp8Weight, Int4Weight, Int8Weight
-from m4ov_kernels.nn import Fp8Linear, Int4Linear, Int8Linear
+from m4ov_kernels.nn import Fp8Linear, Int4Linear, Int8Linear, SwiGLUMLP
+from m4ov_kernels.nn.quantized_pair import quantized_swiglu
 
 from . import strategies
 from .numerics import assert_accurate
@@ -76,7 +77,7 @@ def test_state_dicts_are_the_weights_own(data, kind, assign, meta):
         assert same_tensors(target.state_dict(), state)
         x = torch.randn(3, K)
         torch.testing.assert_close(target["proj"](x), model["proj"](x), rtol=0, atol=0, equal_nan=True)
-        for value in vars(target["proj"]._held).values():  # what it holds is its own
+        for value in vars(target["proj"].held).values():  # what it holds is its own
             if isinstance(value, torch.Tensor):
                 value.zero_()
         assert same_tensors(state, before)
@@ -123,10 +124,10 @@ def test_repr():
 
 
 def test_one_copy_and_nothing_to_train(layer):
-    assert isinstance(layer._held, Panels)
+    assert isinstance(layer.held, Panels)
     assert not [name for name, _ in layer.named_parameters() if name != "bias"]
     assert not list(layer.buffers())
-    assert layer._held.nbytes < 1.9 * layer.quantized_weight.nbytes  # 70 rows are two panels
+    assert layer.held.nbytes < 1.9 * layer.quantized_weight.nbytes  # 70 rows are two panels
     x = torch.randn(3, 40, dtype=torch.bfloat16, requires_grad=True)
     layer(x).float().square().sum().backward()
     assert layer.bias.grad is not None
@@ -150,8 +151,8 @@ def test_conversions_leave_the_scales(layer):
 def test_moves(layer):
     weight = layer.quantized_weight
     away = copy.deepcopy(layer).to("meta")
-    assert away._held.device.type == away.bias.device.type == "meta"
-    assert not isinstance(away._held, Panels)
+    assert away.held.device.type == away.bias.device.type == "meta"
+    assert not isinstance(away.held, Panels)
     assert away.weight.device.type == "meta"
     assert away(torch.randn(3, 40, device="meta", dtype=torch.bfloat16)).shape == (3, 70)
     with pytest.raises(NotImplementedError, match="to_empty"):
@@ -159,7 +160,7 @@ def test_moves(layer):
     with pytest.warns(UserWarning, match="loads with assign=True; nothing is done"):
         away.load_state_dict(layer.state_dict())
     back = away.to_empty(device="cpu")
-    assert isinstance(back._held, Panels)
+    assert isinstance(back.held, Panels)
     assert not back.weight.any()
     back.load_state_dict(layer.state_dict())
     assert back.quantized_weight.equal(weight)
@@ -168,7 +169,7 @@ def test_moves(layer):
 
 def test_made_of_meta_tensors_and_loaded(layer):
     made = type(layer).from_linear(nn.Linear(40, 70, dtype=torch.bfloat16, device="meta"))
-    assert made._held.device.type == "meta"
+    assert made.held.device.type == "meta"
     assert made.compute_dtype is torch.bfloat16
     made.load_state_dict(layer.state_dict(), assign=True)
     x = torch.randn(3, 40).bfloat16()
@@ -179,13 +180,13 @@ def test_copies_pickles_and_saves(layer):
     x = torch.randn(3, 40).bfloat16()
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(other(x), layer(x))
-        assert other._held.codes.data_ptr() != layer._held.codes.data_ptr()
+        assert other.held.codes.data_ptr() != layer.held.codes.data_ptr()
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
     file.seek(0)
     assert same_tensors(torch.load(file, weights_only=True), layer.state_dict())
     layer.share_memory()
-    assert layer._held.codes.is_shared()
+    assert layer.held.codes.is_shared()
 
 
 def test_in_the_place_of_a_linear():
@@ -254,3 +255,42 @@ def test_bad_arguments_are_named(make, error, message):
 
 
 INT4, INT8, FP8 = (kind.quantize(torch.ones(6, 8)) for kind in (Int4Weight, Int8Weight, Fp8Weight))
+
+
+def test_a_gate_and_an_up_projection_are_one_linear(layer):
+    """One copy of their weights, the same state, until one of them is called by itself."""
+    mlp = SwiGLUMLP(40, 70)
+    for name, linear in (("gate_proj", nn.Linear(40, 70)), ("up_proj", nn.Linear(40, 70))):
+        setattr(mlp, name, type(layer).from_linear(linear))
+    gate, up, x = mlp.gate_proj, mlp.up_proj, torch.randn(5, 40)
+    saved, nbytes = copy.deepcopy(mlp.state_dict()), gate.held.nbytes
+    apart = m4ov_kernels.swiglu(gate(x).detach(), up(x).detach(), numerics="fp32")
+    with torch.no_grad():
+        together = quantized_swiglu(gate, up, x)
+        torch.testing.assert_close(together, apart)
+        assert gate.pair is up.pair is not None
+        assert gate.held.codes.untyped_storage().data_ptr() == up.held.codes.untyped_storage().data_ptr()
+        assert gate.held.nbytes == nbytes
+        assert same_tensors(mlp.state_dict(), saved)
+        again = copy.deepcopy(mlp)
+        assert torch.equal(quantized_swiglu(again.gate_proj, again.up_proj, x), together)
+        assert torch.equal(mlp(x), mlp.down_proj(together))
+        again.gate_proj.load_state_dict(up.state_dict())  # another weight: no pair with what was
+        both = m4ov_kernels.swiglu(up(x), up(x), numerics="fp32")
+        torch.testing.assert_close(quantized_swiglu(again.gate_proj, again.up_proj, x), both)
+    torch.testing.assert_close(m4ov_kernels.swiglu(gate(x), up(x), numerics="fp32"), apart)
+    assert gate.pair is up.pair is None
+    assert gate.held.codes.is_contiguous()
+
+
+def test_a_gate_and_an_up_projection_that_stay_apart(layer):
+    linear, x = nn.Linear(40, 70), torch.randn(5, 40)
+    make = type(layer).from_linear
+    hooked = make(linear)
+    hooked.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        for other in (linear, hooked, make(nn.Linear(40, 70, bias=False)), make(nn.Linear(40, 72))):
+            assert quantized_swiglu(make(linear), other, x) is None
+        with m4ov_kernels.invariant():
+            assert quantized_swiglu(make(linear), make(linear), x) is None
+    assert quantized_swiglu(make(linear), make(linear), x) is None  # the bias is trained

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 import m4ov_kernels
+from m4ov_kernels.gemm import reference
+from m4ov_kernels.nn import Fp8Linear, Int4Linear, Int8Linear
 from m4ov_kernels.patches import patch
 from tests.kernels import tiny_models as tiny
 from tests.kernels.numerics import assert_accurate
@@ -109,3 +111,24 @@ def test_bf16_keeps_the_numerics_rule(family, layout):
         return torch.cat([(gradients[name].double() * scale).flatten() for name, scale in scales.items()])
 
     assert_accurate("gradients", together(ours[1]).bfloat16(), together(theirs[1]).bfloat16(), together(exact[1]))
+
+
+@pytest.mark.parametrize("make", [Int4Linear.from_linear, Int8Linear.from_linear, Fp8Linear.from_linear])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_quantised_model_gives_the_same_logits(family, make, monkeypatch):
+    """Every linear layer quantised. Without the rounding of activations, which turns the last bit of a float32 into a
+    step: then both compute one smooth function of the same weights."""
+    monkeypatch.setattr(reference, "rounded", lambda single, weight, activation, dtype: single.to(dtype))
+    plain = tiny.model(family, layers=2)
+    for name, module in list(plain.named_modules()):
+        if type(module) is torch.nn.Linear:
+            parent, _, child = name.rpartition(".")
+            setattr(plain.get_submodule(parent), child, make(module))
+    patched = copy.deepcopy(plain)
+    assert ("linear_cross_entropy", f"lm_head is a {type(plain.lm_head).__name__}, not a Linear") in patch(
+        patched
+    ).skipped
+    batch = tiny.packed(plain, tiny.mixed_samples(plain))
+    with torch.no_grad(), m4ov_kernels.backend("reference"):
+        assert_same(logits_of(patched, batch, use_cache=False), logits_of(plain, batch, use_cache=False))
+    assert patched.train()(**batch).loss.isfinite()

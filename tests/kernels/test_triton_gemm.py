@@ -192,23 +192,16 @@ def test_activations_are_rounded_as_defined(scheme, width, dtype):
     x = special_rows(width).to(dtype)
     static = torch.tensor([0.013], device=DEVICE) if scheme == "static" else None
     layout = Layout(x, x, None, None, 1, 1, 1, 128, scheme == "group")
-    if scheme == "int8":
-        found = launches.operand(x, layout, None, "int8", "int8")
-        largest, single = 127.0, x.float()
+    kind = "int8" if scheme == "int8" else "fp8"
+    found, single = launches.operand(x, layout, static, kind, kind), x.float()
+    if static is not None:
+        scales = torch.where(single.isnan().any(-1, keepdim=True), math.nan, static)
+        codes = (single / static).clamp(-448, 448).masked_fill(scales.isnan(), 0.0).to(torch.float8_e4m3fn)
+    elif scheme == "int8":
+        codes, scales = reference.quantize_int8(single)
     else:
-        found = launches.operand(x, layout, static, "fp8", "fp8")
-        largest, single = 448.0, x.float()
-    if scheme == "static":
-        scales = torch.where(single.isnan().any(-1), math.nan, static).expand(12)[None]
-        codes = (single / static).clamp(-448, 448).masked_fill(single.isnan().any(-1, keepdim=True), 0.0)
-    elif scheme == "group":
-        groups = F.pad(single, (0, -width % 128)).unflatten(-1, (-1, 128))
-        codes, scales = reference.scaled(groups, largest)
-        codes, scales = codes.flatten(1)[:, :width], scales[..., 0].t()
-    else:
-        codes, scales = reference.scaled(single, largest)
-        scales = scales.t()
-    codes = codes.round().to(torch.int8) if scheme == "int8" else codes.to(torch.float8_e4m3fn).view(torch.uint8)
+        codes, scales, _ = reference.quantize_fp8(single, scheme, False)
+    scales, codes = scales.t(), codes if scheme == "int8" else codes.view(torch.uint8)
     assert torch.equal(found.scales.nan_to_num(-1.0), scales.nan_to_num(-1.0))
     assert torch.equal(found.values, codes)
 

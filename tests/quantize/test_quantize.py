@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -15,6 +16,7 @@ from m4ov import cli, quantize
 from m4ov.evaluate import exact_match
 from m4ov.models.qwen3_vl import build, cast_parameters
 from m4ov.quantize import checkpoint
+from m4ov.quantize.data import Calibration
 from m4ov.quantize.linears import linears_of
 from m4ov_kernels.gemm.weights import Fp8Weight, Int4Weight, Int8Weight, read
 from m4ov_kernels.gemm.weights.bits import same
@@ -356,3 +358,24 @@ def test_the_commands_schemes_are_the_packages():
 
     assert set(quantization.SCHEMES) == set(quantize.SCHEMES)
     assert (quantization.METHODS, quantization.CALIBRATORS) == (flow.METHODS, flow.CALIBRATORS)
+
+
+def test_lines_of_texts_and_images(folder, source, tmp_path):
+    """Batches that the model takes, with a token for each merged patch; and lines that are none."""
+    for name, size in (("a.png", (64, 64)), ("b.png", (70, 40))):
+        Image.new("RGB", size, "red").save(tmp_path / name)
+    lines = [{"text": "what colour is it? red"}, {"text": "two: red", "images": ["a.png", "b.png"]}]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    batches = Calibration(source, str(path), 8).batches(torch.float32)
+    model = quantize.load_source(source, torch.float32).eval()
+    assert len(batches) == 2
+    for batch in batches:
+        assert model(**batch).loss.isfinite()
+    images = batches[1]["input_ids"] == model.config.image_token_id
+    assert int(images.sum()) == int(batches[1]["image_grid_thw"].prod(1).sum()) // 4
+    assert (batches[1]["labels"][images] == -100).all()
+    for bad in ("not JSON", '["a"]', '{"images": []}', '{"text": 3}', '{"text": "x", "images": ["none.png"]}'):
+        path.write_text(json.dumps(lines[0]) + "\n" + bad)
+        with pytest.raises(ValueError, match=r"--calibrate: .*data\.jsonl, line 2: "):
+            Calibration(source, str(path), 8)

@@ -16,8 +16,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from m4ov import sft
 from m4ov.data import patchify
 from m4ov.models.qwen3_vl import build, forward
+from m4ov.recipe import TrainConfig
 from m4ov.sft.training import save_model
-from m4ov.train import CheckpointError
+from m4ov.train import CheckpointError, TrainingError
+from m4ov_kernels.integrations import transformer_engine
 from tests.tiny_task import mixture_batch, quiet, tiny_config, tiny_task
 
 
@@ -69,7 +71,9 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from m4ov import sft
-from m4ov.train import CheckpointError
+from m4ov.recipe import TrainConfig
+from m4ov.train import CheckpointError, TrainingError
+from m4ov_kernels.integrations import transformer_engine
 from tests.tiny_task import quiet, tiny_config, tiny_task
 folder = Path(sys.argv[1])
 task = tiny_task()
@@ -120,3 +124,23 @@ def test_a_side_that_fails_says_why():
     config.train.precision = "fp16"  # no such precision
     with pytest.raises(RuntimeError, match="patched side: KeyError: 'fp16'"):
         sft.compare(config, tiny_task())
+
+
+def test_fp8_where_there_is_none(tmp_path):
+    """Said before anything is built; and which layers it would be."""
+    config = tiny_config()
+    config.train.fp8 = "transformer_engine"
+    if transformer_engine.unavailable() is None:
+        pytest.skip("transformer-engine and a GPU are here")
+    with pytest.raises(TrainingError, match=r"train\.fp8: transformer-engine(?:'s fp8 linears need| is not installed)"):
+        sft.run(config, tiny_task(), tmp_path, quiet())
+    assert not list(tmp_path.iterdir())
+    model = build(tiny_task().model_config, 0)
+    chosen = set(transformer_engine.eligible(model))
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            sixteenths = module.in_features % 16 == module.out_features % 16 == 0
+            assert (name in chosen) == (sixteenths and name != "lm_head"), name
+    assert chosen
+    with pytest.raises(ValueError, match=r"train\.fp8: expected off or transformer_engine, got 'fp9'"):
+        TrainConfig(fp8="fp9")

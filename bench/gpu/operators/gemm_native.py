@@ -6,12 +6,11 @@ from __future__ import annotations
 import torch
 
 from m4ov_kernels import dispatch
+from m4ov_kernels.gemm.int4_cuda import unserved
 
 
 def served(device: torch.device, kind: str, rows: int, activation: str, epilogue: str | None) -> bool:
     """Whether the backend that is asked for has a kernel for such a call (without act-order)."""
     if dispatch.requested() != "native" or device.type != "cuda":
         return True
-    from m4ov_kernels.gemm import native_cuda
-
-    return native_cuda.unserved(rows, kind, False, activation, epilogue or "none") is None
+    return unserved(kind, rows, False, activation, epilogue or "none") is None

@@ -44,13 +44,14 @@ def one_device(owner: str, tensors: Mapping[str, Tensor | None]) -> None:
 
 
 def matrix(owner: str, weight: Any) -> Tensor:
-    """The float32 matrix that is quantised: [N, K], at least 1 × 1, finite, not at the very end of the range."""
+    """The float32 matrix that is quantised: [N, K], at least 1 × 1, contiguous, finite, not at the very end of the
+    range."""
     float_tensor(owner, "weight", weight)
     assert isinstance(weight, Tensor)
     if weight.dim() != 2 or 0 in weight.shape:
         refuse(ValueError, owner, "weight", "[N, K] with N and K at least 1", describe(weight))
     finite(owner, "weight", weight)
-    weight = weight.detach().to(torch.float32)
+    weight = weight.detach().to(torch.float32).contiguous()
     if weight.device.type == "cpu" and float(weight.abs().max()) > LARGEST:
         refuse(ValueError, owner, "weight", f"at most {LARGEST:.4g} in magnitude", f"{float(weight.abs().max()):.4g}")
     return weight
