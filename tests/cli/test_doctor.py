@@ -75,9 +75,7 @@ CALLS = {
     "deepstack_add": lambda dtype, device: m4ov_kernels.deepstack_add(
         *torch.randn(2, 3, 8, dtype=dtype, device=device), torch.arange(3, device=device)
     ),
-    "route_topk": lambda dtype, device: m4ov_kernels.route_topk(
-        torch.randn(3, 8, dtype=dtype, device=device), top_k=2
-    ),
+    "route_topk": lambda dtype, device: m4ov_kernels.route_topk(torch.randn(3, 8, dtype=dtype, device=device), top_k=2),
     "permute": lambda dtype, device: m4ov_kernels.permute(
         torch.randn(3, 8, dtype=dtype, device=device),
         torch.tensor([[0, 1]] * 3, dtype=torch.int32, device=device),
