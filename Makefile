@@ -4,6 +4,7 @@ VENV ?= .venv
 # A plain `torch` would bring gigabytes of CUDA; this version also exists as a CPU build.
 TORCH ?= torch==2.13.0
 FUZZ ?= 1000000
+PAIRS ?= 100
 # Processes of the test suite.
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 TRANSFORMERS ?= 5.14 5.17 5.23
@@ -19,7 +20,7 @@ define gpu_suite
 	PYTHONPATH=$(CURDIR)/build/$(2)/site $(1) -m m4ov_bench.gpu --work build/$(2)/work --build build/$(2)/build.json $(3)
 endef
 
-.PHONY: help run bench test lint types pytest kernels sanitize fuzz smoke gpu gpu-dry test-transformers test-trl test-formats clean
+.PHONY: help run bench test lint types pytest kernels sanitize fuzz parity fuzz-parity smoke gpu gpu-dry test-transformers test-trl test-formats clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -52,6 +53,12 @@ sanitize: $(VENV)/.dev ## the native tests under AddressSanitizer and UBSan
 fuzz: $(VENV)/.dev ## FUZZ=1000000 random calls of every operator under the sanitizers, on every instruction set
 	$(BIN)/python tests/fuzz.py --calls $(FUZZ)
 
+parity: $(VENV)/.dev ## every parallel layout against one process; and the collectives that are written down
+	$(BIN)/m4ov parity
+
+fuzz-parity: $(VENV)/.dev ## PAIRS=100 random layouts and batches against one process, in float64
+	$(BIN)/m4ov parity --fuzz $(PAIRS)
+
 smoke: $(VENV)/.dev ## a one-minute quickstart
 	rm -rf runs/smoke
 	$(BIN)/m4ov run quickstart run.folder=runs/smoke train.steps=40 evaluate.limit=256 compare.steps=4 operators=false
@@ -62,10 +69,10 @@ gpu: ## on a CUDA machine, without a network: build, check, measure; writes RESU
 gpu-dry: $(VENV)/.dev ## the same script on the CPU, interpreted, tiny shapes: proves the script, measures nothing
 	$(call gpu_suite,$(BIN)/python,gpu-dry,--results runs/gpu-dry --minutes 15 --dry-run)
 
-test-transformers: ## the patches on every supported transformers, each in its own environment
+test-transformers: ## patches and our own model on every supported transformers, each in its own environment
 	for version in $(TRANSFORMERS); do \
 	  $(MAKE) --no-print-directory $(VENV)-transformers-$$version/.ready || exit 1; \
-	  $(VENV)-transformers-$$version/bin/python -m pytest tests/kernels/test_patches*.py || exit 1; \
+	  $(VENV)-transformers-$$version/bin/python -m pytest tests/kernels/test_patches*.py tests/models || exit 1; \
 	done
 
 $(VENV)-transformers-%/.ready: $(SOURCES)

@@ -97,6 +97,38 @@ class LinearCase:
 
 
 @dataclass(frozen=True)
+class MoECase:
+    """``tokens`` that choose ``top_k`` of ``experts`` by Zipf's law; ``width`` of a token; ``columns``: of what an
+    expert makes of it (``operator`` ``"grouped_linear"``), or of its gate (``"experts"``, the block as a whole).
+    ``backward``: measured too."""
+
+    operator: str
+    tokens: int
+    experts: int
+    top_k: int
+    width: int = 2048
+    columns: int = 1536
+    dtype: torch.dtype = torch.bfloat16
+    backward: bool = False
+    quick: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.tokens * self.top_k
+
+    def __str__(self) -> str:
+        sizes = {
+            "route_topk": "",
+            "permute": f", H {self.width}",
+            "unpermute": f", H {self.width}",
+            "grouped_linear": f", {self.width} → {self.columns}",
+            "experts": f", H {self.width}, I {self.columns}",
+        }[self.operator]
+        chosen = f"{self.tokens} tokens × {self.top_k} of {self.experts}"
+        return f"{'block: ' * (self.operator == 'experts')}{chosen}{sizes} {_dtype_name(self.dtype)}"
+
+
+@dataclass(frozen=True)
 class QuantizedCase:
     """A linear with a quantised weight ``[columns, width]``: ``kind`` int4 (by ``group`` and around 8), int8 or fp8 (by
     rows). ``activation``: what the input is rounded to."""

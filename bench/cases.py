@@ -15,6 +15,7 @@ from m4ov_bench.case import (
     KlCase,
     LinearCase,
     LogprobCase,
+    MoECase,
     NormCase,
     PackingCase,
     PixelCase,
@@ -111,6 +112,19 @@ POSITION_EMBEDDINGS = (
 )
 HEAD_MEMORY = tuple(HeadCase(rows, 1024, 32000) for rows in (256, 512, 1024, 2048, 4096))  # memory alone, by tokens
 
+# Qwen3-VL-30B-A3B's experts; the others are small enough for backwards of peers.
+MOE = (
+    MoECase("grouped_linear", 512, 16, 4, 1024, 512, backward=True, quick=True),
+    MoECase("grouped_linear", 4096, 128, 8, backward=True),
+    MoECase("grouped_linear", 4096, 128, 8, width=768, columns=2048),
+    MoECase("grouped_linear", 4, 128, 8),  # decoding: bound by reading the weights
+    MoECase("grouped_linear", 512, 16, 4, 1024, 512, dtype=torch.float32, backward=True),
+    MoECase("experts", 4096, 128, 8, columns=768),
+    MoECase("experts", 512, 16, 4, 1024, 512, backward=True, quick=True),
+    MoECase("permute", 4096, 128, 8, backward=True, quick=True),
+    MoECase("unpermute", 4096, 128, 8, backward=True, quick=True),
+    MoECase("route_topk", 4096, 128, 8, dtype=torch.float32, backward=True, quick=True),
+)
 POSITIONS = (
     PositionsCase(64, 8192, 8, quick=True),
     PositionsCase(1, 131072, 16),
@@ -165,6 +179,13 @@ GPU_ATTENTION = (
     AttentionCase("text", (512, 640, 768, 896, 1152, 1280, 1408, 1536), 16, 8, 128, causal=True, compiled=True),
     AttentionCase("images", (1024,) * 8, 16, 16, 64, causal=False),
 )
+GPU_MOE = (
+    MoECase("grouped_linear", 8192, 128, 8, backward=True),
+    MoECase("grouped_linear", 8192, 128, 8, width=768, columns=2048, backward=True),
+    MoECase("permute", 8192, 128, 8, backward=True),
+    MoECase("unpermute", 8192, 128, 8, backward=True),
+    MoECase("route_topk", 8192, 128, 8, dtype=torch.float32, backward=True),
+)
 GPU_POSITIONS = (PositionsCase(64, 8192, 8), PositionsCase(1, 131072, 16))
 GPU_FEATURE_ROWS = (FeatureRowsCase(16384, 4096, 0.75, compiled=True), FeatureRowsCase(16384, 2048, 0.5))
 GPU_POSITION_EMBEDDINGS = (
@@ -187,6 +208,12 @@ TINY_VISION_ROPE = (RopeCase("tiny", 8, 2, 2, 8, grid=(2, 2, 2), dtype=torch.flo
 # Enough rows that errors of float32 are judged by more than chance: of 14 rows one run in 30 was red.
 TINY_ATTENTION = (AttentionCase("tiny", (300, 500), 2, 1, 16, causal=True, dtype=torch.float32),)
 TINY_PIXELS = (PixelCase(2, 50, 70, 4096, min_pixels=64, patch_size=4),)
+TINY_MOE = (
+    MoECase("grouped_linear", 20, 4, 2, 16, 24, torch.float32, backward=True),
+    MoECase("permute", 6, 4, 2, 16, dtype=torch.float32, backward=True),
+    MoECase("unpermute", 6, 4, 2, 16, dtype=torch.float32, backward=True),
+    MoECase("route_topk", 9, 6, 2, dtype=torch.float32, backward=True),
+)
 TINY_POSITIONS = (PositionsCase(3, 60, 2, rows=2, columns=3),)
 TINY_DECODING = (DecodingCase(2, 9, 4, 2, 16, dtype=torch.float32),)
 TINY_LOGPROB = (LogprobCase(8, 16, 96, dtype=torch.float32, labelled=0.5, entropy=True),)

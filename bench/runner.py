@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from m4ov_bench.row import Row
 
-FAMILIES = ("norm", "activation", "attention", "rope", "packing", "head", "gemm", "vision", "dispatch", "step")
-QUICK_FAMILIES = ("norm", "activation", "attention", "rope", "packing", "head", "gemm", "vision", "dispatch")
+FAMILIES = ("norm", "activation", "attention", "rope", "packing", "head", "gemm", "moe", "vision", "dispatch", "step")
+QUICK_FAMILIES = ("norm", "activation", "attention", "rope", "packing", "head", "gemm", "moe", "vision", "dispatch")
 
 
 def check(families: Sequence[str] | None) -> None:

@@ -5,6 +5,7 @@
 #include "common/limits_bind.h"
 #include "gemm/bind.h"
 #include "head/bind.h"
+#include "moe/bind.h"
 #include "norm/bind.h"
 #include "packing/bind.h"
 #include "rope/bind.h"
@@ -50,6 +51,7 @@ PYBIND11_MODULE(_C, m) {
   m4ov::bind_gemm(m);
   m4ov::bind_head(m);
   m4ov::bind_limits(m);
+  m4ov::bind_moe(m);
   m4ov::bind_norm(m);
   m4ov::bind_packing(m);
   m4ov::bind_rope(m);

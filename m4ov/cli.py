@@ -1,4 +1,5 @@
-"""The command ``m4ov``: ``run``, ``evaluate``, ``quantize``, ``doctor``, ``bench``, ``kernels``, ``certify``.
+"""The command ``m4ov``: ``run``, ``evaluate``, ``quantize``, ``doctor``, ``bench``, ``kernels``, ``certify``,
+``parity``.
 
 torch is imported only by a command that computes, and after the allocator is set up (:mod:`m4ov.allocator`). What goes
 wrong is one line and exit status 2; ``--traceback`` shows where. Ctrl-C is 130.
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from m4ov import allocator, certify, evaluation, kernels, quantization
+from m4ov import allocator, certify, evaluation, kernels, parity, quantization
 
 #: Task of a recipe → (its configuration, the function that runs it).
 TASKS = {"quickstart": ("m4ov.recipe:QuickstartConfig", "m4ov.quickstart:run")}
@@ -44,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.traceback:
             raise
-        print(f"m4ov {options.command}: {_one_line(error)}", file=sys.stderr)
+        rank = os.environ.get("RANK")
+        print(f"m4ov {options.command}{f' (rank {rank})' if rank else ''}: {_one_line(error)}", file=sys.stderr)
         return 2
 
 
@@ -86,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     certificate = commands.add_parser("certify", help="how far apart a sampler's and a trainer's log-probabilities are")
     certify.add_arguments(certificate)
     certificate.set_defaults(prepare=certify.sources, execute=certify.execute)
+    layouts = commands.add_parser("parity", help="every parallel layout against one process, gradient by gradient")
+    parity.add_arguments(layouts)
+    layouts.set_defaults(prepare=parity.prepare, execute=parity.execute)
     return parser
 
 

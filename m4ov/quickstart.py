@@ -19,8 +19,8 @@ from m4ov.allocator import status as allocator_status
 from m4ov.evaluate import Accuracy, Report, SideBySide, exact_match, examples, html, print_table
 from m4ov.models.qwen3_vl import cast_parameters
 from m4ov.recipe import QuickstartConfig
-from m4ov.train import RunFolder, TrainResult, write_text
-from m4ov.train.metrics import read
+from m4ov.train import RunFolder, TrainResult, World, write_text
+from m4ov.train.metrics import check, read
 from m4ov.train.progress import clock
 from m4ov_kernels.patches import patch
 
@@ -28,24 +28,33 @@ from m4ov_kernels.patches import patch
 def run(config: QuickstartConfig) -> None:
     """Everything, from the data to ``report.html``. What was done before, in the same folder, is not done again.
 
+    Started by torchrun, the ranks train together, each with its share of every step's images; the rest is rank 0's.
+
     Raises:
-        RunFolderError, DataError, CheckpointError, TrainingError: one line says what is wrong.
+        RunFolderError, DataError, CheckpointError, TrainingError, RankError, MetricsError: one line says what is wrong.
         Interrupted: Ctrl-C during training; a checkpoint was written.
     """
-    console = Console()
+    check(config.train.wandb)
+    world = World.start(config.train.timeout_seconds)
+    console = Console(quiet=not world.first)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(config.run.threads or usable_cpus())
-    folder = RunFolder(config.run.folder, sft.fingerprint(config))
+    folder = world.alone("the run folder", lambda: RunFolder(config.run.folder, sft.fingerprint(config)))
     try:
-        _run(config, folder.path, console)
+        task = sft.prepare(config, console)
+        result = sft.run(config, task, Path(config.run.folder), console, world)
+        world.close()
+        if world.first:
+            # torchrun gives each rank one thread; the others' cores are free now
+            torch.set_num_threads(torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            _report(config, task, result, Path(config.run.folder), console)
     finally:
-        folder.close()
+        if folder is not None:
+            folder.close()
 
 
-def _run(config: QuickstartConfig, folder: Path, console: Console) -> None:
-    task = sft.prepare(config, console)
-    result = sft.run(config, task, folder, console)
+def _report(config: QuickstartConfig, task: sft.Task, result: TrainResult, folder: Path, console: Console) -> None:
     began = time.perf_counter()
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder / "model", dtype=torch.float32)
     patch(model)
@@ -112,12 +121,16 @@ def usable_cpus() -> int:
 def _facts(config: QuickstartConfig, model: torch.nn.Module, result: TrainResult, task: sft.Task) -> dict[str, str]:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     general, domain = task.training
+    kind = "m4ov's own" if config.model.implementation == "m4ov" else "transformers' class, "
+    if config.model.implementation == "transformers":
+        kind += "patched" if config.train.patch else "unpatched"
     return {
-        "model": f"Qwen3-VL, {parameters / 1e6:.2f} M parameters, random initialisation (seed {config.run.seed})",
+        "model": f"Qwen3-VL ({kind}), {parameters / 1e6:.2f} M parameters, random initialisation "
+        f"(seed {config.run.seed})",
         "training data": f"{len(general.samples):,} easy-vqa questions on {len(general.images):,} images; "
         f"{len(domain.images):,} scanned digits",
         "training": f"{result.steps:,} steps, {result.tokens:,} tokens, {clock(result.seconds)} minutes, "
-        f"{config.train.precision}, {'patched' if config.train.patch else 'unpatched'}",
+        f"{config.train.precision}",
         "threads": str(torch.get_num_threads()),
         "allocator": allocator_status().how,
     }

@@ -73,11 +73,14 @@ class TextConfig:
 class ModelConfig:
     """A Qwen3-VL from scratch."""
 
+    implementation: str = "m4ov"  # what is trained: this package's model, or "transformers"' class
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     initializer_range: float = 0.06
 
     def __post_init__(self) -> None:
+        kinds = ("m4ov", "transformers")
+        _require(self.implementation in kinds, "model.implementation", " or ".join(kinds), self.implementation)
         factor = self.text.head_dim
         _require(factor % 2 == 0, "model.text.head_dim", "an even number", factor)
         _require(
@@ -108,7 +111,11 @@ class TrainConfig:
     checkpoint_steps: int = 0  # 0: never by steps
     keep_checkpoints: int = 2
     log_every: int = 10  # steps
-    patch: bool = True  # train with m4ov_kernels.patch
+    patch: bool = True  # with model.implementation=transformers: train with m4ov_kernels.patch
+    accumulate: int = 1  # parts of a step's samples that each rank takes one after the other; the step stays the same
+    peak_tflops: float = 0.0  # of one rank, that MFU is held against; 0: the GPU's data sheet, or measured
+    timeout_seconds: float = 600.0  # of a collective, until the run ends with the names of the missing ranks
+    wandb: str = ""  # project of Weights & Biases; empty: none
     fp8: str = "off"  # "transformer_engine": its linears, multiplying in fp8; needs that package and a CUDA device
 
     def __post_init__(self) -> None:
@@ -117,6 +124,9 @@ class TrainConfig:
         _require(self.fp8 in ("off", "transformer_engine"), "train.fp8", "off or transformer_engine", self.fp8)
         _require(self.keep_checkpoints > 0, "train.keep_checkpoints", "at least 1", self.keep_checkpoints)
         _require(self.log_every > 0, "train.log_every", "at least 1", self.log_every)
+        _require(self.accumulate > 0, "train.accumulate", "at least 1", self.accumulate)
+        _require(self.peak_tflops >= 0, "train.peak_tflops", "at least 0", self.peak_tflops)
+        _require(self.timeout_seconds > 0, "train.timeout_seconds", "more than 0", self.timeout_seconds)
 
 
 @dataclass

@@ -19,6 +19,7 @@ from m4ov_kernels.gemm import (
 )
 from m4ov_kernels.head import linear_cross_entropy, linear_kl, linear_logprob
 from m4ov_kernels.invariance import invariant
+from m4ov_kernels.moe import grouped_linear, permute, route_topk, unpermute
 from m4ov_kernels.norm import layer_norm, rms_norm
 from m4ov_kernels.packing import PackedBatch, pack_sequences
 from m4ov_kernels.patches import patch, unpatch
@@ -42,6 +43,7 @@ __all__ = [
     "geglu",
     "gelu",
     "gelu_tanh",
+    "grouped_linear",
     "int4_linear",
     "int8_linear",
     "interpolate_position_embeddings",
@@ -56,16 +58,19 @@ __all__ = [
     "pack_sequences",
     "patch",
     "patch_embed",
+    "permute",
     "qk_norm_mrope",
     "quantize_fp8",
     "quantize_int8",
     "requantize",
     "rms_norm",
     "rms_norm_quantize",
+    "route_topk",
     "scatter_vision",
     "swiglu",
     "swiglu_quantize",
     "unpatch",
+    "unpermute",
     "varlen_attention",
     "vision_positions",
     "vision_rope",

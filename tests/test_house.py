@@ -17,7 +17,7 @@ LAYERS = (
     ("parallel",),
     ("train", "generate"),
     ("sft", "rl", "quantize", "serve", "evaluate"),
-    ("quickstart", "doctor", "kernels", "certify"),
+    ("quickstart", "doctor", "kernels", "certify", "parity"),
     ("evaluation",),
     ("quantization",),
     ("cli",),

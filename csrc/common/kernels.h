@@ -5,6 +5,7 @@
 #include "../attention/kernels.h"
 #include "../gemm/kernels.h"
 #include "../head/kernels.h"
+#include "../moe/kernels.h"
 #include "../norm/kernels.h"
 #include "../packing/kernels.h"
 #include "../rope/kernels.h"
@@ -17,6 +18,7 @@
   M4OV_GEMM_KERNELS(X)       \
   M4OV_HEAD_KERNELS(X)       \
   M4OV_LIMIT_KERNELS(X)      \
+  M4OV_MOE_KERNELS(X)        \
   M4OV_NORM_KERNELS(X)       \
   M4OV_PACKING_KERNELS(X)    \
   M4OV_ROPE_KERNELS(X)       \

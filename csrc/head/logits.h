@@ -7,33 +7,18 @@
 #include "../common/pack.h"
 #include "../common/parallel.h"
 #include "../common/scratch.h"
+#include "../common/wide_rows.h"
 #include "kernels.h"
 
 namespace m4ov {
 namespace M4OV_VARIANT {
 namespace {  // nothing that the linker could share between variants
 
-// body(tile, element type): bf16 products where the processor has them.
-template <typename Body>
-M4OV_INLINE void with_tile(int dtype, const Body& body) {
-  with_dtype(dtype, [&](auto tag) {
-#ifdef __AVX512BF16__
-    if constexpr (kSame<typename decltype(tag)::type, Bf16>) return body(Tag<DotTile>{}, tag);
-#endif
-    body(Tag<FmaTile>{}, tag);
-  });
-}
-
 constexpr int64_t kBlockTokens = kHeadTokens;  // lanes of a tile
 constexpr int64_t kTileWords = kHeadTile;      // rows of the weight in a tile: its logits (24 KiB) stay in L1
 
 // Differences of logits stop here: e^x is 0 long before, and a product of the two stays finite.
 constexpr float kFarBelow = -1e30f;
-
-// Sums over the hidden dimension are taken in parts: a part of a block of tokens (64 KiB of bf16) stays in L2 while all
-// rows of a tile pass by, and fp32 loses less than in one long sum.
-template <typename T>
-constexpr int64_t kHiddenPart = kSame<T, float> ? 32 : 512;
 
 // The fp32 hyperbolic tangent, to about two units in the last place.
 M4OV_INLINE V tanh_full(V x) {
@@ -47,40 +32,6 @@ M4OV_INLINE V tanh_full(V x) {
   const V whole = set1(1.0f) - set1(2.0f) / (exp_full(x + x) + set1(1.0f));
   return where_negative(magnitude(x) - set1(0.25f), series, whole);
 }
-
-// Rows of the weight, or of the hidden states, as the tile's elements with an even number of columns for pairs: where
-// they lie, or copied into a buffer.
-template <typename Tile, typename T>
-struct WideRows {
-  using E = typename Tile::Element;
-  static constexpr int64_t kPair = Tile::kPair;
-  const T* rows;
-  int64_t stride, dim;
-
-  int64_t width() const { return rounded_up(dim, kPair); }
-  bool copied() const { return !kSame<E, T> || width() != dim; }
-  int64_t buffer_size(int64_t count) const { return copied() ? count * width() : 0; }
-
-  struct View {
-    const E* rows;
-    int64_t stride;
-  };
-  View view(E* buffer, int64_t first, int64_t count) const {
-    if constexpr (kSame<E, T>) {
-      if (!copied()) return {rows + first * stride, stride};
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      E* to = buffer + i * width();
-      if constexpr (kSame<E, T>) {
-        memcpy(to, rows + (first + i) * stride, dim * sizeof(E));
-        memset(to + dim, 0, (width() - dim) * sizeof(E));
-      } else {
-        widen(to, rows + (first + i) * stride, dim);
-      }
-    }
-    return {buffer, width()};
-  }
-};
 
 // What every thread reads: the hidden states of each block of tokens as right operand, [width / kPair][64][kPair].
 template <typename Tile, typename T>
@@ -114,8 +65,8 @@ struct Logits {
   void multiply_block(float* tile, const typename WideRows<Tile, T>::View& rows, int64_t count, int64_t block) const {
     const E* right = packed + block * block_size();
     const int64_t width = hidden.width(), columns = vectors(block);
-    for (int64_t k = 0; k < width; k += kHiddenPart<T>) {
-      const int64_t steps = smaller(kHiddenPart<T>, width - k) / kPair;
+    for (int64_t k = 0; k < width; k += kSumPart<T>) {
+      const int64_t steps = smaller(kSumPart<T>, width - k) / kPair;
       if (k == 0) {
         multiply<Tile, kZero>(tile, kBlockTokens, rows.rows, rows.stride, right, kStep, count, columns, steps);
       } else {

@@ -1,5 +1,6 @@
 // Vision features into the rows of a packed batch: scatter_vision and deepstack_add, forward and backward. The backward
 // of deepstack_add is that of scatter_vision without grad_base: its base has the gradient of the output.
+#include "../common/copy.h"
 #include "../common/kernels.h"
 #include "../common/parallel.h"
 #include "../common/simd.h"
@@ -8,38 +9,7 @@ namespace m4ov {
 namespace M4OV_VARIANT {
 namespace {
 
-constexpr int64_t kBlock = 8;        // neighbouring rows that one thread takes at a time
-constexpr int64_t kAheadBytes = 2048;  // the hardware's prefetchers stop at page ends
-
-// What is only moved needs no dtype: rows are bytes, and a group of floats carries any bits.
-constexpr int64_t kGroupBytes = kGroup * static_cast<int64_t>(sizeof(float));
-
-template <bool kStream>
-M4OV_INLINE void copy_row(char* target, const char* source, int64_t bytes) {
-  int64_t i = 0;
-  for (; i + kGroupBytes <= bytes; i += kGroupBytes) {
-    prefetch(reinterpret_cast<const float*>(source + i + kAheadBytes));
-    put<kStream>(reinterpret_cast<float*>(target + i), load(reinterpret_cast<const float*>(source + i)));
-  }
-  memcpy(target + i, source + i, bytes - i);
-}
-
-template <bool kStream>
-M4OV_INLINE void clear_row(char* target, int64_t bytes) {
-  int64_t i = 0;
-  for (; i + kGroupBytes <= bytes; i += kGroupBytes) {
-    put<kStream>(reinterpret_cast<float*>(target + i), both(set1(0.0f)));
-  }
-  memset(target + i, 0, bytes - i);
-}
-
-M4OV_INLINE void copy(char* target, const char* source, int64_t bytes, bool large) {
-  if (large && vector_aligned(target)) {
-    copy_row<true>(target, source, bytes);
-  } else {
-    copy_row<false>(target, source, bytes);
-  }
-}
+constexpr int64_t kBlock = 8;  // neighbouring rows that one thread takes at a time
 
 template <typename T, bool kStream>
 M4OV_INLINE void add_row(T* target, const T* x, const T* y, int64_t columns) {
@@ -51,8 +21,6 @@ M4OV_INLINE void add_row(T* target, const T* x, const T* y, int64_t columns) {
   }
   if (i < columns) store_tail(target + i, load_tail(x + i, columns - i) + load_tail(y + i, columns - i), columns - i);
 }
-
-static int64_t width_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 // Blocks of rows in turn: where the images lie in the batch, a thread has more to do, so no thread gets one long part.
 template <typename Body>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from m4ov.data.images import ImageError, ImageGeometry, image_processor, patchify
+from m4ov.data.loader import PackedLoader
 from m4ov.data.mixture import Mixture
 from m4ov.data.packing import Encoded, Encoder
 from m4ov.data.saved import encoder_of
@@ -16,6 +17,7 @@ __all__ = [
     "ImageError",
     "ImageGeometry",
     "Mixture",
+    "PackedLoader",
     "Sample",
     "Split",
     "digits",

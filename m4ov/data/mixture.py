@@ -1,9 +1,10 @@
-"""Training batches of the two data sets. A batch is a function of (seed, step) alone, so a run can go on anywhere."""
+"""Training batches of the two data sets. A step is a function of (seed, step) alone, so a run can go on anywhere."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,11 @@ class Mixture:
         flip: mirror half of the shape images.
         shift: move digits by up to so many pixels.
         dtype: of ``pixel_values``.
+        rank, ranks: whose share of a step :meth:`batches` makes.
+        accumulate: in how many parts it makes it.
+
+    Raises:
+        ValueError: a step has fewer images than there are shares of it.
     """
 
     def __init__(
@@ -49,7 +55,16 @@ class Mixture:
         flip: bool,
         shift: int,
         dtype: torch.dtype,
+        rank: int = 0,
+        ranks: int = 1,
+        accumulate: int = 1,
     ) -> None:
+        if images + digits < ranks * accumulate:
+            raise ValueError(
+                f"a step has {images} + {digits} images (data.images_per_step, data.digits_per_step), which is fewer "
+                f"than {ranks} ranks x {accumulate} parts (train.accumulate)"
+            )
+        self.rank, self.ranks, self.accumulate = rank, ranks, accumulate
         self.general, self.domain, self.encoder = general, domain, encoder
         self.seed, self.images, self.questions, self.digits = seed, images, questions, digits
         self.flip, self.shift, self.dtype = flip, shift, dtype
@@ -58,28 +73,44 @@ class Mixture:
             self._of_image[sample.image].append(sample)
         self._order = lru_cache(maxsize=4)(self._shuffled)
 
-    def batch(self, step: int) -> PackedBatch:
-        """The batch of one step."""
+    def batches(self, step: int) -> list[PackedBatch]:
+        """This rank's share of one step, part by part."""
+        shares = self.ranks * self.accumulate
+        return [self.batch(step, self.rank + part * self.ranks, shares) for part in range(self.accumulate)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the step is all that a step depends on."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to go on from."""
+
+    def batch(self, step: int, share: int = 0, shares: int = 1) -> PackedBatch:
+        """The batch of one step, or every ``shares``-th image of it with its questions.
+
+        All is drawn for the whole step, so that a sample is the same in whatever share it comes.
+        """
         random = np.random.default_rng([self.seed, 0, step])
         shapes = self._visited(0, len(self.general.images), step, self.images)
         scans = self._visited(1, len(self.domain.images), step, self.digits)
-        samples: list[Encoded] = []
-        owners: list[int] = []
-        for place, image in enumerate(shapes):
+        questions: list[list[Encoded]] = []  # of each image
+        for image in shapes:
             asked = self._asked(self._of_image[image], random)
-            samples += [self.encoder(sample.question, sample.answer) for sample in asked]
-            owners += [place] * len(asked)
-        for place, image in enumerate(scans):
+            questions.append([self.encoder(sample.question, sample.answer) for sample in asked])
+        for image in scans:
             scan = self.domain.samples[image]
-            samples.append(self.encoder(scan.question, scan.answer))
-            owners.append(len(shapes) + place)
-        shape_pixels, digit_pixels = self.general.images[shapes], self.domain.images[scans]
-        if self.flip:
-            shape_pixels = mirror(shape_pixels, random.random(len(shapes)) < 0.5)
-        if self.shift:
-            digit_pixels = shift(digit_pixels, random.integers(-self.shift, self.shift + 1, (len(scans), 2)))
+            questions.append([self.encoder(scan.question, scan.answer)])
+        mirrored = random.random(len(shapes)) < 0.5 if self.flip else np.zeros(len(shapes), dtype=bool)
+        moved = random.integers(-self.shift, self.shift + 1, (len(scans), 2)) if self.shift else None
+        ours, scanned = slice(share, None, shares), slice((share - len(shapes)) % shares, None, shares)
+        shape_pixels = mirror(self.general.images[shapes[ours]], mirrored[ours])
+        digit_pixels = self.domain.images[scans[scanned]]
+        if moved is not None:
+            digit_pixels = shift(digit_pixels, moved[scanned])
         pixel_values = patchify(np.concatenate([shape_pixels, digit_pixels]), self.encoder.geometry)
-        return self.encoder.pack(samples, owners, pixel_values, self.dtype)
+        kept = questions[share::shares]
+        owners = [place for place, asked in enumerate(kept) for _ in asked]
+        return self.encoder.pack([sample for asked in kept for sample in asked], owners, pixel_values, self.dtype)
 
     def _asked(self, known: list[Sample], random: np.random.Generator) -> list[Sample]:
         """Some of an image's questions: one of each group in turn, groups with more weight likely to come first."""

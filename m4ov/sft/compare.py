@@ -8,7 +8,6 @@ import statistics
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -137,12 +136,14 @@ def _steps(pipe: Connection, model_config: dict[str, Any], config: QuickstartCon
     from m4ov.models.qwen3_vl import build, cast_parameters
     from m4ov.sft.training import loss_of
     from m4ov.train import Optimizer
+    from m4ov.train.machine import peak_mib, reset_peak_mib
     from m4ov_kernels.patches import patch
 
     model = build(Qwen3VLConfig(**model_config), config.run.seed)
     report = str(patch(model)) if patched else ""
-    cast_parameters(model, DTYPES[config.train.precision]).train()
-    optimizer = Optimizer(model, config.optim, config.train.steps)
+    dtype = DTYPES[config.train.precision]
+    cast_parameters(model, dtype).train()
+    optimizer = Optimizer(model, config.optim, config.train.steps, muon_dtype=dtype)
     optimizer.publish()
     held = reset_peak_mib()
     pipe.send(("ready", report))
@@ -151,33 +152,10 @@ def _steps(pipe: Connection, model_config: dict[str, Any], config: QuickstartCon
     while message := pipe.recv_bytes():
         batch: PackedBatch = pickle.loads(message)
         began = time.perf_counter()
-        loss = loss_of(model, batch)
+        loss, labels = loss_of(model, batch)
         loss.backward()
-        optimizer.step(len(seconds))
-        losses.append(loss.item())
+        optimizer.step(len(seconds), labels)
+        losses.append(loss.item() / labels)
         seconds.append(time.perf_counter() - began)
         pipe.send(("done", None))
     pipe.send(("result", Side(tuple(seconds), tuple(losses), peak_mib(), held)))
-
-
-def reset_peak_mib() -> float | None:
-    """Forget the peak of this process's resident memory; what it holds now, MiB. ``None``: not on this system."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    return _status_mib("VmRSS")
-
-
-def peak_mib() -> float | None:
-    """The most resident memory since :func:`reset_peak_mib`, MiB."""
-    return _status_mib("VmHWM")
-
-
-def _status_mib(name: str) -> float | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith(name)]
-    return int(found[0]) / 1024 if found else None

@@ -31,7 +31,17 @@ class Task:
     def geometry(self) -> ImageGeometry:
         return self.encoder.geometry
 
-    def mixture(self, data: DataConfig, seed: int, *, images: int = 0, digits: int = 0) -> Mixture:
+    def mixture(
+        self,
+        data: DataConfig,
+        seed: int,
+        *,
+        images: int = 0,
+        digits: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        accumulate: int = 1,
+    ) -> Mixture:
         """Training batches; ``images`` and ``digits``: other numbers per step than the configuration's."""
         return Mixture(
             *self.training,
@@ -43,6 +53,9 @@ class Task:
             flip=data.flip,
             shift=data.shift,
             dtype=self.dtype,
+            rank=rank,
+            ranks=ranks,
+            accumulate=accumulate,
         )
 
 

@@ -6,64 +6,108 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError
 from torch import Tensor
 
 from m4ov.data import image_processor, to_hugging_face
-from m4ov.models.qwen3_vl import build, cast_parameters, forward
+from m4ov.models.qwen3_vl import (
+    Config,
+    Qwen3VL,
+    WeightsError,
+    build,
+    cast_parameters,
+    export,
+    forward,
+    new,
+    shapes,
+    training_flops,
+)
+from m4ov.parallel.checkpoint import full_tensors
 from m4ov.recipe import QuickstartConfig
 from m4ov.sft.task import Task
-from m4ov.train import CheckpointError, TrainingError, TrainResult, train
+from m4ov.train import CheckpointError, TrainingError, TrainResult, World, train
 from m4ov_kernels.integrations import transformer_engine
 from m4ov_kernels.packing import PackedBatch
 from m4ov_kernels.patches import patch
 
 
-def loss_of(model: torch.nn.Module, batch: PackedBatch) -> Tensor:
-    """Mean cross entropy of the answers' tokens."""
-    return forward(model, batch).loss
+def model_of(config: QuickstartConfig, task: Task, seed: int) -> torch.nn.Module:
+    """What is trained, with random weights that depend on ``seed`` alone, in the dtype that it computes in."""
+    if config.model.implementation == "m4ov":
+        return new(Config.from_dict(task.model_config.to_dict()), seed=seed, dtype=task.dtype)
+    model = build(task.model_config, seed)
+    if config.train.patch:
+        patch(model)
+    return cast_parameters(model, task.dtype)
 
 
-def loss_in_fp8(model: torch.nn.Module, batch: PackedBatch) -> Tensor:
+def loss_of(model: torch.nn.Module, batch: PackedBatch) -> tuple[Tensor, int]:
+    """Cross entropy of the answers' tokens, summed, and their number."""
+    if isinstance(model, Qwen3VL):
+        loss = model.loss(batch)
+        return loss.total, loss.num_labels
+    return forward(model, batch).loss * batch.num_labels, batch.num_labels
+
+
+def loss_in_fp8(model: torch.nn.Module, batch: PackedBatch) -> tuple[Tensor, int]:
     """The same, transformer-engine's linears multiplying in fp8."""
     with transformer_engine.autocast():
         return loss_of(model, batch.to("cuda"))
 
 
-def run(config: QuickstartConfig, task: Task, folder: Path, console: Console) -> TrainResult:
-    """Train, or go on training, and write ``folder/model`` when done.
+def run(
+    config: QuickstartConfig, task: Task, folder: Path, console: Console, world: World | None = None
+) -> TrainResult:
+    """Train, or go on training, and write ``folder/model`` when done. Collective.
 
     Args:
         folder: of the run, claimed by the caller (:class:`m4ov.train.RunFolder`).
+        world: the ranks, over which a step's images are spread and on which the model is replicated.
 
     Raises:
-        Interrupted, CheckpointError, TrainingError: see :func:`m4ov.train.train`. TrainingError also where
+        Interrupted, CheckpointError, TrainingError, RankError: see :func:`m4ov.train.train`. TrainingError also where
             ``train.fp8`` asks for what this machine has not.
     """
     in_fp8 = config.train.fp8 == "transformer_engine"
     if in_fp8 and (reason := transformer_engine.unavailable()) is not None:
         raise TrainingError(f"train.fp8: {reason}")
-    model = build(task.model_config, config.run.seed)
+    world = world or World()
+    model = model_of(config, task, config.run.seed)
+    if isinstance(model, Qwen3VL):
+        model.always_vision = world.size > 1
     parameters = sum(parameter.numel() for parameter in model.parameters())
     console.print(
         f"Qwen3-VL, {parameters / 1e6:.2f} M parameters, {task.tokenizer.get_vocab_size()} tokens in the vocabulary, "
-        f"{config.train.precision}, {torch.get_num_threads()} threads"
+        f"{config.train.precision}, {f'{world.size} ranks, each ' * (world.size > 1)}{torch.get_num_threads()} threads"
     )
-    if config.train.patch:
-        patch(model)
-    cast_parameters(model, task.dtype)
+    mixture = task.mixture(
+        config.data,
+        config.run.seed,
+        rank=world.data_rank,
+        ranks=world.data_size,
+        accumulate=config.train.accumulate,
+    )
     if in_fp8:
         torch.nn.Module.to(model, "cuda")
         console.print(f"fp8: {len(transformer_engine.install(model))} linear layers of transformer-engine")
-    mixture = task.mixture(config.data, config.run.seed)
-    loss = loss_in_fp8 if in_fp8 else loss_of
-    result = train(model, mixture.batch, loss, config=config.train, optim=config.optim, folder=folder, console=console)
-    save_model(task, result.weights, folder / "model")
+    result = train(
+        model,
+        mixture,
+        loss_in_fp8 if in_fp8 else loss_of,
+        config=config.train,
+        optim=config.optim,
+        folder=folder,
+        console=console,
+        world=world,
+        flops_of=lambda batch: training_flops(task.model_config, batch),
+    )
+    weights = dict(full_tensors(result.weights, keep=world.first))
+    world.alone("saving the model", lambda: save_model(task, weights, folder / "model"))
     return result
 
 
@@ -85,21 +129,25 @@ def fingerprint(config: QuickstartConfig) -> dict[str, Any]:
     return flat
 
 
-def save_model(task: Task, weights: dict[str, Tensor], folder: Path) -> None:
+def save_model(task: Task, weights: Mapping[str, Tensor | None], folder: Path) -> None:
     """A folder that ``from_pretrained`` loads: weights (float32), configuration, tokenizer, processor.
 
     Raises:
         CheckpointError: it cannot be written. What was there before stays.
     """
-    model = build(task.model_config, 0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+    config = Config.from_dict(task.model_config.to_dict())
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in shapes(config):
+            value = weights[name]
+            assert value is not None, name
+            yield name, value
+
     temporary = folder.with_name(f".writing-{os.getpid()}")
     try:
         for left in folder.parent.glob(".writing-*"):
             shutil.rmtree(left)
-        model.save_pretrained(temporary)
+        export(config, tensors(), temporary, dtype=torch.float32)
         tokenizer, processor = to_hugging_face(task.tokenizer), image_processor(task.geometry)
         tokenizer.save_pretrained(temporary)
         processor.save_pretrained(temporary)
@@ -123,7 +171,7 @@ def save_model(task: Task, weights: dict[str, Tensor], folder: Path) -> None:
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, WeightsError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error)
         raise CheckpointError(f"model {folder}: cannot be written ({reason})") from error

@@ -1,11 +1,12 @@
-"""The training loop: batches by step number, checkpoints by time, and a restart that goes on to the same bits."""
+"""The training loop, on one rank or many: a step's samples are spread over the ranks, its loss is the mean over all of
+their tokens, checkpoints come by time, and a restart goes on to the same bits."""
 
 from __future__ import annotations
 
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import m4ov_kernels
+from m4ov.parallel.checkpoint import Checkpoints
 from m4ov.recipe import OptimConfig, TrainConfig
-from m4ov.train import checkpoint
+from m4ov.train import machine
 from m4ov.train.metrics import Metrics
 from m4ov.train.optim import Optimizer
 from m4ov.train.progress import TrainingProgress, clock
+from m4ov.train.world import World
 
 
 class Batch(Protocol):
@@ -32,6 +35,20 @@ class Batch(Protocol):
 
 
 B = TypeVar("B", bound=Batch)
+B_co = TypeVar("B_co", bound=Batch, covariant=True)
+
+
+class Data(Protocol[B_co]):
+    """Where batches come from. Which samples a step has, and how they are augmented, must not depend on the ranks."""
+
+    def batches(self, step: int) -> Sequence[B_co]:
+        """This rank's share of a step, in as many batches as it takes one after the other. Steps come in order."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step depends on, as JSON has it; the same on every rank, whatever their number."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -47,11 +64,11 @@ class TrainResult:
     """What a training did.
 
     Attributes:
-        weights: the float32 weights at the end, by parameter name.
+        weights: the float32 weights at the end, by parameter name; DTensors where the model's parameters are.
         steps: steps of the whole run.
         resumed_at: the step at which this process went on; 0 for a run from the start.
         seconds: time spent in training, over all processes of the run.
-        tokens: tokens trained on, over all processes of the run.
+        tokens: tokens trained on, by all ranks, over all processes of the run.
     """
 
     weights: dict[str, Tensor]
@@ -63,91 +80,154 @@ class TrainResult:
 
 def train(
     model: nn.Module,
-    batch_of_step: Callable[[int], B],
-    loss_of: Callable[[nn.Module, B], Tensor],
+    data: Data[B],
+    loss_of: Callable[[nn.Module, B], tuple[Tensor, int]],
     *,
     config: TrainConfig,
     optim: OptimConfig,
     folder: Path,
     console: Console,
+    world: World | None = None,
+    flops_of: Callable[[B], float] | None = None,
 ) -> TrainResult:
-    """Train to ``config.steps`` steps, from the newest checkpoint in ``folder`` if there is one.
+    """Train to ``config.steps`` steps, from the newest checkpoint in ``folder`` if there is one. Collective.
 
     Args:
-        model: in the dtype it computes in; on return it holds the trained weights.
-        batch_of_step: the batch of a step, a function of the step alone.
-        loss_of: the scalar loss of a batch.
-        folder: of the run: ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/`` go there.
+        model: in the dtype it computes in; on return it holds the trained weights. Plain parameters are replicated:
+            equal on every rank, their gradients are summed here. DTensors are sharded by whoever made them, and their
+            gradients arrive as sums over all samples (FSDP: a gradient divide factor of 1).
+        data: of this rank.
+        loss_of: the *sum* of the token losses of a batch, a scalar, and how many tokens it is the sum of. The loss
+            of a step, and what is differentiated, is the sum over all batches of all ranks over the number of all.
+        folder: of the run: ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/`` go there, from rank 0 alone.
+        world: the ranks; ``None``: this one alone.
+        flops_of: the model FLOPs of a batch, forward and backward, for the MFU; ``None``: no MFU.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came: the step was finished and a checkpoint written.
+        Interrupted: SIGINT or SIGTERM came to some rank: all finished the step, and a checkpoint was written.
         CheckpointError: a checkpoint cannot be written or read.
-        TrainingError: the loss is not a finite number.
+        TrainingError: the loss is not a finite number, or a step has no token to learn from.
+        RankError: another rank ended, or did not come to a collective in time.
     """
-    optimizer = Optimizer(model, optim, config.steps)
-    checkpoints = folder / "checkpoints"
+    world = world or World()
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    optimizer = Optimizer(model, optim, config.steps, world, muon_dtype=dtype)
+    saved = Checkpoints(
+        folder / "checkpoints",
+        keep=config.keep_checkpoints,
+        rank=world.rank,
+        size=world.size,
+        timeout_seconds=config.timeout_seconds,
+    )
     start, seconds, tokens = 0, 0.0, 0
-    found = checkpoint.load_newest(checkpoints)
-    if found is not None:
-        tensors, state = found
-        optimizer.restore(tensors)
-        checkpoint.set_random_state(state["random_state"])
+    if world.data_rank:
+        torch.manual_seed(torch.initial_seed() + world.data_rank)  # ranks drop out different units
+    state = saved.load(optimizer.tensors())
+    if state is not None:
         start, seconds, tokens = state["step"], state["seconds"], state["tokens"]
+        data.load_state_dict(state["data"])
         console.print(f"going on at step {start} of {config.steps} ({clock(seconds)} trained)")
-    else:
-        optimizer.publish()
+    optimizer.publish()
 
-    def save(step: int) -> None:
-        state = {"random_state": checkpoint.random_state(), "seconds": seconds, "tokens": tokens}
-        checkpoint.save(checkpoints, step, optimizer.tensors(), state, keep=config.keep_checkpoints)
-
+    peak = 0.0
+    if flops_of is not None:
+        rate, source = machine.peak_flops(dtype, config.peak_tflops)
+        (peak,) = world.reduce("peak rate", [rate])
+        console.print(f"MFU is of {peak / 1e12:.3g} TFLOP/s ({source}{f', {world.size} ranks' * (world.size > 1)})")
     model.train()
-    metrics = Metrics(folder, start)
-    losses: list[float] = []
+    metrics = Metrics(folder, start, config.wandb) if world.first else None
+    window = _Window()
     saved_at, saved_when = start, time.monotonic()
     try:
-        with _stop_requests() as stop, TrainingProgress(console, config.steps, start) as progress:
+        with _stop_requests(world.size == 1) as stop, TrainingProgress(console, config.steps, start) as progress:
             for step in range(start, config.steps):
-                began = time.perf_counter()
-                batch = batch_of_step(step)
-                loss = loss_of(model, batch)
-                loss.backward()
-                norm = optimizer.step(step)
-                losses.append(loss.item())
-                m4ov_kernels.check()
-                if not (abs(losses[-1]) < float("inf") and torch.isfinite(norm)):
-                    raise TrainingError(f"step {step}: loss {losses[-1]}, gradient norm {norm.item()}")
-                took = time.perf_counter() - began
-                seconds, tokens, done = seconds + took, tokens + batch.tokens, step + 1
-                progress.update(done, losses[-1], batch.tokens, took)
-                if done % config.log_every == 0 or done == config.steps:
-                    metrics.write(
-                        done,
-                        {
-                            "loss": sum(losses) / len(losses),
-                            "gradient_norm": norm.item(),
-                            "learning_rate": optimizer.parts[-1].param_groups[0]["lr"],
-                            "tokens_per_second": batch.tokens / progress.seconds_a_step,
-                            "seconds": seconds,
-                        },
-                    )
-                    losses.clear()
+                began, world.seconds = time.perf_counter(), 0.0
+                batches = data.batches(step)
+                waited = time.perf_counter() - began
+                losses: list[Tensor] = []
+                labels = work = 0.0
+                for batch in batches:
+                    loss, count = loss_of(model, batch)
+                    loss.backward()
+                    optimizer.accumulate()
+                    losses.append(loss.detach())
+                    labels += count
+                    work += flops_of(batch) if flops_of is not None else 0.0
+                # One small sum holds the step together: what it is the mean of, and whether anyone is to stop.
                 due = config.checkpoint_seconds and time.monotonic() - saved_when > config.checkpoint_seconds
+                own = [
+                    float(sum(loss.item() for loss in losses)),
+                    labels,
+                    float(sum(batch.tokens for batch in batches)),
+                    work,
+                    float(stop.is_set()),
+                    float(bool(due) and world.first),  # rank 0's clock
+                ]
+                total, labels, trained, work, stopping, due = world.reduce(f"step {step}: sum of the losses", own)
+                copies = world.size / world.data_size  # ranks that have the same samples
+                m4ov_kernels.check()
+                if not labels or not abs(total) < float("inf"):
+                    of = f"loss {total / labels}" if labels else "no token has a label"
+                    raise TrainingError(f"step {step}: {of}")
+                norm = optimizer.step(step, labels / copies).item()
+                if not norm < float("inf"):
+                    raise TrainingError(f"step {step}: loss {total / labels}, gradient norm {norm}")
+                took, done = time.perf_counter() - began, step + 1
+                seconds, tokens = seconds + took, tokens + round(trained / copies)
+                window.add(total / labels, trained / copies, work / copies, took, waited, world.seconds)
+                progress.update(done, total / labels, round(trained / copies), took)
+                if done % config.log_every == 0 or done == config.steps:
+                    values = window.close(world, done, peak)
+                    if metrics is not None:
+                        rates = {"learning_rate": optimizer.parts[-1].param_groups[0]["lr"], "seconds": seconds}
+                        metrics.write(done, {**values, "gradient_norm": norm, **rates})
                 due = due or (config.checkpoint_steps and done % config.checkpoint_steps == 0)
-                if due or stop.is_set() or done == config.steps:
-                    save(done)
+                if due or stopping or done == config.steps:
+                    state = {"seconds": seconds, "tokens": tokens, "data": data.state_dict()}
+                    saved.save(done, optimizer.tensors(), state)
                     saved_at, saved_when = done, time.monotonic()
-                if stop.is_set() and done < config.steps:
+                if stopping and done < config.steps:
+                    saved.wait()
                     raise Interrupted(f"stopped after step {saved_at}; the same command goes on from there")
+            saved.wait()
     finally:
-        metrics.close()
-    weights = {name: weight.detach() for name, weight in zip(optimizer.names, optimizer.weights, strict=True)}
-    return TrainResult(weights, config.steps, start, seconds, tokens)
+        if metrics is not None:
+            metrics.close()
+    return TrainResult(dict(zip(optimizer.names, optimizer.weights, strict=True)), config.steps, start, seconds, tokens)
+
+
+class _Window:
+    """What the steps since the last line of metrics were like."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[float, ...]] = []
+
+    def add(self, *row: float) -> None:
+        self.rows.append(row)
+
+    def close(self, world: World, step: int, peak: float) -> dict[str, float]:
+        """The line, and a new window. Collective."""
+        loss, tokens, work, took, waited, talked = (sum(column) for column in zip(*self.rows, strict=True))
+        steps = len(self.rows)
+        self.rows.clear()
+        worst = world.reduce(f"step {step}: metrics", [machine.peak_mib() or 0.0, waited, talked], largest=True)
+        values = {
+            "loss": loss / steps,
+            "tokens_per_second": tokens / took,
+            "peak_memory_mib": worst[0],  # of the rank that has the highest, as are the next two
+            "data_wait_seconds": worst[1] / steps,
+            "communication_seconds": worst[2] / steps,
+            "step_seconds": took / steps,
+        }
+        return values | ({"mfu": work / took / peak} if peak else {})
 
 
 @contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; a second one acts as it did before."""
+def _stop_requests(alone: bool) -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; a second one acts as it did before, if this rank is alone.
+
+    At Ctrl-C a rank of torchrun hears from the terminal and from torchrun, which kills after 30 seconds anyway.
+    """
     requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield requested
@@ -156,7 +236,8 @@ def _stop_requests() -> Iterator[threading.Event]:
 
     def request(number: int, frame: FrameType | None) -> None:
         requested.set()
-        signal.signal(number, former[number])
+        if alone:
+            signal.signal(number, former[number])
 
     for number in former:
         signal.signal(number, request)

@@ -1,17 +1,23 @@
-"""The optimizer: Muon for weight matrices, AdamW for everything else, float32 weights under a bfloat16 model."""
+"""The optimizer: Muon for weight matrices, AdamW for everything else, float32 weights under a bfloat16 model.
+
+Weights may be replicated or sharded (DTensors of any placement): everything but Muon's orthogonal step is element by
+element, on the shard that a rank has.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
 
 from m4ov.recipe import OptimConfig
-
-# Quintic Newton-Schulz coefficients of Muon (Keller Jordan, 2024).
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+from m4ov.train.muon import Muon, local
+from m4ov.train.world import World
 
 
 def learning_rate_scale(step: int, steps: int, warmup: int) -> float:
@@ -19,141 +25,145 @@ def learning_rate_scale(step: int, steps: int, warmup: int) -> float:
     return min(1.0, (step + 1) / max(1, warmup)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Nearest semi-orthogonal matrices, roughly: all singular values between about 0.7 and 1.2.
-
-    Args:
-        matrices: ``[N, rows, columns]``. One batched product serves them all: on a CPU a loop over matrices costs
-            twice as much.
-
-    Returns:
-        bfloat16, same shape.
-    """
-    a, b, c = _COEFFICIENTS
-    x = matrices.to(torch.bfloat16)
-    tall = x.shape[1] > x.shape[2]
-    if tall:
-        x = x.transpose(1, 2)
-    x = x / (x.float().norm(dim=(1, 2), keepdim=True) + 1e-7).to(x.dtype)
-    for _ in range(steps):
-        gram = torch.bmm(x, x.transpose(1, 2))
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.transpose(1, 2) if tall else x
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum and decoupled weight decay, matrices of one shape updated together.
-
-    The same update as ``torch.optim.Muon`` with ``adjust_lr_fn="original"``, which takes matrix after matrix. A weight
-    of more than two dimensions counts as the matrix of its first by all the others.
-    """
-
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            shapes: dict[torch.Size, list[Tensor]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    shapes.setdefault(parameter.shape, []).append(parameter)
-            for shape, parameters in shapes.items():
-                self._update(group, shape, parameters)
-
-    def _update(self, group: dict, shape: torch.Size, parameters: list[Tensor]) -> None:
-        for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        updates = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov
-        steps = orthogonalised(torch.stack(updates).flatten(2)).to(parameters[0].dtype).view(-1, *shape).unbind(0)
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, list(steps), alpha=-group["lr"] * max(1, shape[0] / shape[1:].numel()) ** 0.5)
-
-
 class Optimizer:
     """Float32 weights, their optimizers and schedule, and the copy in the model's dtype.
 
     Args:
-        model: its parameters, in float32 or bfloat16, are what gradients are computed for.
-        weights: name → float32 value to start from (``None``: the model's own).
+        model: its parameters, in float32 or bfloat16, are what gradients are computed for: of the sum of the losses of
+            all tokens, which :meth:`step` divides. Plain parameters are the same on every rank, and their gradients
+            are summed here; a DTensor's gradient comes summed already (FSDP with a divide factor of 1).
+        world: the ranks; ``None``: this one alone.
+        muon_dtype: that Muon orthogonalises in. bfloat16 is enough for training, but tells layouts apart that differ in
+            the last bit of float32: a run in float32 should take float32.
+
+    Attributes:
+        weights: float32, laid out as the parameters; the very storage of a parameter that is float32.
     """
 
-    def __init__(self, model: nn.Module, config: OptimConfig, steps: int) -> None:
-        self.config, self.steps = config, steps
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimConfig,
+        steps: int,
+        world: World | None = None,
+        *,
+        muon_dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.config, self.steps, self.world = config, steps, world or World()
         self.names = [name for name, _ in model.named_parameters()]
-        self.used: list[Tensor] = [parameter for _, parameter in model.named_parameters()]
-        self.weights = [parameter.detach().float().clone() for parameter in self.used]
+        self.parameters = [parameter for _, parameter in model.named_parameters()]
+        self.weights = [parameter.detach().float() for parameter in self.parameters]
+        self.used = [local(parameter.detach()) for parameter in self.parameters]
+        self.shards = [local(weight) for weight in self.weights]
+        plain = [not isinstance(weight, DTensor) for weight in self.weights]
+        if any(plain) and self.world.data_size != self.world.size:
+            name = self.names[plain.index(True)]
+            raise ValueError(f"weight {name}: expected a DTensor, as ranks share samples; got a plain tensor")
+        self._replicated = [shard for shard, same in zip(self.shards, plain, strict=True) if same]
         matrices: list[Tensor] = []
         others: list[Tensor] = []
-        for name, weight in zip(self.names, self.weights, strict=True):
-            (matrices if _for_muon(name, weight) else others).append(weight)
+        for name, weight, shard in zip(self.names, self.weights, self.shards, strict=True):
+            if _for_muon(name, weight):
+                matrices.append(weight)
+            else:
+                others.append(shard)
         first, second = config.betas
         self.parts: list[torch.optim.Optimizer] = []
         if matrices:
-            self.parts.append(Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
+            decay = config.weight_decay
+            self.parts.append(Muon(matrices, config.muon_lr, weight_decay=decay, world=self.world, dtype=muon_dtype))
         if others:
             adamw = torch.optim.AdamW(others, lr=config.lr, betas=(first, second), weight_decay=0.0, fused=True)
+            for shard in others:  # at once, so that a checkpoint has the same names at every step
+                moments = {name: torch.zeros_like(shard) for name in ("exp_avg", "exp_avg_sq")}
+                adamw.state[shard] = {"step": torch.zeros((), device=shard.device), **moments}
             self.parts.append(adamw)
         self.base_lr = [part.param_groups[0]["lr"] for part in self.parts]
 
-    def step(self, step: int) -> Tensor:
-        """One update from the gradients of the model's parameters, which it takes away.
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Add the gradients of the model's parameters, which it takes away, to the weights' own, in float32."""
+        for shard, parameter in zip(self.shards, self.parameters, strict=True):
+            if parameter.grad is not None:
+                grad = local(parameter.grad).float()
+                shard.grad = grad if shard.grad is None else shard.grad.add_(grad)
+                parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, step: int, count: float = 1.0) -> Tensor:
+        """One update from the gradients so far.
+
+        Args:
+            count: tokens that the loss is the mean of, on all ranks; gradients are divided by it.
 
         Returns:
-            The norm of the gradient before clipping, a scalar.
+            The norm of the whole gradient before clipping, a scalar.
         """
-        for weight, used in zip(self.weights, self.used, strict=True):
-            weight.grad, used.grad = (None if used.grad is None else used.grad.float()), None
-        norm = nn.utils.clip_grad_norm_(self.weights, self.config.max_grad_norm)
+        self.accumulate()
+        self.world.sum_gradients(f"step {step}: sum of the gradients", self._replicated)
+        norm = self._norm() / count
+        grads = [shard.grad for shard in self.shards if shard.grad is not None]
+        if grads:
+            torch._foreach_mul_(grads, (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0) / count)
         scale = learning_rate_scale(step, self.steps, self.config.warmup_steps)
         for part, rate in zip(self.parts, self.base_lr, strict=True):
             part.param_groups[0]["lr"] = rate * scale
             part.step()
-        for weight in self.weights:
-            weight.grad = None
+        for shard in self.shards:
+            shard.grad = None
         self.publish()
         return norm
 
     @torch.no_grad()
     def publish(self) -> None:
         """Copy the float32 weights into the model, rounded to its dtype."""
-        torch._foreach_copy_(self.used, self.weights)
+        pairs = [(used, shard) for used, shard in zip(self.used, self.shards, strict=True) if used.dtype != shard.dtype]
+        if pairs:
+            torch._foreach_copy_([used for used, _ in pairs], [shard for _, shard in pairs])
+
+    def _norm(self) -> Tensor:
+        """Of all gradients on all ranks. Ranks of a mesh along which a weight is sharded hold parts of its gradient."""
+        parts: dict[tuple[DeviceMesh, tuple[Placement, ...]] | None, list[Tensor]] = {}
+        for weight, shard in zip(self.weights, self.shards, strict=True):
+            if shard.grad is not None:
+                key = (weight.device_mesh, weight.placements) if isinstance(weight, DTensor) else None
+                parts.setdefault(key, []).append(shard.grad)
+        squares = []
+        for sharding, grads in parts.items():
+            square = torch.stack(torch._foreach_norm(grads)).square().sum()
+            mesh, placements = sharding or (None, ())
+            for axis, placement in enumerate(placements):
+                if mesh is not None and not placement.is_replicate():
+                    with self.world.collective("norm of the gradient"):
+                        dist.all_reduce(square, group=mesh.get_group(axis))
+            squares.append(square)
+        return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on, by name; float32."""
+        """Everything that the next step depends on, by name, laid out as the weights; the tensors themselves.
+
+        A checkpoint is loaded into them; then :meth:`publish`.
+        """
         state = {f"weight.{name}": weight for name, weight in zip(self.names, self.weights, strict=True)}
-        names = {id(weight): name for name, weight in zip(self.names, self.weights, strict=True)}
+        weights = {shard: (name, weight) for name, weight, shard in self._rows()}
         for part in self.parts:
-            for weight, values in part.state.items():
+            for shard, values in part.state.items():
+                name, weight = weights[shard]
                 for key, value in values.items():
-                    state[f"{type(part).__name__}.{key}.{names[id(weight)]}"] = value
+                    state[f"{type(part).__name__}.{key}.{name}"] = _as(weight, value)
         return state
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """The reverse of :meth:`tensors`.
+    def _rows(self) -> Sequence[tuple[str, Tensor, Tensor]]:
+        return list(zip(self.names, self.weights, self.shards, strict=True))
 
-        Raises:
-            ValueError: a weight is missing or of another shape.
-        """
-        by_name = dict(zip(self.names, self.weights, strict=True))
-        for name, weight in by_name.items():
-            saved = tensors.get(f"weight.{name}")
-            if saved is None or saved.shape != weight.shape:
-                found = "nothing" if saved is None else list(saved.shape)
-                raise ValueError(f"weight {name}: expected {list(weight.shape)}, found {found}")
-            with torch.no_grad():
-                weight.copy_(saved)
-        parts = {type(part).__name__: part for part in self.parts}
-        for key, value in tensors.items():
-            kind, _, rest = key.partition(".")
-            if kind in parts:
-                entry, _, name = rest.partition(".")
-                parts[kind].state[by_name[name]][entry] = value.clone()
-        self.publish()
+
+def _as(weight: Tensor, value: Tensor) -> Tensor:
+    """A shard of an optimizer's state as the DTensor that its weight is."""
+    if value.ndim == 0 or not isinstance(weight, DTensor):
+        return value
+    return DTensor.from_local(
+        value, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+    )
 
 
 def _for_muon(name: str, weight: Tensor) -> bool:

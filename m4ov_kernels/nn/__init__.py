@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from m4ov_kernels.nn.attention import PatchOrder, Rotation, TextAttention, VisionAttention
 from m4ov_kernels.nn.loss import CausalLMHead, causal_lm_loss
+from m4ov_kernels.nn.merger import PatchMerger
 from m4ov_kernels.nn.mlp import GELU, SwiGLUMLP, VisionMLP, linear_gelu
+from m4ov_kernels.nn.moe import MoE, MoEExperts, MoERouter, load_balancing_loss
 from m4ov_kernels.nn.norm import LayerNorm, RMSNorm
 from m4ov_kernels.nn.patch_embed import PatchEmbed
 from m4ov_kernels.nn.position_embedding import PositionEmbedding
@@ -17,7 +19,11 @@ __all__ = [
     "Int4Linear",
     "Int8Linear",
     "LayerNorm",
+    "MoE",
+    "MoEExperts",
+    "MoERouter",
     "PatchEmbed",
+    "PatchMerger",
     "PatchOrder",
     "PositionEmbedding",
     "RMSNorm",
@@ -28,4 +34,5 @@ __all__ = [
     "VisionMLP",
     "causal_lm_loss",
     "linear_gelu",
+    "load_balancing_loss",
 ]

@@ -34,6 +34,7 @@ class TextAttention(nn.Module):
         qk_norm: whether each head of queries and keys has an RMSNorm before.
         eps: of these norms.
         bias: whether the projections of queries, keys and values have one.
+        output_bias: whether the output's has one.
     """
 
     rotation: Any
@@ -49,13 +50,14 @@ class TextAttention(nn.Module):
         qk_norm: bool = True,
         eps: float = 1e-6,
         bias: bool = False,
+        output_bias: bool = False,
     ) -> None:
         super().__init__()
         self.head_dim, self.rotation, self.scaling = head_dim, rotation, head_dim**-0.5
         self.q_proj = nn.Linear(hidden_size, num_attention_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)
-        self.o_proj = nn.Linear(num_attention_heads * head_dim, hidden_size, bias=False)
+        self.o_proj = nn.Linear(num_attention_heads * head_dim, hidden_size, bias=output_bias)
         self.q_norm, self.k_norm = (RMSNorm(head_dim, eps) if qk_norm else None for _ in range(2))
 
     def project(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

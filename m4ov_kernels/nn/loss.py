@@ -19,6 +19,7 @@ def causal_lm_loss(
     ignore_index: int = -100,
     num_items_in_batch: int | float | Tensor | None = None,
     num_valid: int | None = None,
+    group_name: str | None = None,
 ) -> Tensor:
     """Cross entropy of the next token, logits never whole in memory: Hugging Face's ``ForCausalLMLoss``.
 
@@ -27,7 +28,7 @@ def causal_lm_loss(
         weight, bias: of the head, ``[V, D]`` and ``[V]``.
         labels: ``[B, T]`` int64, not shifted: row t is scored against ``labels[:, t + 1]``, the last row not at all.
         shift_labels: ``[B, T]``, already shifted; wins over ``labels``.
-        ignore_index, num_items_in_batch, num_valid: see :func:`m4ov_kernels.linear_cross_entropy`.
+        ignore_index, num_items_in_batch, num_valid, group_name: see :func:`m4ov_kernels.linear_cross_entropy`.
 
     Returns:
         A scalar, float32 (float64 for float64 input). Under autocast the product runs in autocast's dtype, as the
@@ -58,11 +59,18 @@ def causal_lm_loss(
         ignore_index=ignore_index,
         num_items_in_batch=num_items_in_batch,
         num_valid=num_valid,
+        group_name=group_name,
     )
 
 
 class CausalLMHead(nn.Linear):
-    """A linear head that gives logits, or, when called with labels, the loss without them."""
+    """A linear head that gives logits, or, when called with labels, the loss without them.
+
+    Attributes:
+        group_name: of the process group over which the weight is sharded by rows, if it is; the logits are this rank's.
+    """
+
+    group_name: str | None = None
 
     def forward(
         self,
@@ -86,4 +94,5 @@ class CausalLMHead(nn.Linear):
             ignore_index=ignore_index,
             num_items_in_batch=num_items_in_batch,
             num_valid=num_valid,
+            group_name=getattr(self, "group_name", None),
         )

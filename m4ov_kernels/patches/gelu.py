@@ -17,15 +17,6 @@ class SiglipMLP:
         return mlp.fc2(linear_gelu(mlp.fc1, hidden_states, "tanh"))
 
 
-class PatchMerger:
-    """Front of Qwen3-VL's merger."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        merger: Any = self
-        x = merger.norm(x.view(-1, merger.hidden_size) if merger.use_postshuffle_norm else x)
-        return merger.linear_fc2(linear_gelu(merger.linear_fc1, x.view(-1, merger.hidden_size), "none"))
-
-
 class Qwen2_5PatchMerger:  # noqa: N801
     """Front of Qwen2.5-VL's merger."""
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers.models.qwen3_vl import modeling_qwen3_vl as hf
 
-from m4ov_kernels.nn import LayerNorm, PatchEmbed, RMSNorm, SwiGLUMLP, VisionMLP
+from m4ov_kernels.nn import LayerNorm, PatchEmbed, PatchMerger, RMSNorm, SwiGLUMLP, VisionMLP
 from m4ov_kernels.patches import gelu, loss, unfit
 from m4ov_kernels.patches.attention import TEXT_ATTENTION, VISION_ATTENTION, Hook
 from m4ov_kernels.patches.classes import Part
@@ -51,7 +51,7 @@ FAMILY = Family(
         Part("layer_norm", nn.LayerNorm, LayerNorm, where="model.visual.*"),
         Part("layer_norm", hf.Qwen3VLVisionBlock, VisionBlock),
         Part("gelu_tanh", hf.Qwen3VLVisionMLP, VisionMLP, unfit=gelu.not_gelu_tanh),
-        Part("gelu", hf.Qwen3VLVisionPatchMerger, gelu.PatchMerger, unfit=gelu.not_gelu),
+        Part("gelu", hf.Qwen3VLVisionPatchMerger, PatchMerger, unfit=gelu.not_gelu),
         *loss.parts(hf.Qwen3VLForConditionalGeneration),
     ),
     attention=attention,

@@ -1,12 +1,12 @@
-"""Qwen3-VL with a mixture of experts, as transformers has it; the experts and their router stay as they are."""
+"""Qwen3-VL with a mixture of experts, as transformers has it."""
 
 from __future__ import annotations
 
 from torch import nn
 from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe as hf
 
-from m4ov_kernels.nn import LayerNorm, PatchEmbed, RMSNorm, SwiGLUMLP, VisionMLP
-from m4ov_kernels.patches import gelu, loss, unfit
+from m4ov_kernels.nn import LayerNorm, PatchEmbed, PatchMerger, RMSNorm, SwiGLUMLP, VisionMLP
+from m4ov_kernels.patches import gelu, loss, moe, unfit
 from m4ov_kernels.patches.classes import Part
 from m4ov_kernels.patches.family import Family
 from m4ov_kernels.patches.features import DeepStack, PlacedFeatures, ScatteredFeatures
@@ -27,6 +27,8 @@ FAMILY = Family(
         Part("rms_norm", hf.Qwen3VLMoeTextRMSNorm, RMSNorm),
         Part("rms_norm", hf.Qwen3VLMoeTextDecoderLayer, DecoderLayer),
         Part("swiglu", hf.Qwen3VLMoeTextMLP, SwiGLUMLP, unfit=unfit.not_silu),
+        Part("route_topk", hf.Qwen3VLMoeTextTopKRouter, moe.Router),
+        Part("grouped_linear", hf.Qwen3VLMoeTextExperts, moe.Experts, unfit=unfit.not_silu),
         Part("qk_norm_mrope", hf.Qwen3VLMoeTextRotaryEmbedding, RotaryPositions, unfit=not_rotated_so),
         Part("qk_norm_mrope", hf.Qwen3VLMoeTextAttention, InterleavedAttention, unfit=not_rotated_so),
         Part("mrope_positions", hf.Qwen3VLMoeModel, MRopePositions),
@@ -40,7 +42,7 @@ FAMILY = Family(
         Part("layer_norm", nn.LayerNorm, LayerNorm, where="model.visual.*"),
         Part("layer_norm", hf.Qwen3VLMoeVisionBlock, VisionBlock),
         Part("gelu_tanh", hf.Qwen3VLMoeVisionMLP, VisionMLP, unfit=gelu.not_gelu_tanh),
-        Part("gelu", hf.Qwen3VLMoeVisionPatchMerger, gelu.PatchMerger, unfit=gelu.not_gelu),
+        Part("gelu", hf.Qwen3VLMoeVisionPatchMerger, PatchMerger, unfit=gelu.not_gelu),
         *loss.parts(hf.Qwen3VLMoeForConditionalGeneration),
     ),
     attention=attention,

@@ -14,9 +14,9 @@ from m4ov_kernels.dispatch import Implementation, Operator
 
 # A NaN, or a number, that no kernel makes: inputs hold only the standard NaN.
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.int64: torch.int64}
-_BITS |= {torch.int8: torch.int8, torch.float8_e4m3fn: torch.int8}
+_BITS |= {torch.int32: torch.int32, torch.int8: torch.int8, torch.float8_e4m3fn: torch.int8}
 _POISON = {torch.float32: 0x7FC5A5A5, torch.bfloat16: 0x7FD5, torch.float16: 0x7E5A, torch.int64: -0x5A5A5A5A5A5A5A5B}
-_POISON |= {torch.int8: -128, torch.float8_e4m3fn: 0x7F}
+_POISON |= {torch.int32: -0x5A5A5A5B, torch.int8: -128, torch.float8_e4m3fn: 0x7F}
 ZONE = 64  # elements on each side
 
 

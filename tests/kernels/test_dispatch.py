@@ -28,7 +28,7 @@ from m4ov_kernels import (
 from m4ov_kernels.dispatch import FUNCTIONS, OPERATORS, Operator
 from m4ov_kernels.head import linear_logprob
 
-from . import gemm_samples, kl_samples
+from . import gemm_samples, kl_samples, moe_samples
 
 
 def norm_case(dtype=torch.float32):
@@ -128,6 +128,7 @@ CASES = {
     "scatter_vision": scatter_case,
     "deepstack_add": deepstack_case,
     "interpolate_position_embeddings": interpolate_case,
+    **moe_samples.CASES,
 }
 
 
@@ -249,6 +250,7 @@ RAW_SAMPLES = {
     ],
     **kl_samples.RAW,
     **gemm_samples.RAW,
+    **moe_samples.RAW,
     "varlen_attention_fwd": [
         (*QKV, torch.tensor([0, 2, 6]), None, 4, 4, True, 0.5),
         (*DECODE, *BOUNDS, 2, 4, False, 0.5),

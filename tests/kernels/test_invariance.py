@@ -120,6 +120,21 @@ def _token_positions(arguments: Arguments, units: list[int]) -> Arguments:
     return {"position_ids": positions.reshape(*axes, tokens.numel())[..., units]}
 
 
+def _tokens_of_rows(arguments: Arguments, units: list[int]) -> Arguments:
+    """Those tokens' rows, in another order of memory."""
+    order = arguments["order"][units]
+    own = torch.arange(order.numel(), dtype=torch.int32).flip(0).view(order.shape)
+    rows = torch.empty_like(arguments["rows"][: order.numel()])
+    return {"rows": rows.index_copy(0, own.flatten().long(), arguments["rows"][order.flatten().long()]), "order": own}
+
+
+def _an_expert_each(arguments: Arguments, units: list[int]) -> Arguments:
+    """A row, and the expert that it had: the others of its expert are gone."""
+    owner = torch.repeat_interleave(torch.arange(len(arguments["weight"])), arguments["offsets"].diff())
+    weight = arguments["weight"].detach()[owner[units]] if units else arguments["weight"][:1]
+    return {"weight": weight, "offsets": torch.arange(len(units) + 1) if units else torch.zeros(2, dtype=torch.int64)}
+
+
 _HEADS = {"q": 2, "k": 2, "q_turned": 2, "k_turned": 2}
 _NORM = Company({"hidden_states": 1, "residual": 1, "normed": 1, "total": 1})
 _GATED = Company({"gate": 1, "up": 1, "activated": 1})
@@ -137,6 +152,9 @@ COMPANIES = {
     "int4_linear": _LINEAR,
     "int8_linear": _LINEAR,
     "fp8_linear": _LINEAR,
+    "route_topk": Company({"logits": 1, "weights": 1, "experts": 1}),
+    "unpermute": Company({"order": 1, "weights": 1, "output": 1}, rest=_tokens_of_rows),
+    "grouped_linear": Company({"rows": 1, "output": 1}, rest=_an_expert_each),
     "linear_kl": Company(
         {"hidden_states": 1, "ref_hidden_states": 1, "mask": 0, "divergence": 0},
         rest=lambda arguments, units: {"num_valid": None},
@@ -152,6 +170,7 @@ COMPANIES = {
 }
 EXEMPT = {
     "mrope_positions": "makes integers, which are compared as they are in test_rope_positions.py",
+    "permute": "copies rows; its gradient is unpermute's sum",
     "scatter_vision": "copies rows",
     "deepstack_add": "adds two numbers to each result",
 }
@@ -169,7 +188,7 @@ def assert_same_bits(what: str, got: Tensor, expected: Tensor) -> None:
     assert got.shape == expected.shape, what
     if got.element_size() == 1:
         got, expected = got.view(torch.int8), expected.view(torch.int8)
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32}[got.element_size()]
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
     differ = got.contiguous().view(bits) != expected.contiguous().view(bits)
     differ &= ~(got.isnan() & expected.isnan())
     if differ.any():
@@ -198,6 +217,7 @@ def hold(name: str, draw: Draw) -> None:
         return
     if name == "linear_logprob":  # rows that are left out say nothing
         call.arguments.update(num_valid=None, top_k_logprobs=0, invariant=True)
+    call.grads.pop("probability", None)  # a mean over the batch
     if call.arguments.get("granularity") == "block":  # of 128 rows, which share a scale
         call.arguments.update(granularity="group", transposed=False)
     if call.arguments.get("activation") == "auto":  # chooses by the number of rows

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from m4ov.parallel.ranks import PRELOAD
 from m4ov_kernels import device_errors
 from m4ov_kernels.head import RewardMean, linear_logprob, mpo_loss, policy_loss
 
@@ -157,7 +158,7 @@ def test_two_ranks_are_one(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", __name__])
+    context.set_forkserver_preload([*PRELOAD, __name__])
     ranks = [context.Process(target=_rank, args=(rank, 2, port, tmp_path), daemon=True) for rank in range(2)]
     for process in ranks:
         process.start()

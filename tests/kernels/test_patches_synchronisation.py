@@ -34,8 +34,7 @@ def without_values(model, parts, family):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_patched_step_reads_no_values(family, monkeypatch):
-    # transformers' experts look which of them have tokens; they are not patched.
-    model = tiny.model(family, **({"mlp_only_layers": [0, 1, 2]} if family == "qwen3_vl_moe" else {}))
+    model = tiny.model(family)
     patch(model)
     batch = without_values(model, tiny.mixed_samples(model), family)
     as_on_a_gpu(monkeypatch)

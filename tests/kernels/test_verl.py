@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import m4ov_kernels
+from m4ov.parallel.ranks import PRELOAD
 from m4ov_kernels.integrations.verl import linear_cross_entropy
 
 from .numerics import assert_accurate, leaves
@@ -91,7 +92,7 @@ def test_a_vocabulary_over_two_ranks(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", __name__])
+    context.set_forkserver_preload([*PRELOAD, __name__])
     ranks = [context.Process(target=_rank, args=(rank, port, tmp_path), daemon=True) for rank in range(2)]
     for process in ranks:
         process.start()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from m4ov.parallel.ranks import PRELOAD
 from m4ov_kernels.head import linear_cross_entropy, linear_logprob
 
 from .numerics import EPS
@@ -75,7 +76,7 @@ def test_as_with_the_whole_head(tmp_path, size, dtype):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", __name__])
+    context.set_forkserver_preload([*PRELOAD, __name__])
     ranks = [context.Process(target=_rank, args=(rank, size, port, tmp_path), daemon=True) for rank in range(size)]
     for process in ranks:
         process.start()

@@ -10,34 +10,63 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from m4ov import sft
 from m4ov.data import patchify
-from m4ov.models.qwen3_vl import build, forward
+from m4ov.models.qwen3_vl import build, from_pretrained
 from m4ov.recipe import TrainConfig
-from m4ov.sft.training import save_model
+from m4ov.sft.training import loss_of, model_of, save_model
 from m4ov.train import CheckpointError, TrainingError
 from m4ov_kernels.integrations import transformer_engine
+from tests.kernels.steps import assert_same_step
 from tests.tiny_task import mixture_batch, quiet, tiny_config, tiny_task
 
 
-def test_the_saved_model_is_the_trained_one(tmp_path):
-    task = tiny_task()
-    result = sft.run(tiny_config(tmp_path, precision="fp32"), task, tmp_path, quiet())
+@pytest.mark.parametrize("implementation", ["m4ov", "transformers"])
+def test_the_saved_model_is_the_trained_one(implementation, tmp_path):
+    """A folder for transformers and for us, whichever was trained."""
+    task, config = tiny_task(), tiny_config(tmp_path, precision="fp32")
+    config.model.implementation = implementation
+    result = sft.run(config, task, tmp_path, quiet())
     assert (result.steps, result.resumed_at) == (6, 0)
     saved = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "model")
-    for name, parameter in saved.named_parameters():
-        assert parameter.dtype == torch.float32
-        assert torch.equal(parameter, result.weights[name]), name
-    first = build(task.model_config, 0)
+    ours = from_pretrained(tmp_path / "model")
+    assert dict(saved.named_parameters()).keys() == dict(ours.named_parameters()).keys() == result.weights.keys()
+    for model in (saved, ours):
+        for name, parameter in model.named_parameters():
+            assert parameter.dtype == torch.float32
+            assert torch.equal(parameter, result.weights[name]), name
+    first = model_of(config, task, 0)
+    assert type(first).__module__.split(".")[0] == implementation
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), saved.parameters(), strict=True))
+    batch = mixture_batch(0)
     with torch.no_grad():
-        before, after = (forward(model.eval(), mixture_batch(0)).loss for model in (first, saved))
+        before, after, again = (float(loss_of(model.eval(), batch)[0]) for model in (first, saved, ours))
     assert after < before
+    assert again == pytest.approx(after, rel=1e-5)
     assert AutoConfig.from_pretrained(tmp_path / "model").architectures == ["Qwen3VLForConditionalGeneration"]
+    assert GenerationConfig.from_pretrained(tmp_path / "model").eos_token_id == task.encoder.end_token
     assert not list(tmp_path.glob(".writing-*"))
+
+
+def test_both_implementations_train_alike():
+    """From the same weights, on the same batch: the same loss and gradients."""
+    task, config = tiny_task(), tiny_config(precision="fp32")
+    weights = {name: weight.detach() for name, weight in model_of(config, task, 0).named_parameters()}
+    found = {}
+    for implementation in ("m4ov", "transformers"):
+        config = tiny_config(precision="fp32")
+        config.model.implementation = implementation
+        model = model_of(config, task, 1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name])
+        total, count = loss_of(model.train(), mixture_batch(0))
+        (total / count).backward()
+        found[implementation] = (total.detach() / count, {n: p.grad for n, p in model.named_parameters()})
+    assert_same_step(found["m4ov"], found["transformers"])
 
 
 def test_the_saved_tokenizer_and_processor_encode_as_training_did(tmp_path):
@@ -71,9 +100,7 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from m4ov import sft
-from m4ov.recipe import TrainConfig
-from m4ov.train import CheckpointError, TrainingError
-from m4ov_kernels.integrations import transformer_engine
+from m4ov.train import CheckpointError
 from tests.tiny_task import quiet, tiny_config, tiny_task
 folder = Path(sys.argv[1])
 task = tiny_task()

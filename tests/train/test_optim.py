@@ -10,7 +10,8 @@ from torch import nn
 
 from m4ov.models.qwen3_vl import build, cast_parameters
 from m4ov.recipe import OptimConfig
-from m4ov.train.optim import Muon, Optimizer, learning_rate_scale, orthogonalised
+from m4ov.train.muon import Muon, orthogonalised
+from m4ov.train.optim import Optimizer, learning_rate_scale
 from tests.tiny_task import tiny_task
 
 
@@ -61,9 +62,39 @@ def test_the_model_computes_with_rounded_master_weights():
         assert used.grad is None
 
 
-def test_restore_refuses_another_model():
-    optimizer = Optimizer(nn.Linear(3, 2), OptimConfig(), steps=10)
-    with pytest.raises(ValueError, match=r"weight weight: expected \[2, 3\], found nothing"):
-        optimizer.restore({})
-    with pytest.raises(ValueError, match=r"found \[3, 3\]"):
-        optimizer.restore({"weight.weight": torch.zeros(3, 3), "weight.bias": torch.zeros(2)})
+def test_the_sum_of_the_gradients_is_divided_before_it_is_clipped():
+    """As the mean's gradient would be clipped; and parts of a step add up."""
+    whole, parts = (nn.Linear(3, 2) for _ in range(2))
+    parts.load_state_dict(whole.state_dict())
+    config = OptimConfig(max_grad_norm=0.5)
+    one, other = Optimizer(whole, config, steps=10), Optimizer(parts, config, steps=10)
+    inputs = torch.randn(6, 3)
+    whole(inputs).square().sum(-1).mean().backward()
+    norm = one.step(3)
+    for part in inputs.split([1, 3, 2]):
+        parts(part).square().sum().backward()
+        other.accumulate()
+    torch.testing.assert_close(other.step(3, 6), norm)
+    assert norm > 0.5
+    for first, second in zip(one.weights, other.weights, strict=True):
+        torch.testing.assert_close(first, second)
+
+
+def test_float32_weights_are_not_held_twice():
+    model = nn.Linear(3, 2)
+    optimizer = Optimizer(model, OptimConfig(), steps=10)
+    assert [weight.data_ptr() for weight in optimizer.weights] == [p.data_ptr() for p in model.parameters()]
+
+
+def test_the_state_is_there_before_the_first_step():
+    """A checkpoint has the same names at every step, so that it can be loaded into a fresh optimizer."""
+    model = nn.ModuleDict({"text": nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(3, 2)])})})
+    names = {
+        "weight.text.layers.0.weight",
+        "weight.text.layers.0.bias",
+        "AdamW.step.text.layers.0.bias",
+        "AdamW.exp_avg.text.layers.0.bias",
+        "AdamW.exp_avg_sq.text.layers.0.bias",
+        "Muon.momentum_buffer.text.layers.0.weight",
+    }
+    assert Optimizer(model, OptimConfig(), steps=10).tensors().keys() == names

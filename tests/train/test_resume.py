@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from m4ov import sft
+from m4ov.parallel.checkpoint import checkpoints, read
 from m4ov.recipe import OptimConfig, TrainConfig
 from m4ov.train import Interrupted, TrainingError, train
-from m4ov.train.checkpoint import checkpoints
-from m4ov.train.metrics import read
+from m4ov.train.metrics import read as read_metrics
 from tests.tiny_task import equal_states, quiet, tiny_config, tiny_task
 
 # Trains as `m4ov run` does, and stops for ever behind a step, so that the kill comes at a known place.
@@ -39,6 +39,8 @@ def loss_of(model, batch):
     global steps
     steps += 1
     if steps == stop_at:
+        while not (folder / "checkpoints" / "step-00000002").exists():  # it is written in the background
+            time.sleep(0.01)
         print("here", flush=True)
         time.sleep(600)
     return original(model, batch)
@@ -71,7 +73,7 @@ def whole_run(folder: Path) -> None:
 def final_state(folder: Path) -> dict[str, torch.Tensor]:
     newest = checkpoints(folder / "checkpoints")[-1]
     assert json.loads((newest / "state.json").read_text())["step"] == 6
-    return load_file(newest / "state.safetensors")
+    return dict(read(newest, prefix=""))
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
@@ -87,7 +89,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     assert equal_states(final_state(whole), final_state(killed))
     model = [load_file(folder / "model" / "model.safetensors") for folder in (whole, killed)]
     assert equal_states(*model)
-    losses = [[(row["step"], row["loss"]) for row in read(folder / "metrics.jsonl")] for folder in (whole, killed)]
+    losses = [
+        [(row["step"], row["loss"]) for row in read_metrics(folder / "metrics.jsonl")] for folder in (whole, killed)
+    ]
     assert losses[0] == losses[1]
     assert [step for step, _ in losses[0]] == [1, 2, 3, 4, 5, 6]
 
@@ -108,21 +112,41 @@ class Counter(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(3))
 
 
-class Numbers:
+class Number:
     tokens = 1
 
     def __init__(self, step: int) -> None:
         self.step = step
 
 
+class Numbers:
+    """Each step its own number; counts the steps that it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def batches(self, step: int) -> list[Number]:
+        self.asked += 1
+        return [Number(step)]
+
+    def state_dict(self) -> dict:
+        return {"asked": self.asked}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.asked = state["asked"]
+
+
 def train_counter(folder: Path, after_step: int = -1, action: object = None, bad: float = 0.0, steps: int = 6):
-    def loss_of(model: Counter, batch: Numbers) -> torch.Tensor:
+    def loss_of(model: Counter, batch: Number) -> tuple[torch.Tensor, int]:
         if batch.step == after_step and callable(action):
             action()
-        return ((model.weight - batch.step) ** 2).sum() + (bad if batch.step == 3 else 0.0)
+        return ((model.weight - batch.step) ** 2).sum() + (bad if batch.step == 3 else 0.0), 3
 
     config = TrainConfig(steps=steps, checkpoint_seconds=0.0, log_every=1)
-    return train(Counter(), Numbers, loss_of, config=config, optim=OptimConfig(), folder=folder, console=quiet())
+    data = Numbers()
+    found = train(Counter(), data, loss_of, config=config, optim=OptimConfig(), folder=folder, console=quiet())
+    assert data.asked == steps  # over all processes of the run
+    return found
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

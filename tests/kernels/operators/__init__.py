@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from . import activation, attention, gemm, gemm_quantize, head, head_kl, norm, rope, rotation, vision
+from . import activation, attention, gemm, gemm_quantize, head, head_kl, moe, norm, rope, rotation, vision
 from .case import Call, OperatorCase
 from .corruptions import Corruption
 
@@ -30,6 +30,10 @@ CASES = {
         vision.SCATTER_VISION,
         vision.DEEPSTACK_ADD,
         vision.INTERPOLATE,
+        moe.ROUTE_TOPK,
+        moe.PERMUTE,
+        moe.UNPERMUTE,
+        moe.GROUPED_LINEAR,
         gemm_quantize.QUANTIZE_INT8,
         gemm_quantize.QUANTIZE_FP8,
         gemm_quantize.RMS_NORM_QUANTIZE,

@@ -63,6 +63,12 @@ def index_tensor(argument: str, optional: bool = False) -> tuple[Corruption, ...
     return (*_a_tensor(argument, optional), dtype(argument, *others), _sparse(argument))
 
 
+def int32_tensor(argument: str) -> tuple[Corruption, ...]:
+    """What no int32 argument may be."""
+    others = (torch.int64, torch.int16, torch.bool, torch.float32)
+    return (*_a_tensor(argument, False), dtype(argument, *others), _sparse(argument))
+
+
 def _a_tensor(argument: str, optional: bool) -> tuple[Corruption, ...]:
     values = [[1.0], (1.0, 2.0), 1.0, "tensor", np.ones(3)] + ([] if optional else [None])
     return (value(argument, TypeError, "not a tensor", *values),)

@@ -1,0 +1,1 @@
+"""Parallel training: each kind in a file of its own."""
