@@ -169,7 +169,7 @@ def assert_same_bits(what: str, got: Tensor, expected: Tensor) -> None:
     assert got.shape == expected.shape, what
     if got.element_size() == 1:
         got, expected = got.view(torch.int8), expected.view(torch.int8)
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32}[got.element_size()]
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
     differ = got.contiguous().view(bits) != expected.contiguous().view(bits)
     differ &= ~(got.isnan() & expected.isnan())
     if differ.any():
