@@ -25,17 +25,34 @@ static void widen(float* to, const T* from, int64_t count) {
   }
 }
 
+static void narrow_exact(Bf16* to, const float* from, float factor, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float x = from[i] * factor;
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    to[i].bits = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+  }
+}
+
 // Rounded to T (nearest even), times `factor`.
 template <typename T>
 static void narrow(T* to, const float* from, float factor, int64_t count) {
   if constexpr (kSame<T, Bf16>) {
-    for (int64_t i = 0; i < count; ++i) {
-      const float x = from[i] * factor;
-      uint32_t bits;
-      memcpy(&bits, &x, 4);
-      const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-      to[i].bits = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+    int64_t i = 0;
+#ifdef __AVX512BF16__
+    for (const V times = set1(factor); i + kGroup <= count; i += kGroup) {
+      const Pair x = load(from + i) * both(times);
+      const __m512bh halves = _mm512_cvtne2ps_pbh(x.b.v, x.a.v);
+      const __m512i bits = reinterpret_cast<const __m512i&>(halves);
+      if (__builtin_expect(any_zero(bits), 0)) {  // or denormal
+        narrow_exact(to + i, from + i, factor, kGroup);
+      } else {
+        _mm512_storeu_si512(to + i, bits);
+      }
     }
+#endif
+    narrow_exact(to + i, from + i, factor, count - i);
   } else {
     const Pair times = both(set1(factor));
     int64_t i = 0;

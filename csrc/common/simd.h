@@ -70,6 +70,16 @@ M4OV_INLINE Pair round_to(Pair x) {
   return {round_to<T>(x.a), round_to<T>(x.b)};
 }
 
+// The order that `kTurns` calls of round_turned leave.
+template <int kTurns>
+M4OV_INLINE Pair reordered(Pair x) {
+  if constexpr (kTurns == 0) {
+    return x;
+  } else {
+    return reordered<kTurns - 1>(deinterleave(x));
+  }
+}
+
 // As many float32 in memory as a pair has, in the order of T's pairs.
 template <typename T>
 M4OV_INLINE Pair paired(const float* p) {
@@ -78,9 +88,11 @@ M4OV_INLINE Pair paired(const float* p) {
 
 #ifndef __AVX512BF16__  // where simd_avx512.h has no conversion by an instruction, which makes zeros of denormal numbers
 constexpr bool kConverts = false;
-M4OV_INLINE Pair round_normal(Pair x) { return round_to<Bf16>(x); }
-M4OV_INLINE void store_normal(Bf16* p, Pair x) { store(p, x); }
-M4OV_INLINE void stream_normal(Bf16* p, Pair x) { stream(p, x); }
+M4OV_INLINE Pair round_turned(Pair x) { return round_to<Bf16>(x); }
+template <bool kStream, int kTurns>
+M4OV_INLINE void put_turned(Bf16* p, Pair x) {
+  kStream ? stream(p, x) : store(p, x);
+}
 struct Smallest {
   void add(const Bf16*) {}
   void add(Pair) {}

@@ -116,9 +116,23 @@ M4OV_INLINE __m512i pack_bf16(Pair x) {
 }
 // For whom the caller knows that nothing is denormal but what is zero.
 constexpr bool kConverts = true;
-M4OV_INLINE Pair round_normal(Pair x) { return unpack_bf16(converted(x)); }
-M4OV_INLINE void store_normal(Bf16* p, Pair x) { _mm512_storeu_si512(p, converted(x)); }
-M4OV_INLINE void stream_normal(Bf16* p, Pair x) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), converted(x)); }
+// Rounded, in another order: no permutation puts the halves back, and what has rounded several times, with all operands in
+// the order of the day, does so once, when it stores. (An element's number has five bits; its place in a pair is that number
+// rotated by one bit, and by one more with each rounding.)
+M4OV_INLINE Pair round_turned(Pair x) {
+  const __m512bh halves = _mm512_cvtne2ps_pbh(x.b.v, x.a.v);
+  return unpack_bf16(reinterpret_cast<const __m512i&>(halves));
+}
+template <bool kStream, int kTurns>
+M4OV_INLINE void put_turned(Bf16* p, Pair x) {
+  constexpr int kBy = 4 - kTurns;
+  const auto from = [](int e) { return static_cast<short>((e << kBy | e >> (5 - kBy)) & 31); };
+  alignas(64) short order[32];
+  for (int e = 0; e < 32; ++e) order[e] = from(e);
+  const __m512bh halves = _mm512_cvtne2ps_pbh(x.b.v, x.a.v);
+  const __m512i bits = _mm512_permutexvar_epi16(_mm512_load_si512(order), reinterpret_cast<const __m512i&>(halves));
+  kStream ? _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits) : _mm512_storeu_si512(p, bits);
+}
 // The smallest magnitude but zero of what was added.
 struct Smallest {
   __m512i bits = _mm512_set1_epi16(-1);  // of twice the magnitude, less one: zeros come last

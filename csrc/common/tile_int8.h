@@ -34,31 +34,33 @@ constexpr int kInt8Columns = 64;  // four vectors
 #define M4OV_STARTS_5(what) M4OV_STARTS_4(what) what("16(%[start])", "28", "16", "17", "18", "19")
 #define M4OV_STARTS_6(what) M4OV_STARTS_5(what) what("20(%[start])", "28", "20", "21", "22", "23")
 
-// One or two rows take less time than reading B, which the processor's own prefetching does only to the end of a page.
-#define M4OV_BYTES_AHEAD(at) "prefetcht0 " at "(%[b])\n\t"
-#define M4OV_BYTES_AHEAD_1 \
-  M4OV_BYTES_AHEAD("4096") M4OV_BYTES_AHEAD("4160") M4OV_BYTES_AHEAD("4224") M4OV_BYTES_AHEAD("4288")
+// What comes next from memory, a line a step: more at a time would wait for one another. One or two rows take less time
+// than reading B, which the processor's own prefetching does only to the end of a page.
+#define M4OV_BYTES_AHEAD "prefetcht1 (%[next])\n\tadd %[stride], %[next]\n\t"
+#define M4OV_BYTES_FAR(at) "prefetcht0 " at "(%[b])\n\t"
+#define M4OV_BYTES_AHEAD_1 M4OV_BYTES_FAR("4096") M4OV_BYTES_FAR("4160") M4OV_BYTES_FAR("4224") M4OV_BYTES_FAR("4288")
 #define M4OV_BYTES_AHEAD_2 M4OV_BYTES_AHEAD_1
-#define M4OV_BYTES_AHEAD_3 ""
-#define M4OV_BYTES_AHEAD_4 ""
-#define M4OV_BYTES_AHEAD_5 ""
-#define M4OV_BYTES_AHEAD_6 ""
+#define M4OV_BYTES_AHEAD_3 M4OV_BYTES_AHEAD
+#define M4OV_BYTES_AHEAD_4 M4OV_BYTES_AHEAD
+#define M4OV_BYTES_AHEAD_5 M4OV_BYTES_AHEAD
+#define M4OV_BYTES_AHEAD_6 M4OV_BYTES_AHEAD
 
 #define M4OV_BYTES_BLOCK(m)                                                                                           \
   asm volatile(M4OV_STARTS_##m(M4OV_BYTES_BEGIN) "1:\n\t" M4OV_BYTES_AHEAD_##m M4OV_COLUMNS_4 M4OV_ROWS_##m(M4OV_BYTES_ROW, "a", "a3", "lda") \
                "add $4, %[a]\n\tadd $4, %[a3]\n\tadd $256, %[b]\n\tsub $1, %[steps]\n\tjnz 1b\n\t" M4OV_FACTORS_4       \
                    M4OV_ROWS_##m(M4OV_BYTES_END, "c", "c3", "ldc")                                                    \
-               : [a] "+r"(a), [a3] "+r"(a3), [b] "+r"(b), [steps] "+r"(steps)                                         \
+               : [a] "+r"(a), [a3] "+r"(a3), [b] "+r"(b), [steps] "+r"(steps), [next] "+r"(next)                      \
                : [c] "r"(c), [c3] "r"(c3), [lda] "r"(lda), [ldc] "r"(ldc_bytes), [scale] "r"(scale),                  \
-                 [start] "r"(start)                                                                                   \
+                 [start] "r"(start), [stride] "r"(stride)                                                             \
                : "memory", "cc", "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8", "zmm9",      \
                  "zmm10", "zmm11", "zmm12", "zmm13", "zmm14", "zmm15", "zmm16", "zmm17", "zmm18", "zmm19", "zmm20",   \
                  "zmm21", "zmm22", "zmm23", "zmm24", "zmm25", "zmm26", "zmm27", "zmm28", "zmm29")
 
-// C [kRows, 64] with `ldc` elements to a row, A [kRows, 4 · steps] with `lda`, B [steps, 64, 4], `steps` > 0.
+// C [kRows, 64] with `ldc` elements to a row, A [kRows, 4 · steps] with `lda`, B [steps, 64, 4], `steps` > 0. From three
+// rows on, memory at `next` and every `stride` bytes on, to each step, is prefetched.
 template <int kRows>
 static void bytes_tile(float* c, int64_t ldc, const int8_t* a, int64_t lda, const uint8_t* b, int64_t steps,
-                       const int32_t* start, const float* scale) {
+                       const int32_t* start, const float* scale, const uint8_t* next, int64_t stride) {
   const int8_t* a3 = a + 3 * lda;
   float* c3 = c + 3 * ldc;
   const int64_t ldc_bytes = 4 * ldc;
@@ -71,10 +73,11 @@ static void bytes_tile(float* c, int64_t ldc, const int8_t* a, int64_t lda, cons
 }
 
 [[maybe_unused]] static void bytes_tile(float* c, int64_t ldc, const int8_t* a, int64_t lda, const uint8_t* b,
-                                        int64_t rows, int64_t steps, const int32_t* start, const float* scale) {
+                                        int64_t rows, int64_t steps, const int32_t* start, const float* scale,
+                                        const uint8_t* next, int64_t stride) {
 #define M4OV_BYTES_TILE(m) \
   case m:                  \
-    return bytes_tile<m>(c, ldc, a, lda, b, steps, start, scale);
+    return bytes_tile<m>(c, ldc, a, lda, b, steps, start, scale, next, stride);
   switch (rows) {
     M4OV_BYTES_TILE(1) M4OV_BYTES_TILE(2) M4OV_BYTES_TILE(3) M4OV_BYTES_TILE(4) M4OV_BYTES_TILE(5) M4OV_BYTES_TILE(6)
   }

@@ -38,13 +38,19 @@ struct Product {
     return a.codes + (panel * a.places + place) / kStepPlaces<kKind> * kStepBytes<kKind>;
   }
 
-  // sums [rows][64] = the products of rows with a panel.
-  void multiply_panel(float* sums, int64_t panel, int64_t first, int64_t rows, const Mine& mine) const {
+  // sums [rows][64] = the products of rows with a panel; after(begin, count) of them, as soon as they are whole: results
+  // go to memory while the next rows are multiplied.
+  template <typename After>
+  void multiply_panel(float* sums, int64_t panel, int64_t first, int64_t rows, const Mine& mine, const After& after) const {
 #ifdef __AVX512BF16__
     if constexpr (kSame<Tile, DotTile>) {
       if (a.tokens <= kFewRows && !left.by_group()) {
-        if (kKind == kInt4 && a.zeros) return few_rows<kKind, kKind == kInt4>(sums, left, panel, codes(panel, 0));
-        return few_rows<kKind, false>(sums, left, panel, codes(panel, 0));
+        if (kKind == kInt4 && a.zeros) {
+          few_rows<kKind, kKind == kInt4>(sums, left, panel, codes(panel, 0));
+        } else {
+          few_rows<kKind, false>(sums, left, panel, codes(panel, 0));
+        }
+        return after(0, rows);
       }
     }
 #endif
@@ -56,32 +62,32 @@ struct Product {
       const Right* right = unpack<Tile, kKind>(mine.right, codes(panel, begin), zeros, segment.count);
       if (segment.group != scaled) widen_scales(mine.scale, a, panel, segment.group);
       scaled = segment.group;
-      multiply_rows(sums, segment, index, first, rows, right, mine);
       begin += segment.count;
+      if (begin < a.places) {
+        multiply_rows(sums, segment, index, first, rows, right, mine, [](int64_t, int64_t) {});
+      } else {
+        multiply_rows(sums, segment, index, first, rows, right, mine, after);
+      }
     }
   }
 
   // Tiles as even as can be: the smaller, the more of its time goes into reading the right operand.
+  template <typename After>
   void multiply_rows(float* sums, const Segment& segment, int64_t index, int64_t first, int64_t rows, const Right* right,
-                     const Mine& mine) const {
+                     const Mine& mine, const After& after) const {
     const int64_t tiles = blocks_of(rows, kTileRows);
-    // Codes that are multiplied where they lie: those of the next segment come from memory meanwhile.
-    const uint8_t* next = nullptr;
-    if constexpr (kBytes && kKind == kInt8) next = rows > 2 ? right + segment.count * kPanel : nullptr;
     for (int64_t i = 0; i < tiles; ++i) {
-      if (next) {
-        const int64_t lines = segment.count * kPanel / 64;
-        for (int64_t j = i * lines / tiles; j < (i + 1) * lines / tiles; ++j) {
-          _mm_prefetch(reinterpret_cast<const char*>(next) + 64 * j, _MM_HINT_T1);
-        }
-      }
       const int64_t begin = i * rows / tiles, count = (i + 1) * rows / tiles - begin;
       float* c = sums + begin * kPanel;
       const E* rows_of_left = left.rows(segment, first + begin);
       if constexpr (kBytes) {
 #ifdef __AVX512VNNI__
         const int32_t* start = left.starts + index * a.tokens + first + begin;
-        bytes_tile(c, kPanel, rows_of_left, segment.count, right, count, segment.count / 4, start, mine.scale);
+        // Codes that are multiplied where they lie: the first tiles fetch those of the next segment, four steps a line.
+        const int64_t steps = segment.count / 4, read = i * steps * 64;
+        const bool more = kKind == kInt8 && read < segment.count * kPanel;
+        const uint8_t* next = more ? right + segment.count * kPanel + read : right;
+        bytes_tile(c, kPanel, rows_of_left, segment.count, right, count, steps, start, mine.scale, next, more ? 64 : 0);
 #endif
       } else if (left.by_group()) {
         multiply<Tile, kZero>(mine.tile, kPanel, rows_of_left, segment.count, right, kPanel * Tile::kPair, count,
@@ -94,6 +100,7 @@ struct Product {
         multiply<Tile, kAddScaled>(c, kPanel, rows_of_left, segment.count, right, kPanel * Tile::kPair, count,
                                    kPanel / kLanes, segment.count / Tile::kPair, mine.scale);
       }
+      after(begin, count);
     }
   }
 
@@ -108,12 +115,10 @@ struct Product {
   static void activate_all(float* to, const float* from, const Body& body) {
     for (int64_t j = 0; j < kPanel; j += kLanes) store_vector(to + j, body(load_vector(from + j)));
   }
-  void rescale(float* sums, const float* bias, int64_t token) const {
-    const bool scaled = left.scaled() && !left.by_group();
-    if (!scaled && !bias) return;
-    const V factor = set1(scaled ? left.scales[token] : 1.0f);
+  float factor(int64_t token) const { return left.scaled() && !left.by_group() ? left.scales[token] : 1.0f; }
+  static void rescale(float* sums, float factor, const float* bias) {
     for (int64_t j = 0; j < kPanel; j += kLanes) {
-      const V sum = load_vector(sums + j) * factor;
+      const V sum = load_vector(sums + j) * set1(factor);
       store_vector(sums + j, bias ? sum + load_vector(bias + j) : sum);
     }
   }
@@ -121,9 +126,11 @@ struct Product {
   // What follows the products, for one row of a panel, or of one of gates and one of ups.
   void finish(float* sums, float* ups, const float* bias, const float* up_bias, int64_t token, int64_t column,
               int64_t count) const {
-    rescale(sums, bias, token);
+    T* to = static_cast<T*>(a.output) + token * outputs() + column;
+    if (!bias && !a.residual && a.epilogue == kNothing) return narrow(to, sums, factor(token), count);
+    rescale(sums, factor(token), bias);
     if (a.epilogue == kSwiglu) {
-      rescale(ups, up_bias, token);
+      rescale(ups, factor(token), up_bias);
       for (int64_t j = 0; j < kPanel; j += kLanes) {
         store_vector(sums + j, activate<T, kSilu>(load_vector(sums + j)) * load_vector(ups + j));
       }
@@ -137,7 +144,7 @@ struct Product {
       widen(more, static_cast<const T*>(a.residual) + token * a.residual_row + column, count);
       for (int64_t j = 0; j < kPanel; j += kLanes) store_vector(sums + j, load_vector(sums + j) + load_vector(more + j));
     }
-    narrow(static_cast<T*>(a.output) + token * outputs() + column, sums, 1.0f, count);
+    narrow(to, sums, 1.0f, count);
   }
 
   void run_unit(int64_t panel, int64_t first, int64_t rows, const Mine& mine) const {
@@ -147,11 +154,17 @@ struct Product {
       widen(bias[0], static_cast<const T*>(a.bias) + column, count);
       if (gated()) widen(bias[1], static_cast<const T*>(a.bias) + outputs() + column, count);
     }
-    multiply_panel(mine.sums, gated() ? 2 * panel : panel, first, rows, mine);
-    if (gated()) multiply_panel(mine.more_sums, 2 * panel + 1, first, rows, mine);
-    for (int64_t i = 0; i < rows; ++i) {
-      finish(mine.sums + i * kPanel, gated() ? mine.more_sums + i * kPanel : nullptr, a.bias ? bias[0] : nullptr,
-             a.bias ? bias[1] : nullptr, first + i, column, count);
+    const auto finish_rows = [&](int64_t begin, int64_t rows) {
+      for (int64_t i = begin; i < begin + rows; ++i) {
+        finish(mine.sums + i * kPanel, mine.more_sums + i * kPanel, a.bias ? bias[0] : nullptr, a.bias ? bias[1] : nullptr,
+               first + i, column, count);
+      }
+    };
+    if (gated()) {
+      multiply_panel(mine.sums, 2 * panel, first, rows, mine, [](int64_t, int64_t) {});
+      multiply_panel(mine.more_sums, 2 * panel + 1, first, rows, mine, finish_rows);
+    } else {
+      multiply_panel(mine.sums, panel, first, rows, mine, finish_rows);
     }
   }
 };

@@ -26,7 +26,7 @@ struct BytesTile {
 // At most so many places in a segment: unpacked they are 8 KiB of bytes or 16 KiB of bf16 or fp32, beside which rows of
 // the input pass through L1. Codes of eight bits are multiplied where they lie: the longer, the fewer sums in fp32.
 template <typename Tile, QuantizedKind kKind>
-constexpr int64_t kSegment = kSame<Tile, FmaTile> ? 64 : kSame<Tile, BytesTile> && kKind == kInt8 ? 1024 : 128;
+constexpr int64_t kSegment = kSame<Tile, FmaTile> ? 64 : kSame<Tile, BytesTile> && kKind == kInt8 ? 2048 : 128;
 
 // A step of a panel: the places that lie together for each of its features.
 template <QuantizedKind kKind>

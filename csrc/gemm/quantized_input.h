@@ -87,6 +87,9 @@ struct Input {
   }
 
   void prepare(float* wide, int64_t token) const {
+#ifdef __AVX512BF16__
+    if constexpr (kSame<Tile, BytesTile>) return prepare_bytes(wide, token);
+#endif
     gather(wide, token);
     if (by_group()) {
       for (int64_t group = 0; group < a.groups; ++group) {
@@ -96,41 +99,34 @@ struct Input {
     } else if (scaled()) {
       scales[token] = quantize(wide, rounded_up(a.places, 16));
     }
-    int64_t index = 0;
-    for (int64_t begin = 0; begin < a.places; ++index) {
+    for (int64_t begin = 0; begin < a.places;) {
       const Segment segment = segment_at<kPlaces>(a, begin);
-      E* to = values + segment.begin * a.tokens + token * segment.count;
-      const int32_t sum = put(to, wide + begin, segment.count);
-      if constexpr (kSame<Tile, BytesTile>) {
-        // What an unsigned code is more than the number it stands for: see unpack_int4.
-        const int32_t offset = kKind == kInt8 ? 128 : a.zeros ? 15 : 8;
-        starts[index * a.tokens + token] = -offset * sum;
-      }
+      put(values + segment.begin * a.tokens + token * segment.count, wide + begin, segment.count);
       begin += segment.count;
     }
   }
 
   // `wide` may be read up to the next multiple of 16.
-  int32_t put(E* to, const float* wide, int64_t count) const {
-    if constexpr (kSame<Tile, FmaTile>) {
-      if (scaled()) {
-        memcpy(to, wide, count * sizeof(float));
-      } else {
-        int64_t i = 0;
-        for (; i + kLanes <= count; i += kLanes) store_vector(to + i, round_to_bf16(load_vector(wide + i)));
-        float last[kLanes];
-        if (i < count) store_vector(last, round_to_bf16(load_vector(wide + i)));
-        memcpy(to + i, last, (count - i) * sizeof(float));
-      }
-      return 0;
+  void put(E* to, const float* wide, int64_t count) const {
+#ifdef __AVX512BF16__
+    if constexpr (kSame<Tile, DotTile>) return put_pairs(to, wide, count);
+#endif
+    if constexpr (!kSame<Tile, FmaTile>) {
+      return;
+    } else if (scaled()) {
+      memcpy(to, wide, count * sizeof(float));
     } else {
-      return put_narrow(to, wide, count);
+      int64_t i = 0;
+      for (; i + kLanes <= count; i += kLanes) store_vector(to + i, round_to_bf16(load_vector(wide + i)));
+      float last[kLanes];
+      if (i < count) store_vector(last, round_to_bf16(load_vector(wide + i)));
+      memcpy(to + i, last, (count - i) * sizeof(float));
     }
   }
 
 #ifdef __AVX512BF16__
   // Of each eight places: as unpack_int4 has them.
-  static int32_t put_narrow(Bf16* to, const float* wide, int64_t count) {
+  static void put_pairs(Bf16* to, const float* wide, int64_t count) {
     const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
     for (int64_t i = 0; i < count; i += 16) {
       const __m256bh halves = _mm512_cvtneps_pbh(_mm512_loadu_ps(wide + i));
@@ -138,18 +134,43 @@ struct Input {
       if constexpr (kKind == kInt4) bits = _mm256_shuffle_epi8(bits, order);
       _mm256_mask_storeu_epi16(to + i, first_lanes(count - i), bits);
     }
-    return 0;
   }
-  static int32_t put_narrow(int8_t* to, const float* wide, int64_t count) {
-    const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+  void prepare_bytes(float* wide, int64_t token) const {
+    if (a.order || (kKind == kInt4 && a.input_scale)) {
+      gather(wide, token);
+      write_bytes(wide, a.places, token);
+    } else {
+      write_bytes(static_cast<const T*>(a.input) + token * a.input_row, a.width, token);
+    }
+  }
+  // A row to codes, for VPDPBUSD; zeros at the places past its end.
+  template <typename S>
+  void write_bytes(const S* row, int64_t width, int64_t token) const {
+    const float scale = scale_of<kToInt8>(largest_of(row, width));
+    const Divisor by = divisor(scale);
+    scales[token] = scale;
+    // What an unsigned code is more than the number it stands for: see unpack_int4.
+    const int32_t offset = kKind == kInt8 ? 128 : a.zeros ? 15 : 8;
+    int64_t index = 0;
+    for (int64_t begin = 0; begin < a.places; ++index) {
+      const Segment segment = segment_at<kPlaces>(a, begin);
+      uint8_t* to = reinterpret_cast<uint8_t*>(values) + segment.begin * a.tokens + token * segment.count;
+      const int64_t there = larger(0, smaller(segment.count, width - begin));
+      write_run<kToInt8, false>(to, row + begin, there, scale, by, row + begin, false);
+      memset(to + there, 0, segment.count - there);
+      starts[index * a.tokens + token] = -offset * arrange(to, segment.count);
+      begin += segment.count;
+    }
+  }
+  // The same of codes, in place; returns their sum.
+  static int32_t arrange(uint8_t* codes, int64_t count) {
+    const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
     __m512i sum = _mm512_setzero_si512();
-    for (int64_t i = 0; i < count; i += 16) {
-      const __mmask16 lanes = first_lanes(count - i);
-      const __m512i codes = _mm512_maskz_cvtps_epi32(lanes, _mm512_loadu_ps(wide + i));
-      sum = _mm512_add_epi32(sum, codes);
-      __m128i bytes = _mm512_cvtepi32_epi8(codes);
-      if constexpr (kKind == kInt4) bytes = _mm_shuffle_epi8(bytes, order);
-      _mm_mask_storeu_epi8(to + i, lanes, bytes);
+    for (int64_t i = 0; i < count; i += 64) {
+      const __mmask64 lanes = count - i < 64 ? (uint64_t{1} << (count - i)) - 1 : ~uint64_t{0};
+      __m512i some = _mm512_maskz_loadu_epi8(lanes, codes + i);
+      sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), some);
+      if constexpr (kKind == kInt4) _mm512_mask_storeu_epi8(codes + i, lanes, _mm512_shuffle_epi8(some, order));
     }
     return _mm512_reduce_add_epi32(sum);
   }

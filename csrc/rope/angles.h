@@ -26,27 +26,36 @@ M4OV_INLINE Vector vector_at(const Element* p) {
 
 // sin and cos, within 0.51 units in the last place of float32 for |x| up to 2^31. pi/2 is taken off in three parts; the
 // first two have 22 bits, so that their products with the number of quarter turns are exact.
-M4OV_INLINE void sin_cos(Doubles x, Floats& sine, Floats& cosine) {
+M4OV_INLINE void sin_cos(const Doubles (&x)[2], Floats (&sine)[2], Floats (&cosine)[2]) {
   const Doubles shift = Doubles{} + 0x1.8p52;  // adding it leaves the nearest whole number in the lowest bits
-  const Doubles shifted = x * 0.6366197723675814 + shift;
-  const Longs quarter = reinterpret_cast<Longs>(shifted);
-  const Doubles turns = shifted - shift;
-  const Doubles r = ((x - turns * 0x1.921fbp+0) - turns * 0x1.5110bp-22) - turns * 0x1.18469898cc517p-44;
-  const Doubles z = r * r;
+  Longs quarter[2];
+  Doubles r[2], z[2], s[2], c[2];
+#pragma GCC unroll 2
+  for (int k = 0; k < 2; ++k) {
+    const Doubles shifted = x[k] * 0.6366197723675814 + shift, turns = shifted - shift;
+    quarter[k] = reinterpret_cast<Longs>(shifted);
+    r[k] = ((x[k] - turns * 0x1.921fbp+0) - turns * 0x1.5110bp-22) - turns * 0x1.18469898cc517p-44;
+    z[k] = r[k] * r[k];
+  }
   // Minimax on [-pi/4, pi/4], to 2^-37 and 2^-42.
-  Doubles s = z * 2.7183042224221538e-06 - 0.0001983933408219465;
-  s = s * z + 0.008333329383578857;
-  s = s * z - 0.1666666664160695;
-  s = r + r * z * s;
-  Doubles c = z * -2.720568441532735e-07 + 2.47994593072637e-05;
-  c = c * z - 0.0013888883496847631;
-  c = c * z + 0.041666666619453584;
-  c = 1.0 + z * (z * c - 0.5);
-  const Longs swap = -(quarter & 1), sin_bits = reinterpret_cast<Longs>(s), cos_bits = reinterpret_cast<Longs>(c);
-  const Longs a = ((sin_bits & ~swap) | (cos_bits & swap)) ^ ((quarter & 2) << 62);
-  const Longs b = ((cos_bits & ~swap) | (sin_bits & swap)) ^ (((quarter + 1) & 2) << 62);
-  sine = __builtin_convertvector(reinterpret_cast<Doubles>(a), Floats);
-  cosine = __builtin_convertvector(reinterpret_cast<Doubles>(b), Floats);
+  constexpr double kSine[] = {2.7183042224221538e-06, -0.0001983933408219465, 0.008333329383578857, -0.1666666664160695};
+  constexpr double kCosine[] = {-2.720568441532735e-07, 2.47994593072637e-05, -0.0013888883496847631, 0.041666666619453584};
+  for (int k = 0; k < 2; ++k) s[k] = z[k] * kSine[0] + kSine[1], c[k] = z[k] * kCosine[0] + kCosine[1];
+#pragma GCC unroll 2
+  for (int i = 2; i < 4; ++i) {
+    for (int k = 0; k < 2; ++k) s[k] = s[k] * z[k] + kSine[i], c[k] = c[k] * z[k] + kCosine[i];
+  }
+#pragma GCC unroll 2
+  for (int k = 0; k < 2; ++k) {
+    s[k] = r[k] + r[k] * z[k] * s[k];
+    c[k] = 1.0 + z[k] * (z[k] * c[k] - 0.5);
+    const Longs swap = -(quarter[k] & 1);
+    const Longs sin_bits = reinterpret_cast<Longs>(s[k]), cos_bits = reinterpret_cast<Longs>(c[k]);
+    const Longs a = ((sin_bits & ~swap) | (cos_bits & swap)) ^ ((quarter[k] & 2) << 62);
+    const Longs b = ((cos_bits & ~swap) | (sin_bits & swap)) ^ (((quarter[k] + 1) & 2) << 62);
+    sine[k] = __builtin_convertvector(reinterpret_cast<Doubles>(a), Floats);
+    cosine[k] = __builtin_convertvector(reinterpret_cast<Doubles>(b), Floats);
+  }
 }
 
 // Rows and columns of patches in merge order: image after image, frame after frame, in blocks of merge_size².
@@ -107,35 +116,65 @@ class Angles {
       inv_freq_[i] = a.inv_freq[i];
       for (int j = 0; j < 3; ++j) chosen_[j][i] = a.axis[i] == j ? ~uint64_t{0} : 0;
     }
-    if (!a.positions) walk_.seek(first);
+    if (a.positions) return;
+    walk_.seek(first);
+    stride_ = (half + 2 * kDoubles - 1) / (2 * kDoubles) * (2 * kDoubles);
+    kept_ = kValues / (2 * stride_) < kCoordinates ? kValues / (2 * stride_) : kCoordinates;
+    for (int64_t i = 0; i < half; ++i) axis_[i] = a.axis[i];
   }
 
-  // sine[i] and cosine[i] for i < half; the arrays have room for a whole vector more.
+  // sine[i] and cosine[i] for i < half; the arrays have room for two vectors more.
   void next(int64_t token, float* sine, float* cosine) {
-    double position[3] = {0.0, 0.0, 0.0};
     if (a_.positions) {
+      double position[3] = {0.0, 0.0, 0.0};
       for (int64_t j = 0; j < a_.axes; ++j) position[j] = at(j * a_.axis_stride + token * a_.token_stride);
-    } else {
-      position[0] = static_cast<double>(walk_.row()), position[1] = static_cast<double>(walk_.column());
-      walk_.next();
+      return compute(position, sine, cosine);
     }
-    const Longs p0 = reinterpret_cast<Longs>(Doubles{} + position[0]);
-    const Longs p1 = reinterpret_cast<Longs>(Doubles{} + position[1]);
-    const Longs p2 = reinterpret_cast<Longs>(Doubles{} + position[2]);
-    for (int64_t i = 0; i < half_; i += kDoubles) {
-      const auto mask = [&](int j) { return vector_at<Longs>(chosen_[j] + i); };
-      const Longs position_bits = (p0 & mask(0)) | (p1 & mask(1)) | (p2 & mask(2));
-      Doubles angle = reinterpret_cast<Doubles>(position_bits) * vector_at<Doubles>(inv_freq_ + i);
-      // The product of two float32 is exact in float64: rounded here, it is the float32 product.
-      if (a_.single) angle = __builtin_convertvector(__builtin_convertvector(angle, Floats), Doubles);
-      Floats s, c;
-      sin_cos(angle, s, c);
-      memcpy(sine + i, &s, sizeof s);
-      memcpy(cosine + i, &c, sizeof c);
+    const int64_t row = walk_.row(), column = walk_.column();
+    walk_.next();
+    if (row >= kept_ || column >= kept_) {
+      const double position[3] = {static_cast<double>(row), static_cast<double>(column), 0.0};
+      return compute(position, sine, cosine);
+    }
+    const float *of_row = keep(row), *of_column = keep(column);
+    for (int64_t i = 0; i < half_; ++i) {
+      sine[i] = axis_[i] ? of_column[i] : of_row[i];
+      cosine[i] = axis_[i] ? of_column[stride_ + i] : of_row[stride_ + i];
     }
   }
 
  private:
+  // Vectors go two by two: one alone waits for its own results.
+  void compute(const double (&position)[3], float* sine, float* cosine) const {
+    Longs p[3];
+    for (int j = 0; j < 3; ++j) p[j] = reinterpret_cast<Longs>(Doubles{} + position[j]);
+    for (int64_t i = 0; i < half_; i += 2 * kDoubles) {
+      Doubles angle[2];
+      for (int k = 0; k < 2; ++k) {
+        const auto mask = [&](int j) { return vector_at<Longs>(chosen_[j] + i + k * kDoubles); };
+        const Longs position_bits = (p[0] & mask(0)) | (p[1] & mask(1)) | (p[2] & mask(2));
+        angle[k] = reinterpret_cast<Doubles>(position_bits) * vector_at<Doubles>(inv_freq_ + i + k * kDoubles);
+        // The product of two float32 is exact in float64: rounded here, it is the float32 product.
+        if (a_.single) angle[k] = __builtin_convertvector(__builtin_convertvector(angle[k], Floats), Doubles);
+      }
+      Floats s[2], c[2];
+      sin_cos(angle, s, c);
+      memcpy(sine + i, s, sizeof s);
+      memcpy(cosine + i, c, sizeof c);
+    }
+  }
+
+  // Sines and cosines of one coordinate of a grid, at all frequencies: a grid has few of them, and many tokens.
+  const float* keep(int64_t coordinate) {
+    float* to = values_ + 2 * stride_ * coordinate;
+    if (!(known_[coordinate / 64] >> coordinate % 64 & 1)) {
+      const double at = static_cast<double>(coordinate);
+      compute({at, at, at}, to, to + stride_);
+      known_[coordinate / 64] |= uint64_t{1} << coordinate % 64;
+    }
+    return to;
+  }
+
   double at(int64_t index) const {
     const int64_t whole = a_.wide ? static_cast<const int64_t*>(a_.positions)[index]
                                   : static_cast<const int32_t*>(a_.positions)[index];
@@ -145,8 +184,13 @@ class Angles {
   const RopeAngles& a_;
   int64_t half_;
   GridWalk walk_;
-  alignas(64) double inv_freq_[kMaxHalf + kDoubles] = {};
-  alignas(64) uint64_t chosen_[3][kMaxHalf + kDoubles] = {};
+  static constexpr int64_t kCoordinates = 256, kValues = 16384;
+  int64_t stride_ = 0, kept_ = 0;  // coordinates below that are kept
+  uint64_t known_[kCoordinates / 64] = {};
+  int32_t axis_[kMaxHalf];
+  alignas(64) double inv_freq_[kMaxHalf + 2 * kDoubles] = {};
+  alignas(64) uint64_t chosen_[3][kMaxHalf + 2 * kDoubles] = {};
+  alignas(64) float values_[kValues];
 };
 
 }  // namespace

@@ -19,18 +19,20 @@ constexpr int kMaxHalfGroups = kMaxHalf / kGroup + 1;
 // three ends with a partial group where it is no multiple of kGroup, or, with `kOverlap`, with one that covers some of
 // the elements of the group before again, which is faster and only good where nothing is summed.
 struct Layout {
-  int64_t half, rest;
+  int64_t dim, half, rest;
   int half_groups, rest_groups;
   bool overlap;
 
   Layout(int64_t dim, int64_t half_dim, bool may_overlap)
-      : half(half_dim),
+      : dim(dim),
+        half(half_dim),
         rest(dim - 2 * half_dim),
         half_groups(static_cast<int>((half + kGroup - 1) / kGroup)),
         rest_groups(static_cast<int>((rest + kGroup - 1) / kGroup)),
         overlap(may_overlap && half >= kGroup) {}
 
   int groups() const { return 2 * half_groups + rest_groups; }
+  bool whole(int group) const { return group < half_groups && offset(group) + kGroup <= half; }  // of the halves' groups
   int64_t offset(int group) const {
     const int64_t i = static_cast<int64_t>(group) * kGroup;
     return overlap && i + kGroup > half ? half - kGroup : i;
@@ -47,36 +49,47 @@ M4OV_INLINE void set(T* p, Pair x, int64_t count) {
   put<kStream>(p, x);
 }
 
-// ---- Rounding. Most of what the forward does in bf16 is rounding, ten operations a pair, and four where an instruction
+// ---- Rounding. Most of what the forward does in bf16 is rounding, ten operations a pair, and three where an instruction
 // may do it, which takes denormal numbers for zeros. So where the smallest number in some heads says that there will be
-// none, kNormal.
+// none, kNormal. Each such rounding turns the order of the elements (round_turned), of which kTurns count what has been.
 
 template <typename T>
 constexpr bool kMayConvert = kConverts && kSame<T, Bf16>;
 // Products of at least this much are normal, and so are the sums of two that are rounded to 8 bits (or they are zero).
 constexpr float kNormalBound = 0x1p-110f;
 
+// Roundings in the norm, before the weight and after it.
+template <int kNumerics>
+constexpr int kBeforeWeight = kNumerics == kHf ? 1 : 0;
+template <int kNumerics>
+constexpr int kAfterWeight = kNumerics == kHf ? 2 : kNumerics == kVllm ? 1 : 0;
+
 template <typename T, bool kNormal>
 M4OV_INLINE Pair rounded(Pair x) {
   if constexpr (kNormal) {
-    return round_normal(x);
+    return round_turned(x);
   } else {
     return round_to<T>(x);
   }
 }
-template <bool kStream, bool kNormal, typename T>
+template <bool kStream, bool kNormal, int kTurns, typename T>
 M4OV_INLINE void set_rounded(T* p, Pair x, int64_t count) {
   if constexpr (kNormal) {
-    if (count >= kGroup) return kStream ? stream_normal(p, x) : store_normal(p, x);
+    if (count >= kGroup) return put_turned<kStream, kTurns>(p, x);
+    T buffer[kGroup];
+    put_turned<false, kTurns>(buffer, x);
+    memcpy(p, buffer, count * sizeof(T));
+  } else {
+    set<kStream>(p, x, count);
   }
-  set<kStream>(p, x, count);
 }
 
-// Sines and cosines of one token in the order of T's pairs.
+// Sines and cosines of one token in the order of T's pairs, and as they are after one rounding and after two.
 template <typename T>
 struct Rotation {
   Pair sine[kMaxHalfGroups], cosine[kMaxHalfGroups];
-  float sines[kMaxHalf + kGroup] = {}, cosines[kMaxHalf + kGroup] = {};
+  Pair turned_sine[2][kMaxHalfGroups], turned_cosine[2][kMaxHalfGroups];
+  float sines[kMaxHalf + kGroup] = {}, cosines[kMaxHalf + kGroup] = {};  // beyond the half: any finite numbers
   float smallest = 0.0f;  // of both, but zero, where kMayConvert
 
   void set(Angles& angles, int64_t token, const Layout& layout, bool rounded) {
@@ -85,9 +98,23 @@ struct Rotation {
     for (int g = 0; g < layout.half_groups; ++g) {
       sine[g] = paired<T>(sines + layout.offset(g)), cosine[g] = paired<T>(cosines + layout.offset(g));
       if (rounded) sine[g] = round_to<T>(sine[g]), cosine[g] = round_to<T>(cosine[g]);
-      if (kMayConvert<T> && rounded) least.add(sine[g]), least.add(cosine[g]);
+      if (kMayConvert<T> && rounded) {
+        least.add(sine[g]), least.add(cosine[g]);
+        turned_sine[0][g] = reordered<1>(sine[g]), turned_cosine[0][g] = reordered<1>(cosine[g]);
+        turned_sine[1][g] = reordered<2>(sine[g]), turned_cosine[1][g] = reordered<2>(cosine[g]);
+      }
     }
     smallest = least.value();
+  }
+  template <int kTurns>
+  const Pair* sines_after() const {
+    if constexpr (kTurns == 0) return sine;
+    return turned_sine[kTurns - (kTurns > 0)];
+  }
+  template <int kTurns>
+  const Pair* cosines_after() const {
+    if constexpr (kTurns == 0) return cosine;
+    return turned_cosine[kTurns - (kTurns > 0)];
   }
 };
 
@@ -104,25 +131,58 @@ static void load_weight(Pair* weight, const T* source, const Layout& layout) {
   }
 }
 
-// Of a weight's magnitudes but zero, and 1.
-template <typename T>
-static float smallest_weight(const Pair* weight, const Layout& layout) {
-  Smallest least;
-  if (kMayConvert<T>) {
-    for (int g = 0; g < layout.groups(); ++g) least.add(weight[g]);
+// A weight, also as it is after a rounding, and the smallest of its magnitudes but zero, and 1.
+struct Weight {
+  Pair plain[kMaxGroups], turned[kMaxGroups];
+  float smallest = 1.0f;
+
+  template <typename T>
+  void load(const T* source, const Layout& layout) {
+    load_weight(plain, source, layout);
+    if constexpr (kMayConvert<T>) {
+      Smallest least;
+      for (int g = 0; g < layout.groups(); ++g) least.add(plain[g]), turned[g] = reordered<1>(plain[g]);
+      smallest = least.value() < 1.0f ? least.value() : 1.0f;
+    }
   }
-  return least.value() < 1.0f ? least.value() : 1.0f;
-}
+};
 
 // Once a head in fp64: one rounding instead of four, in a factor that all elements share.
 static void reciprocal_roots(float* roots, const float* sums, int64_t dim, double eps) {
+  const double part = 1.0 / static_cast<double>(dim);
   for (int h = 0; h < kHeads; ++h) {
-    roots[h] = static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(sums[h]) / static_cast<double>(dim) + eps));
+    roots[h] = static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(sums[h]) * part + eps));
   }
 }
 
+#ifdef __AVX512BF16__
+M4OV_INLINE float square_sum_by_pairs(const Bf16* x, int64_t dim) {
+  const auto add = [](__m512 sum, __m512i pairs) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<const __m512bh&>(pairs), reinterpret_cast<const __m512bh&>(pairs));
+  };
+  __m512 even = _mm512_setzero_ps(), odd = even;
+  int64_t i = 0;
+  for (; i + 2 * kGroup <= dim; i += 2 * kGroup) {
+    even = add(even, _mm512_loadu_si512(x + i));
+    odd = add(odd, _mm512_loadu_si512(x + i + kGroup));
+  }
+  for (; i < dim; i += kGroup) {
+    const int64_t left = dim - i;
+    const __mmask32 lanes = left < kGroup ? (uint32_t{1} << left) - 1 : ~uint32_t{0};
+    even = add(even, _mm512_maskz_loadu_epi16(lanes, x + i));
+  }
+  return lane_sum(V{even} + V{odd});
+}
+#endif
+
 template <typename T>
 M4OV_INLINE float square_sum(const T* x, int64_t dim) {
+#ifdef __AVX512BF16__
+  if constexpr (kSame<T, Bf16>) {
+    const float sum = square_sum_by_pairs(x, dim);
+    if (!(sum < 0x1p-90f)) return sum;  // the instruction makes zeros of denormal numbers
+  }
+#endif
   Pair even = both(set1(0.0f)), odd = even;
   int64_t i = 0;
   for (; i + 2 * kGroup <= dim; i += 2 * kGroup) {
@@ -169,36 +229,70 @@ M4OV_INLINE Pair normalised(Pair x, Pair root, Pair weight) {
   return kNumerics == kFp32 ? y : rounded<T, kNormal>(y);
 }
 
+// What turns the halves of a head: in the order that the elements have then.
+struct Turn {
+  const Pair *weight, *sine, *cosine;
+  float root;
+};
+
+// Groups g and, two at a time, g + 1. One after the other they would wait for their own results most of the time: each goes
+// through up to eight roundings and products, and a core looks no further ahead than one group.
+template <typename T, int kNumerics, bool kNorm, bool kStream, bool kNormal, int kTogether, bool kWhole>
+M4OV_INLINE void turn_groups(T* out, const T* x, int64_t next, const Layout& layout, const Turn& by, int g) {
+  constexpr int kTurns = kNormal && kNorm ? kAfterWeight<kNumerics> : 0;
+  const Pair root = both(set1(by.root));
+  int64_t i[kTogether], left[kTogether];
+  Pair a[kTogether], b[kTogether], ac[kTogether], bs[kTogether], bc[kTogether], as[kTogether];
+#pragma GCC unroll 2
+  for (int j = 0; j < kTogether; ++j) {
+    i[j] = layout.offset(g + j), left[j] = kWhole ? kGroup : layout.half - i[j];
+    prefetch(x + next + i[j]);
+    prefetch(x + layout.half + next + i[j]);
+    a[j] = get(x + i[j], left[j]), b[j] = get(x + layout.half + i[j], left[j]);
+  }
+  if constexpr (kNorm) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kTogether; ++j) {
+      a[j] = normalised<T, kNumerics, kNormal>(a[j], root, by.weight[g + j]);
+      b[j] = normalised<T, kNumerics, kNormal>(b[j], root, by.weight[layout.half_groups + g + j]);
+    }
+  }
+#pragma GCC unroll 2
+  for (int j = 0; j < kTogether; ++j) {
+    ac[j] = a[j] * by.cosine[g + j], bs[j] = b[j] * by.sine[g + j];
+    bc[j] = b[j] * by.cosine[g + j], as[j] = a[j] * by.sine[g + j];
+    if constexpr (kNumerics != kFp32) {
+      ac[j] = rounded<T, kNormal>(ac[j]), bs[j] = rounded<T, kNormal>(bs[j]);
+      bc[j] = rounded<T, kNormal>(bc[j]), as[j] = rounded<T, kNormal>(as[j]);
+    }
+  }
+#pragma GCC unroll 2
+  for (int j = 0; j < kTogether; ++j) {
+    set_rounded<kStream, kNormal, kTurns + 1>(out + i[j], ac[j] - bs[j], left[j]);
+    set_rounded<kStream, kNormal, kTurns + 1>(out + layout.half + i[j], bc[j] + as[j], left[j]);
+  }
+}
+
 template <typename T, int kNumerics, bool kNorm, bool kStream, bool kNormal>
 static void write_head(T* out, const T* x, int64_t next, const Layout& layout, const Rotation<T>& rotation,
-                       const Pair* weight, float root_value) {
-  const Pair root = both(set1(root_value));
-  const int n = layout.half_groups;
-  T* out2 = out + layout.half;
-  const T* x2 = x + layout.half;
-  for (int g = 0; g < n; ++g) {
-    const int64_t i = layout.offset(g), left = layout.half - i;
-    prefetch(x + next + i);
-    prefetch(x2 + next + i);
-    Pair a = get(x + i, left), b = get(x2 + i, left);
-    if constexpr (kNorm) {
-      a = normalised<T, kNumerics, kNormal>(a, root, weight[g]);
-      b = normalised<T, kNumerics, kNormal>(b, root, weight[n + g]);
-    }
-    Pair ac = a * rotation.cosine[g], bs = b * rotation.sine[g];
-    Pair bc = b * rotation.cosine[g], as = a * rotation.sine[g];
-    if constexpr (kNumerics != kFp32) {
-      ac = rounded<T, kNormal>(ac), bs = rounded<T, kNormal>(bs);
-      bc = rounded<T, kNormal>(bc), as = rounded<T, kNormal>(as);
-    }
-    set_rounded<kStream, kNormal>(out + i, ac - bs, left);
-    set_rounded<kStream, kNormal>(out2 + i, bc + as, left);
+                       const Weight& weights, float root) {
+  constexpr int kTurns = kNormal && kNorm ? kAfterWeight<kNumerics> : 0;
+  const Turn by{kNormal && kBeforeWeight<kNumerics> ? weights.turned : weights.plain,
+                rotation.template sines_after<kTurns>(), rotation.template cosines_after<kTurns>(), root};
+  int g = 0;
+  for (; layout.whole(g + 1); g += 2) {
+    turn_groups<T, kNumerics, kNorm, kStream, kNormal, 2, true>(out, x, next, layout, by, g);
   }
-  for (int g = 0; g < layout.rest_groups; ++g) {
-    const int64_t i = static_cast<int64_t>(g) * kGroup, left = layout.rest - i;
-    Pair a = get(x2 + layout.half + i, left);
-    if constexpr (kNorm) a = normalised<T, kNumerics, kNormal>(a, root, weight[2 * n + g]);
-    set<kStream>(out2 + layout.half + i, a, left);
+  for (; g < layout.half_groups; ++g) {
+    turn_groups<T, kNumerics, kNorm, kStream, kNormal, 1, false>(out, x, next, layout, by, g);
+  }
+  for (g = 0; g < layout.rest_groups; ++g) {
+    const int64_t i = 2 * layout.half + static_cast<int64_t>(g) * kGroup, left = layout.dim - i;
+    Pair a = get(x + i, left);
+    if constexpr (kNorm) {
+      a = normalised<T, kNumerics, kNormal>(a, both(set1(root)), by.weight[2 * layout.half_groups + g]);
+    }
+    set_rounded<kStream, kNormal && kNorm, kTurns>(out + i, a, left);
   }
 }
 
@@ -225,7 +319,7 @@ static bool all_normal(const Bf16* x, int heads, int64_t stride, int64_t dim, co
 
 template <typename T, int kNumerics, bool kNorm, bool kStream>
 static void write_heads(const RopeFwdTensor& t, int64_t token, const RopeFwd& a, const Layout& layout,
-                        const Rotation<T>& rotation, const Pair* weight, float smallest_weight, T* gathered) {
+                        const Rotation<T>& rotation, const Weight& weight, T* gathered) {
   const T* x = static_cast<const T*>(t.input) + token * t.token_stride;
   T* out = static_cast<T*>(t.output) + token * t.heads * a.dim;
   for (int64_t first = 0; first < t.heads; first += kHeads) {
@@ -244,7 +338,7 @@ static void write_heads(const RopeFwdTensor& t, int64_t token, const RopeFwd& a,
       }
     };
     if constexpr (kMayConvert<T> && kNumerics != kFp32) {
-      if (all_normal<kNorm>(source, count, t.head_stride, a.dim, roots, smallest_weight * rotation.smallest)) {
+      if (all_normal<kNorm>(source, count, t.head_stride, a.dim, roots, weight.smallest * rotation.smallest)) {
         write(Flag<true>{});
       } else {
         write(Flag<false>{});
@@ -258,10 +352,10 @@ static void write_heads(const RopeFwdTensor& t, int64_t token, const RopeFwd& a,
 
 template <typename T, int kNumerics, bool kStream>
 static void write_token(const RopeFwdTensor& t, int64_t token, const RopeFwd& a, const Layout& layout,
-                        const Rotation<T>& rotation, const Pair* weight, float smallest_weight, T* gathered) {
+                        const Rotation<T>& rotation, const Weight& weight, T* gathered) {
   constexpr int kPlain = kNumerics == kFp32 ? kFp32 : kHf;  // they differ in the norm only
   const auto write = t.weight ? write_heads<T, kNumerics, true, kStream> : write_heads<T, kPlain, false, kStream>;
-  write(t, token, a, layout, rotation, weight, smallest_weight, gathered);
+  write(t, token, a, layout, rotation, weight, gathered);
 }
 
 template <typename T, int kNumerics>
@@ -273,22 +367,19 @@ static void forward(const RopeFwd& a) {
   parallel_ranges(a.tokens, a.tokens * row, a.threads, [&](int64_t begin, int64_t end) {
     Angles angles(a.angles, a.half, begin);
     Rotation<T> rotation;
-    Pair weights[2][kMaxGroups];
-    float smallest_weights[2] = {1.0f, 1.0f};
+    Weight weights[2];
     Way ways[2];
     alignas(64) T buffer[kHeads * kMaxRopeDim];
     for (int i = 0; i < 2; ++i) {
       const RopeFwdTensor& t = a.tensors[i];
-      if (t.weight) load_weight(weights[i], static_cast<const T*>(t.weight), layout);
-      if (t.weight) smallest_weights[i] = smallest_weight<T>(weights[i], layout);
+      if (t.weight) weights[i].load(static_cast<const T*>(t.weight), layout);
       ways[i] = way_of<T>(large, t.output, t.heads, a.dim, a.half);
     }
     for (int64_t token = begin; token < end; ++token) {
       rotation.set(angles, token, layout, kNumerics != kFp32);
       for (int i = 0; i < 2; ++i) {
         const auto write = ways[i] == kStreamed ? write_token<T, kNumerics, true> : write_token<T, kNumerics, false>;
-        write(a.tensors[i], token, a, layout, rotation, weights[i], smallest_weights[i],
-              ways[i] == kGathered ? buffer : nullptr);
+        write(a.tensors[i], token, a, layout, rotation, weights[i], ways[i] == kGathered ? buffer : nullptr);
       }
     }
     if (large) fence();
