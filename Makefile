@@ -69,10 +69,10 @@ gpu: ## on a CUDA machine, without a network: build, check, measure; writes RESU
 gpu-dry: $(VENV)/.dev ## the same script on the CPU, interpreted, tiny shapes: proves the script, measures nothing
 	$(call gpu_suite,$(BIN)/python,gpu-dry,--results runs/gpu-dry --minutes 15 --dry-run)
 
-test-transformers: ## the patches on every supported transformers, each in its own environment
+test-transformers: ## patches and our own model on every supported transformers, each in its own environment
 	for version in $(TRANSFORMERS); do \
 	  $(MAKE) --no-print-directory $(VENV)-transformers-$$version/.ready || exit 1; \
-	  $(VENV)-transformers-$$version/bin/python -m pytest tests/kernels/test_patches*.py || exit 1; \
+	  $(VENV)-transformers-$$version/bin/python -m pytest tests/kernels/test_patches*.py tests/models || exit 1; \
 	done
 
 $(VENV)-transformers-%/.ready: $(SOURCES)

@@ -28,6 +28,9 @@ SLOTS = (
         "grid_thw",
         "is not positive, or not a multiple of merge_size, or the grids do not have as many patches as there are",
     ),
+    ("permute", "experts", "is not in [0, num_experts)"),
+    ("unpermute", "order", "is no row, or is there twice"),
+    ("grouped_linear", "offsets", "is not 0 at the start, below the offset before it, or not S at the end"),
     ("head.losses", "cu_seqlens or groups", "is not 0 at the start, below the bound before it, or not T at the end"),
     ("vision_rope", "grid_thw", "is not positive, is no multiple of merge_size, or ends beside the number of patches"),
 )

@@ -16,10 +16,13 @@ struct Softmax {
 template <typename T>
 static Softmax exponentials(float* row, const T* logits, int64_t count) {
   widen(row, logits, count);
-  float maximum = -__builtin_inff();
-  for (int64_t i = 0; i < count; ++i) maximum = row[i] > maximum ? row[i] : maximum;
   const int64_t padded = rounded_up(count, kLanes);
   for (int64_t i = count; i < padded; ++i) row[i] = -__builtin_inff();
+  V most = set1(-__builtin_inff());
+  for (int64_t i = 0; i < padded; i += kLanes) most = max(load_vector(row + i), most);  // of NaN, what there was
+  float lanes[kLanes], maximum = -__builtin_inff();
+  store_vector(lanes, most);
+  for (int i = 0; i < kLanes; ++i) maximum = lanes[i] > maximum ? lanes[i] : maximum;
   V total = set1(0.0f);
   for (int64_t i = 0; i < padded; i += kLanes) {
     const V x = exp_full(load_vector(row + i) - set1(maximum));
@@ -46,10 +49,11 @@ static void largest(int32_t* experts, const float* logits, int64_t count, int64_
   uint64_t ranks[kMost];
   const bool small = top_k <= kMost;
   int64_t held = 0;
-  uint64_t last = 0;
+  float last = -__builtin_inff();
   for (int64_t i = 0; i < count; ++i) {
+    if (held == top_k && !(logits[i] > last) && logits[i] == logits[i]) continue;  // of equal ones, this is the later
     const uint64_t rank = rank_of(logits[i], i);
-    if (held == top_k && rank <= last) continue;
+    if (held == top_k && last != last) continue;  // NaN throughout
     int64_t at = held < top_k ? held++ : top_k - 1;
     while (at > 0) {
       const uint64_t above = small ? ranks[at - 1] : rank_of(logits[experts[at - 1]], experts[at - 1]);
@@ -60,7 +64,7 @@ static void largest(int32_t* experts, const float* logits, int64_t count, int64_
     }
     if (small) ranks[at] = rank;
     experts[at] = static_cast<int32_t>(i);
-    last = small ? ranks[held - 1] : rank_of(logits[experts[held - 1]], experts[held - 1]);
+    last = logits[experts[held - 1]];
   }
 }
 

@@ -1,4 +1,4 @@
-// Sines and cosines of a token's angles, straight from its integer positions. Included by cpu_rope.cpp only.
+// Sines and cosines of a token's angles, straight from its integer positions. Included by heads.h only.
 //
 // In float64, which costs a few percent of what a token's heads do: so no angle is too large for a cheap reduction, and
 // the results, rounded once to float32, have the same bits on every instruction set.

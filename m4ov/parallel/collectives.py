@@ -12,6 +12,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+# torch 2.13's names; before it there are only the second ones.
+_gather_into: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter_into: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def shares(total: int, size: int) -> list[int]:
     """How many rows each of ``size`` ranks has of ``total``: the ceiling of its part, the last ones fewer or none."""
@@ -48,9 +52,9 @@ def all_gather(rows: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tens
     if rows.shape[0] < each:
         rows = torch.cat([rows, rows.new_zeros(each - rows.shape[0], *rows.shape[1:])])
     gathered = rows.new_empty(size * each, *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
-    if _padded_only_last(counts):
-        return gathered[: sum(counts)]
+    _gather_into(gathered, rows.contiguous(), group=group)
+    if size * each == sum(counts):
+        return gathered
     return torch.cat([part[:count] for part, count in zip(gathered.split(each), counts, strict=True)])
 
 
@@ -59,22 +63,12 @@ def reduce_scatter(rows: Tensor, counts: Sequence[int], group: ProcessGroup) -> 
     each, size = max(counts), len(counts)
     if size * each > rows.shape[0]:
         padded = rows.new_zeros(size * each, *rows.shape[1:])
-        if _padded_only_last(counts):
-            padded[: rows.shape[0]] = rows
-        else:
-            for part, own in zip(padded.split(each), rows.split(list(counts)), strict=True):
-                part[: own.shape[0]] = own
+        for part, given in zip(padded.split(each), rows.split(list(counts)), strict=True):
+            part[: given.shape[0]] = given
         rows = padded
     own = rows.new_empty(each, *rows.shape[1:])
-    dist.reduce_scatter_tensor(own, rows.contiguous(), group=group)
+    _scatter_into(own, rows.contiguous(), group=group)
     return own[: counts[dist.get_rank(group)]]
-
-
-def _padded_only_last(counts: Sequence[int]) -> bool:
-    """Whether the rows of all ranks are one block, padding behind."""
-    full = max(counts)
-    short = next((rank for rank, count in enumerate(counts) if count < full), len(counts))
-    return not any(counts[short + 1 :])
 
 
 class _Gather(torch.autograd.Function):

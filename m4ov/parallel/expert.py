@@ -97,9 +97,10 @@ def balance_loss(
     """
     axes = BALANCE[(config or ExpertParallel()).balance]
     counts = torch.stack([load.counts for load in loads]).sum(0)
-    tokens = counts.sum() / (len(loads) * top_k)
+    probability = torch.stack([load.probability for load in loads]).mean(0)
+    tokens = counts.sum() // (len(loads) * top_k)
     within = mesh.all_reduce(counts.clone(), axes)
-    share = within / (within.sum() / top_k).clamp_min(1)  # of the tokens that chose an expert, by layer; adds up to K
+    # Of the tokens of every layer, how many chose an expert; adds up to K.
+    share = within.to(probability.dtype) / (within.sum() // top_k).clamp_min(1)
     everyone = mesh.all_reduce(tokens.clone(), TOKENS).clamp_min(1)
-    probability = torch.stack([load.probability for load in loads]).mean(0) * (tokens / everyone)
-    return share.shape[0] * (share.to(probability.dtype) * probability).sum()
+    return share.shape[0] * (share * probability).sum() * (tokens.to(probability.dtype) / everyone)

@@ -228,7 +228,9 @@ class _Images:
     def collect(self, module: nn.Module, args: Any, output: VisionFeatures) -> VisionFeatures:
         parts = (output.merged, *output.deepstack)
         own = torch.cat(parts, 1)[: self.counts[self.rank]]
-        merged, *deepstack = collectives.gather_rows(own, self.counts, self.group).split(output.merged.shape[1], 1)
+        gathered = collectives.gather_rows(own, self.counts, self.group)
+        # Copies: FSDP, around this, must not hand on views.
+        merged, *deepstack = (part.clone() for part in gathered.split(output.merged.shape[1], 1))
         return VisionFeatures(merged, tuple(deepstack))
 
 

@@ -119,8 +119,8 @@ def unpermute(rows: Tensor, order: Tensor, weights: Tensor | None = None) -> Ten
     Raises:
         TypeError: an argument is not of the kind above.
         ValueError: shapes or devices do not fit, or (CPU) an element of ``order`` is out of range or there twice: names
-            the first. On a GPU such a token, or the gradient of a row that is not there once, is NaN, and
-            :func:`m4ov_kernels.check` raises the error.
+            the first. On a GPU a token with an element out of range, and the gradient of a row that is nobody's, are
+            NaN, and :func:`m4ov_kernels.check` raises the error.
 
     Source: Gale et al., "MegaBlocks", arXiv 2211.15841.
     """
@@ -155,8 +155,8 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
     Raises:
         TypeError: an argument is not of the kind above, or dtypes differ.
-        ValueError: shapes or devices do not fit, or (CPU) an offset is wrong: names the first. On a GPU rows that
-            belong to no expert are NaN then, and :func:`m4ov_kernels.check` raises the error.
+        ValueError: shapes or devices do not fit, or (CPU) an offset is wrong: names the first. On a GPU everything is
+            NaN then, and :func:`m4ov_kernels.check` raises the error.
 
     Source: Gale et al., "MegaBlocks", arXiv 2211.15841.
     """
@@ -236,6 +236,8 @@ def _check_grouped(rows: Tensor, weight: Tensor, offsets: Tensor) -> None:
     if offsets.shape != (weight.shape[0] + 1,) or offsets.device != rows.device:
         expected = f"[{weight.shape[0] + 1}] on {rows.device}, the bounds of {weight.shape[0]} experts"
         checks.refuse(ValueError, op, "offsets", expected, checks.describe(offsets))
+    if rows.shape[0] > _MOST:
+        checks.refuse(ValueError, op, "rows", "fewer than 2^31 rows", checks.describe(rows))
 
 
 def _matrix(operator: str, argument: str, value: Tensor, expected: str) -> None:
@@ -357,7 +359,6 @@ ROUTE_TOPK = Operator(
     results=lambda *_: 4,
     setup_context=_route_setup_context,
     backward=_route_backward,
-    backends=("native",),
 )
 PERMUTE = Operator(
     "moe",
@@ -369,7 +370,6 @@ PERMUTE = Operator(
     results=lambda *_: 3,
     setup_context=_permute_setup_context,
     backward=_permute_backward,
-    backends=("native",),
 )
 UNPERMUTE = Operator(
     "moe",
@@ -382,7 +382,6 @@ UNPERMUTE = Operator(
     results=lambda *_: 1,
     setup_context=_unpermute_setup_context,
     backward=_unpermute_backward,
-    backends=("native",),
 )
 GROUPED_LINEAR = Operator(
     "moe",
@@ -395,5 +394,4 @@ GROUPED_LINEAR = Operator(
     results=lambda *_: 1,
     setup_context=_grouped_setup_context,
     backward=_grouped_backward,
-    backends=("native",),
 )

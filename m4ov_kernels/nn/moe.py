@@ -123,6 +123,6 @@ def load_balancing_loss(loads: Iterable[ExpertLoad], *, tokens: int | Tensor) ->
     loads = tuple(loads)
     if not loads:
         raise ValueError("load_balancing_loss: loads must be at least one ExpertLoad; got none")
-    share = torch.stack([load.counts for load in loads]).sum(0) / (len(loads) * tokens)
     probability = torch.stack([load.probability for load in loads]).mean(0)
-    return share.shape[0] * (share.to(probability.dtype) * probability).sum()
+    share = torch.stack([load.counts for load in loads]).sum(0).to(probability.dtype) / (len(loads) * tokens)
+    return share.shape[0] * (share * probability).sum()

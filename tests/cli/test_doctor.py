@@ -75,6 +75,22 @@ CALLS = {
     "deepstack_add": lambda dtype, device: m4ov_kernels.deepstack_add(
         *torch.randn(2, 3, 8, dtype=dtype, device=device), torch.arange(3, device=device)
     ),
+    "route_topk": lambda dtype, device: m4ov_kernels.route_topk(torch.randn(3, 8, dtype=dtype, device=device), top_k=2),
+    "permute": lambda dtype, device: m4ov_kernels.permute(
+        torch.randn(3, 8, dtype=dtype, device=device),
+        torch.tensor([[0, 1]] * 3, dtype=torch.int32, device=device),
+        2,
+    ),
+    "unpermute": lambda dtype, device: m4ov_kernels.unpermute(
+        torch.randn(6, 8, dtype=dtype, device=device),
+        torch.arange(6, dtype=torch.int32, device=device).view(3, 2),
+        torch.rand(3, 2, dtype=torch.promote_types(dtype, torch.float32), device=device),
+    ),
+    "grouped_linear": lambda dtype, device: m4ov_kernels.grouped_linear(
+        torch.randn(3, 8, dtype=dtype, device=device),
+        torch.randn(2, 5, 8, dtype=dtype, device=device),
+        torch.tensor([0, 1, 3], device=device),
+    ),
     "quantize_int8": lambda dtype, device: m4ov_kernels.quantize_int8(torch.randn(3, 8, dtype=dtype, device=device)),
     "quantize_fp8": lambda dtype, device: m4ov_kernels.quantize_fp8(torch.randn(3, 8, dtype=dtype, device=device)),
     "rms_norm_quantize": lambda dtype, device: m4ov_kernels.rms_norm_quantize(

@@ -21,6 +21,7 @@ from m4ov_kernels.gemm import triton_linear_builds, triton_linear_launches
 from m4ov_kernels.gpu import FP_FUSION, Build
 from m4ov_kernels.head import kl_state, triton_kl_builds, triton_logprob_builds, triton_logprob_launches
 from m4ov_kernels.head import triton as head
+from m4ov_kernels.moe import triton as moe
 from m4ov_kernels.norm import triton as norm
 from m4ov_kernels.rope import triton as rope
 from m4ov_kernels.vision import triton as vision
@@ -259,6 +260,29 @@ def launch_mode(dtype: torch.dtype, rows: int, kind: str, activation: str, scale
         gemm.quantized_linear_fwd(x, *tensors, None, None, torch.ones(1), None, None, kind, 256, 1024, "fp8", "none")
 
 
+def launch_moe(dtype: torch.dtype) -> None:
+    for name, dense in (("route_topk_fwd", False), ("permute_fwd", True), ("unpermute_fwd", True)):
+        widths = {row.width or 4096 for row in configs.rows_of(name, "cpu", gpu.DTYPES[dtype])}
+        for width in sorted(widths):
+            if not dense:
+                logits = torch.empty(ROWS, width, dtype=dtype)
+                weights, experts = torch.empty(ROWS, 8), torch.zeros(ROWS, 8, dtype=torch.int32)
+                for normalize in (False, True):
+                    moe.route_topk_fwd(logits, 8, normalize)
+                    moe.route_topk_bwd(logits, weights, torch.empty(width), weights, experts, normalize)
+                continue
+            x, rows = torch.empty(ROWS, width, dtype=dtype), torch.empty(8 * ROWS, width, dtype=dtype)
+            order, weights = torch.arange(8 * ROWS, dtype=torch.int32).view(ROWS, 8), torch.empty(ROWS, 8)
+            moe.permute_fwd(x, order % 16, 16)
+            for given in (None, weights):
+                moe.unpermute_fwd(rows, order, given)
+                moe.unpermute_bwd(x, rows, order, given, True, True)
+    rows, weight = torch.empty(256, 64, dtype=dtype), torch.empty(128, 48, 64, dtype=dtype)
+    offsets = torch.arange(0, 258, 2, dtype=torch.int32)
+    moe.grouped_linear_fwd(rows, weight, offsets)
+    moe.grouped_linear_bwd(torch.empty(256, 48, dtype=dtype), rows, weight, offsets, True, True)
+
+
 FAMILIES = (
     (norm, launch_norm),
     (activation, launch_activation),
@@ -266,6 +290,7 @@ FAMILIES = (
     (head, launch_head),
     (rope, launch_rope),
     (vision, launch_vision),
+    (moe, launch_moe),
 )
 
 

@@ -19,7 +19,7 @@ FAMILIES = ("qwen3_vl", "qwen3_vl_moe")
 
 
 def drawn(family: str, **options: Any) -> tuple[Any, Qwen3VL]:
-    """A random model of transformers', and ours: heads, widths, depths, DeepStack, tied or not."""
+    """A random model of transformers', and ours: heads, depths, DeepStack, biases, a padding token, tied or not."""
     seed = random.Random(int(torch.randint(2**31, ())))
     depth = seed.choice([2, 3])
     options = {
@@ -27,6 +27,8 @@ def drawn(family: str, **options: Any) -> tuple[Any, Qwen3VL]:
         "head_dim": seed.choice([16, 32]),
         "layers": seed.choice([2, 3]),
         "tie": seed.random() < 0.4,
+        "attention_bias": seed.random() < 0.3,
+        "pad_token_id": seed.choice([None, 5]),  # a word of the samples'
         "vision": {
             "depth": depth,
             "deepstack_visual_indexes": sorted(seed.sample(range(depth), seed.choice([0, 1, 2]))),

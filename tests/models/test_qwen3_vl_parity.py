@@ -60,7 +60,8 @@ def test_bf16_keeps_the_numerics_rule(family):
     made = step(ours.to(torch.bfloat16), batch_of(theirs, parts))
     # float32, but of bf16 hidden states: bf16's rounding is what the rule should allow for.
     assert_accurate("loss", made[0].bfloat16(), plain[0].bfloat16(), exact[0])
-    scales = {name: 1 / gradient.abs().max() for name, gradient in exact[1].items() if bool(gradient.any())}
+    # A key's bias has a gradient of nothing but rounding: softmax ignores it.
+    scales = {name: 1 / gradient.abs().max() for name, gradient in exact[1].items() if "k_proj.bias" not in name}
 
     def together(gradients: dict[str, Tensor]) -> Tensor:
         return torch.cat([(gradients[name].double() * scale).flatten() for name, scale in scales.items()])
@@ -70,10 +71,11 @@ def test_bf16_keeps_the_numerics_rule(family):
 
 
 def test_the_balance_loss_of_experts_is_transformers():
-    theirs, ours = drawn("qwen3_vl_moe", output_router_logits=True, router_aux_loss_coef=0.5)
+    theirs, ours = drawn("qwen3_vl_moe", router_aux_loss_coef=0.5)
     parts = tiny.mixed_samples(theirs)
     packed = tiny.packed(theirs, parts)
-    expected, exact = their_step(theirs, packed, use_cache=False), in_float64(theirs, packed, use_cache=False)
+    options = {"use_cache": False, "output_router_logits": True}
+    expected, exact = their_step(theirs, packed, **options), in_float64(theirs, packed, **options)
     assert_same_step(step(ours, batch_of(theirs, parts), balance=True), expected, exact)
 
 

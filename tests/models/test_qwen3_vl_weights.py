@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from m4ov.models.qwen3_vl import Config, Qwen3VL, WeightsError, export, from_pretrained, load, new, save, shapes
 from tests.kernels import tiny_models as tiny
-from tests.models.pairs import FAMILIES, ours_of
+from tests.models.pairs import FAMILIES, batch_of, ours_of
 
 transformers.logging.disable_progress_bar()
 # Shapes of the experts: neither matrix square, the first, the second.
@@ -349,3 +350,22 @@ def test_published_sizes_are_transformers(name):
 def test_an_unknown_size_is_named():
     with pytest.raises(ValueError, match=r"preset: expected one of 2b, 4b, .*, got '7b'"):
         Config.preset("7b")
+
+
+def test_the_readme_does_what_it_says(tmp_path):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (code,) = (part for part in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "m4ov.models" in part)
+    theirs = tiny.model()
+    theirs.save_pretrained(tmp_path / "theirs")
+    batch = batch_of(theirs, tiny.mixed_samples(theirs))
+    names = {"folder": tmp_path / "theirs", "new_folder": tmp_path / "ours", "batch": batch}
+    exec(compile(code, "README.md", "exec"), names)
+    assert all(parameter.grad is not None for parameter in names["model"].parameters())
+    same(names["model"], type(theirs).from_pretrained(tmp_path / "ours"))
+    assert {parameter.device.type for parameter in names["large"].parameters()} == {"meta"}
+
+
+def test_our_model_needs_no_transformers():
+    code = "import sys; import m4ov.models.qwen3_vl as q; q.Qwen3VL; print('transformers' in sys.modules)"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert child.stdout.strip() == "False"

@@ -31,7 +31,9 @@ def of_text_only_ranks() -> dict[str, float]:
     draw = Draw(seed=3, text_only=0.5)
     assert cases.share(draw, 0, 2).images is not None
     assert cases.share(draw, 1, 2).images is None  # the second rank's
-    return gradients("fsdp2", draw) | {f"tp {name}": value for name, value in gradients("tp2", draw).items()}
+    without = Draw(seed=3, text_only=0.0)  # nobody has one
+    calls = [("fsdp2", draw), ("tp2", draw), ("fsdp2", without), ("tp2", without)]
+    return {f"{call} {name}": value for call in calls for name, value in gradients(*call).items()}
 
 
 def test_1_a_rank_without_images_joins_every_collective_of_the_vision_tower():
@@ -40,27 +42,26 @@ def test_1_a_rank_without_images_joins_every_collective_of_the_vision_tower():
     assert max(ranks.run(of_text_only_ranks, 2, timeout=50)[0].values()) < CLOSE
 
 
-def of_no_images_at_all() -> dict[str, float]:
-    return gradients("fsdp2", Draw(seed=3, text_only=0.0)) | gradients("tp2", Draw(seed=3, text_only=0.0))
+def of_experts() -> dict[str, float]:
+    draw = Draw(kind="moe", seed=1)
+    return {f"{label} {name}": value for label in ("tp2-ep2", "tp2") for name, value in gradients(label, draw).items()}
 
 
-def test_1_no_rank_has_an_image():
-    found = ranks.run(of_no_images_at_all, 2)[0]
-    assert max(found.values()) < CLOSE
-
-
-@pytest.mark.parametrize("label", ["tp2-ep2", "tp2"])
-def test_2_the_router_has_the_whole_gradient_under_ep_and_tp(label):
+def test_2_the_router_has_the_whole_gradient_under_ep_and_tp():
     """torchtitan#1805, Megatron-LM#5916, transformers#48687: the loss is right, the router's gradient one rank's."""
-    found = ranks.run(gradients, 2, label, Draw(kind="moe", seed=1))[0]
+    found = ranks.run(of_experts, 2)[0]
     routers = {name: value for name, value in found.items() if name.endswith("mlp.gate.weight")}
-    assert len(routers) == 2
+    assert len(routers) == 4
     assert max(routers.values()) < CLOSE
     assert max(found.values()) < CLOSE
 
 
-def positions(label: str) -> list[tuple[bool, bool]]:
+def positions(*labels: str) -> list[tuple[bool, bool]]:
     """Of every layer: whether it got the batch's positions, and whether their three axes differ."""
+    return [found for label in labels for found in _positions(label)]
+
+
+def _positions(label: str) -> list[tuple[bool, bool]]:
     draw, layout = Draw(seed=3, text_only=1.0), Layout.parse(label)
     mesh = Mesh(layout)
     model, batch = parallelize(cases.model(draw), mesh), cases.share(draw, mesh.data_rank, layout.data)
@@ -87,10 +88,9 @@ def flat_positions_matter() -> bool:
     return steps.compare(wrong, right).largest > 1e3 * certificate.TOLERANCE
 
 
-@pytest.mark.parametrize("label", ["fsdp2", "tp2"])
-def test_4_positions_keep_three_axes_when_packed_and_split(label):
+def test_4_positions_keep_three_axes_when_packed_and_split():
     """Automodel#2172, axolotl#3817: M-RoPE's positions become 1-D, and only benchmarks show it."""
-    assert ranks.run(positions, 2, label) == [[(True, True)] * 2] * 2
+    assert ranks.run(positions, 2, "fsdp2", "tp2") == [[(True, True)] * 4] * 2
     assert flat_positions_matter()
 
 
@@ -121,7 +121,11 @@ class Convolutions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def convolutions(label: str) -> tuple[int, bool]:
+def convolutions(*labels: str) -> list[tuple[int, bool]]:
+    return [_convolutions(label) for label in labels]
+
+
+def _convolutions(label: str) -> tuple[int, bool]:
     draw, layout = Draw(seed=3), Layout.parse(label)
     mesh = Mesh(layout)
     model = parallelize(cases.model(draw), mesh)
@@ -131,7 +135,6 @@ def convolutions(label: str) -> tuple[int, bool]:
     return mode.count, mode.products > 0
 
 
-@pytest.mark.parametrize("label", ["fsdp2", "tp2"])
-def test_10_the_patch_embedding_is_a_matrix_product_under_fsdp_and_tp(label):
+def test_10_the_patch_embedding_is_a_matrix_product_under_fsdp_and_tp():
     """pytorch#174051, transformers#45750: the Conv3d is 10 to 50,000 times slower, and wrappers bring it back."""
-    assert ranks.run(convolutions, 2, label) == [(0, True)] * 2
+    assert ranks.run(convolutions, 2, "fsdp2", "tp2") == [[(0, True)] * 2] * 2

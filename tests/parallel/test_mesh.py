@@ -93,7 +93,7 @@ def test_who_shares_what():
         "ep_shard": [5, 7],
         "summed": 2**1 + 2**3 + 2**5 + 2**7,
         "data_rank": 2,
-        "labels": ["dp_replicate", "dp_shard", "ep", "ep_shard", "tp"],
+        "labels": ["dp_replicate", "dp_shard", "ep", "ep_shard", "fold", "tp"],
     }
 
 

@@ -96,7 +96,7 @@ def test_a_row_is_good_within_the_tolerances():
 def test_random_layouts_and_batches():
     """A few of ``m4ov parity --fuzz``; in float64."""
     first = int(torch.randint(10**6, ())) * 100
-    seeds = [seed for seed in range(first, first + 40) if fuzz.pair(seed).layout.world == 2][:6]
+    seeds = [seed for seed in range(first, first + 40) if fuzz.pair(seed).layout.world == 2][:4]
     for outcome in fuzz.run(seeds):
         assert outcome.good, outcome
 

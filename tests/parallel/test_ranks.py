@@ -35,9 +35,9 @@ def test_a_rank_that_fails_is_named():
 
 
 def absent(rank: int) -> None:
-    mesh = Mesh(Layout(dp_shard=2, tp=2), timeout=timedelta(seconds=1))
+    mesh = Mesh(Layout(dp_shard=2, tp=2), timeout=timedelta(seconds=2))
     if dist.get_rank() == rank:
-        time.sleep(5)
+        time.sleep(6)
         raise SystemExit
     with hang.named(mesh.axis_of_group()):
         mesh.all_reduce(torch.ones(3), ("tp",))
@@ -45,7 +45,7 @@ def absent(rank: int) -> None:
 
 def test_a_collective_that_hangs_names_itself_and_the_missing_ranks():
     with pytest.raises(ranks.RankError) as failure:
-        ranks.run(absent, 4, 3, collective_timeout=1)
+        ranks.run(absent, 4, 3)
     expected = "HungRankError: all_reduce over tp (ranks 2, 3) did not complete: ranks 2 waited, ranks 3 did not come"
     assert expected in str(failure.value)
 
@@ -69,10 +69,19 @@ def collected(total: int) -> dict[str, list]:
     rank = dist.get_rank()
     place = collectives.share(total, group)
     own = whole[0, place].clone().requires_grad_()
-    gathered = collectives.gather_rows(own, total, group)
+    gathered = collectives.gather_rows(own, collectives.shares(total, size), group)
     torch.testing.assert_close(gathered, whole[0], rtol=0, atol=0)
     gathered.backward(grads[rank])
     torch.testing.assert_close(own.grad, grads.sum(0)[place])
+    counts = [3, 0, total, 1]  # any, with padding in the middle
+    uneven = whole[0].expand(4, -1, -1)[rank, : min(counts[rank], total)].clone().requires_grad_()
+    counts = [min(count, total) for count in counts]
+    gathered = collectives.gather_rows(uneven, counts, group)
+    begin = sum(counts[:rank])
+    torch.testing.assert_close(gathered, torch.cat([whole[0][:count] for count in counts]), rtol=0, atol=0)
+    gathered.backward(torch.full_like(gathered, float(rank + 1)) * torch.arange(len(gathered))[:, None])
+    own_rows = torch.arange(begin, begin + counts[rank], dtype=torch.float64)
+    torch.testing.assert_close(uneven.grad, 10 * own_rows[:, None].expand(-1, 3))
     part = whole[rank].clone().requires_grad_()
     scattered = collectives.scatter_rows(part, group)
     torch.testing.assert_close(scattered, whole.sum(0)[place])
@@ -97,7 +106,7 @@ def counted() -> dict:
     mesh = Mesh(Layout(dp_shard=2, tp=2))
     with Ledger(mesh.axis_of_group()) as ledger:
         rows = torch.ones(3, 2, requires_grad=True)
-        collectives.gather_rows(rows, 6, mesh.group("tp")).sum().backward()
+        collectives.gather_rows(rows, [3, 3], mesh.group("tp")).sum().backward()
         mesh.all_reduce(torch.ones(5, dtype=torch.bfloat16), ("dp_shard", "tp"))
         collectives.exchange_rows(torch.ones(2, 1), [1, 1], [1, 1], mesh.group("dp_shard"))
     return ledger.table()

@@ -21,7 +21,9 @@ from m4ov.parallel.parity.cases import Draw
 from m4ov.parallel.parity.steps import Difference, Record
 
 TOLERANCE, ADAMW_TOLERANCE, MARGIN = 1e-6, 1e-2, 1e-4
-SEEDS, ROUNDING = 100, 0.6  # which are tried; the part of the tolerance that float32 may take on one process
+# Fixed, because what is sent depends on lengths, images and routing. Chosen because float32 on one process is within
+# 6e-7 of float64 with them (others: up to 1e-6), and no router within 2e-4 of another choice.
+SEEDS = {"dense": 2, "moe": 11}
 Table = dict[str, dict[str, list[int]]]  # axis → kind → [calls, bytes]
 GOLDEN = Path(__file__).with_name("ledger.json")
 #: Every kind alone at 2 and 4, all pairs, and all together at 8.
@@ -79,7 +81,7 @@ def certify(todo: Sequence[tuple[Layout, str]], timeout: float = 120.0) -> Itera
 
     Raises:
         RankError: a rank failed or hung.
-        ValueError: no seed gives router margins above :data:`MARGIN`.
+        ValueError: a router's margin is not above :data:`MARGIN`.
     """
     with tempfile.TemporaryDirectory(prefix="m4ov-parity-") as name:
         folder = Path(name)
@@ -90,26 +92,13 @@ def certify(todo: Sequence[tuple[Layout, str]], timeout: float = 120.0) -> Itera
 
 
 def references(kinds: Sequence[str], folder: Path) -> dict[str, int]:
-    """Writes what one process does, for each model with the first seed that is fit to be compared: no router is close
-    to another choice, and float32 alone is well within the tolerance of float64."""
-    seeds = {}
+    """Writes what one process does, for each model; returns their seeds."""
     for kind in kinds:
-        for seed in range(SEEDS):
-            draw = Draw(kind=kind, seed=seed)
-            made = reference(draw)
-            if made.margin > MARGIN and rounding(made, draw) < ROUNDING * TOLERANCE:
-                break
-        else:
-            raise ValueError(f"parity: no seed below {SEEDS} gives a {kind} model with router margins above {MARGIN}")
+        made = reference(Draw(kind=kind, seed=SEEDS[kind]))
+        if not made.margin > MARGIN:  # rounding would decide which expert a token goes to
+            raise ValueError(f"parity: a router of the {kind} model is {made.margin:.1e} from another choice")
         torch.save(made, folder / f"{kind}.pt")
-        seeds[kind] = seed
-    return seeds
-
-
-def rounding(made: Record, draw: Draw) -> float:
-    """The largest relative difference of a gradient from that in float64, on one process."""
-    exact = reference(draw, train=0, dtype=torch.float64)
-    return max(steps.relative(grad, exact.grads[name]) for name, grad in made.grads.items())
+    return {kind: SEEDS[kind] for kind in kinds}
 
 
 def reference(draw: Draw, *, train: int = steps.STEPS, dtype: torch.dtype = torch.float32) -> Record:

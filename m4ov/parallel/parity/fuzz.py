@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -53,9 +54,14 @@ def pair(seed: int) -> Pair:
         longest=rng.choice([2, 8, 24, 48]),
         seed=seed,
     )
-    legal = [layout for layout in layouts(rng.choice(WORLDS)) if _legal(layout, draw)]
+    legal = [layout for layout in _layouts(rng.choice(WORLDS)) if _legal(layout, draw)]
     layout = rng.choice(legal)
     return Pair(seed, layout, replace(draw, samples=max(draw.samples, layout.data)))
+
+
+@cache
+def _layouts(world: int) -> list[Layout]:
+    return [layout for layout in layouts(world) if layout.pp == layout.cp == 1]
 
 
 def _legal(layout: Layout, draw: Draw) -> bool:
@@ -63,7 +69,7 @@ def _legal(layout: Layout, draw: Draw) -> bool:
         check(layout, layout.world, ModelSizes.of(draw.config))
     except LayoutError:
         return False
-    return layout.pp == layout.cp == 1
+    return True
 
 
 def run(seeds: Sequence[int], *, at_once: int = 12, timeout: float = 240.0) -> Iterator[Outcome]:

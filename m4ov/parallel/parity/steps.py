@@ -126,8 +126,8 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     """‖found - wanted‖ / ‖wanted‖; what must be zero has to be zero."""
     if found.shape != wanted.shape:
         return float("inf")
-    difference = float((found.double() - wanted.double()).norm())
-    return difference / float(wanted.double().norm()) if difference else 0.0
+    difference, size = (float(tensor.norm()) for tensor in (found.double() - wanted.double(), wanted.double()))
+    return 0.0 if difference == 0 else difference / size if size else math.inf
 
 
 @dataclass(frozen=True)

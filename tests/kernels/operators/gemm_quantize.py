@@ -28,7 +28,7 @@ GRANULARITY = corruptions.value("granularity", ValueError, "unknown", "Row", "",
 def same_bits(name: str, got: Tensor, expected: Tensor) -> None:
     """NaN is NaN, and -0 is not 0."""
     assert (got.shape, got.dtype) == (expected.shape, expected.dtype), name
-    numbers = {1: torch.int8, 2: torch.int16, 4: torch.int32}[got.element_size()]
+    numbers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
     nan = torch.tensor(False) if got.element_size() == 1 else got.isnan() & expected.isnan()
     differ = (got.contiguous().view(numbers) != expected.contiguous().view(numbers)) & ~nan
     if differ.any():
