@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -55,6 +56,9 @@ class World:
         """Join the ranks that torchrun started; a process that it did not start is alone.
 
         The default process group is gloo on a CPU, gloo and NCCL where there are GPUs, each rank on its own.
+
+        Raises:
+            RankError: not all ranks came in time.
         """
         if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
             return cls()
@@ -62,8 +66,11 @@ class World:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             backend = "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-        return cls(dist.get_rank(), dist.get_world_size(), patience=min(3.0, timeout_seconds / 10))
+        timeout = timedelta(seconds=timeout_seconds)
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(_attempt(store, rank, size, timeout_seconds), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        return cls(rank, size, patience=min(3.0, timeout_seconds / 10))
 
     @property
     def first(self) -> bool:
@@ -144,6 +151,32 @@ class World:
             raise RankError(f"{what}: {error}") from error
         finally:
             self.seconds += time.perf_counter() - began
+
+
+def _attempt(store: dist.Store, rank: int, size: int, timeout_seconds: float) -> str:
+    """A name for this start of the ranks, agreed upon by all of them, that no earlier start had.
+
+    torchrun keeps its store when it starts ranks again; a rank could take the address of one that is dead for that of
+    its successor. Each rank asks with a word that is its own, so only the living can answer.
+    """
+    if rank:
+        word = secrets.token_hex(8)
+        store.set(f"m4ov/asks/{rank}", word)
+        name = store.get(f"m4ov/answers/{word}").decode()
+        store.set(f"{name}/{rank}", "")
+        return name
+    name, waiting = f"m4ov/{secrets.token_hex(8)}", set(range(1, size))
+    deadline = time.monotonic() + timeout_seconds
+    while waiting:
+        for other in sorted(waiting):
+            if store.check([f"{name}/{other}"]):
+                waiting.discard(other)
+            elif store.check([f"m4ov/asks/{other}"]):
+                store.set(f"m4ov/answers/{store.get(f'm4ov/asks/{other}').decode()}", name)
+        if time.monotonic() > deadline:
+            raise RankError(f"start: ranks {sorted(waiting)} of {size} did not come in {timeout_seconds:g} s")
+        time.sleep(0.01)
+    return name
 
 
 def _buckets(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -73,7 +73,8 @@ def whole_run(folder: Path) -> None:
 def final_state(folder: Path) -> dict[str, torch.Tensor]:
     newest = checkpoints(folder / "checkpoints")[-1]
     assert json.loads((newest / "state.json").read_text())["step"] == 6
-    return dict(read(newest, prefix=""))
+    # Nobody seeds the generators of a process that begins, and this training draws from none of them.
+    return {name: tensor for name, tensor in read(newest, prefix="") if not name.startswith("random.")}
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
