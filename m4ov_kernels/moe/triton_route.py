@@ -17,7 +17,7 @@ _PROGRAMS = 512  # enough to fill a large GPU; each makes one partial sum
 def _config(name: str, logits: Tensor) -> Config:
     config = configs.find(name, logits, logits.shape[1])
     if config is None:
-        raise RuntimeError(f"route_topk: the Triton kernels are for at most 4096 experts; got {logits.shape[1]}")
+        raise RuntimeError(f"route_topk: the Triton kernels are for at most 2048 experts; got {logits.shape[1]}")
     return config
 
 
@@ -85,7 +85,7 @@ def _declared() -> list[Build]:
     for dtype in SIZES:
         for kind, kernel in (("fwd", _route_topk_fwd_kernel), ("bwd", _route_topk_bwd_kernel)):
             for row, targets in configs.shipped(f"route_topk_{kind}", dtype):
-                width, config = row.width or 4096, row.config
+                width, config = row.width or 2048, row.config
                 moved = _TOKENS * (width * SIZES[dtype] * (1 + (kind == "bwd")) + 8 * _TOP_K)
                 work = Work(f"[{_TOKENS}, {width}], {_TOP_K} chosen", moved, 5 * _TOKENS * width)
                 outputs = "*fp32/16 *i32/16 *i32/16 *fp32/16" if kind == "fwd" else ""
