@@ -55,8 +55,8 @@ def guarded(
     no input may change."""
     select = operator.select
 
-    def selected(device: torch.device, dtype: torch.dtype | None) -> Implementation | None:
-        found = select(device, dtype)
+    def selected(device: torch.device, dtype: torch.dtype | None, *call: Any) -> Implementation | None:
+        found = select(device, dtype, *call)
         if found is None or found.backend != "native":
             return found
         same = bitwise is None or dtype is None or bitwise(dtype)

@@ -24,7 +24,14 @@ def step(model: Any, batch: dict[str, Any], **options: Any) -> Step:
 
 def in_float64(model: Any, batch: dict[str, Any], **options: Any) -> Callable[[], Step]:
     """The same step of a copy of ``model`` in float64, made when it is asked for."""
-    return lambda: step(copy.deepcopy(model).double(), as_dtype(batch, torch.float64), **options)
+
+    def made() -> Step:
+        wide = copy.deepcopy(model).double()
+        if hasattr(wide.config.get_text_config(), "num_experts"):
+            wide.set_experts_implementation("eager")  # PyTorch's grouped product knows no float64
+        return step(wide, as_dtype(batch, torch.float64), **options)
+
+    return made
 
 
 def assert_same_step(ours: Step, theirs: Step, exact: Callable[[], Step] | None = None) -> None:

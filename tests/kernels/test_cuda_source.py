@@ -187,9 +187,13 @@ def test_forward_and_gradients(library, rows, columns, dtype):
         plain = expected(dtype, x, weight, residual, (grad, grad_added), numerics)
         exact = expected(torch.float64, x, weight, residual, (grad, grad_added), numerics)
         names = (["normed", "sum"] if has_residual else ["normed"]) + ["grad_hidden_states", "grad_weight"]
-        terms = rms_norm_terms(grad, normalised, weight, rstd)
+        summed = grad.double() * normalised.double() * rstd.double().view(-1, 1)  # over the rows, to grad_weight
+        terms = {
+            "grad_hidden_states": rms_norm_terms(grad, normalised, weight, rstd),
+            "grad_weight": summed.abs().sum(0),
+        }
         for name, *tensors in zip(names, (*outputs, *grads), plain, exact, strict=True):
-            assert_accurate(name, *tensors, terms if name == "grad_hidden_states" else None)
+            assert_accurate(name, *tensors, terms.get(name))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

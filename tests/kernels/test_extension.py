@@ -80,7 +80,8 @@ def test_no_function_uses_more_than_its_variant_may():
     wide = {"baseline": r"%[yz]mm|\tv\w+ ", "avx2": r"%zmm|%k[0-7]\b|\{%k"}
     seen = dict.fromkeys([*NAMES, "shared"], 0)
     for name, body in functions(Path(_C.__file__)).items():
-        variant = next((v for v in reversed(NAMES) if f"m4ov::{v}::" in name), "shared")
+        # objdump leaves the longest names as they are in the binary.
+        variant = next((v for v in reversed(NAMES) if f"m4ov::{v}::" in name or f"4m4ov{len(v)}{v}" in name), "shared")
         seen[variant] += 1
         forbidden = wide.get("baseline" if variant == "shared" else variant)
         found = forbidden and re.search(rf".*({forbidden}).*", body)
