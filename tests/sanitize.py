@@ -30,6 +30,7 @@ NAMES = (
     "head",
     "kl",
     "logprob",
+    "moe",
     "pack_patches",
     "packing",
     "rope",

@@ -42,7 +42,7 @@ def run(context: Context) -> None:
                 "measured on a GPU is not finished; add a module and a line in CASES"
             )
     with context.part.check("limits measured"):
-        context.part.facts(limits=_limits(context))
+        context.part.facts(limits=limits(context))
 
 
 def _versions() -> dict[str, str]:
@@ -64,7 +64,7 @@ def _host() -> dict[str, Any]:
     }
 
 
-def _limits(context: Context) -> dict[str, float]:
+def limits(context: Context) -> dict[str, float]:
     """B/s of a copy (read plus written) and FLOP/s of a large matrix product of random values, each the median."""
     device, size, side = context.device, (2**16 if context.tiny else 2**31), (64 if context.tiny else 8192)
     effort = timing.TINY_EFFORT if context.tiny else timing.EFFORT
@@ -75,5 +75,5 @@ def _limits(context: Context) -> dict[str, float]:
         operands = [torch.randn(side, side, device=device).to(dtype) for _ in range(3)]
         calls[name] = lambda _, a=operands: torch.mm(a[0], a[1], out=a[2])
     times = timing.interleaved(device, calls, effort)
-    limits = {"copy B/s": 2 * size / times.pop("copy").seconds}
-    return limits | {f"{name} mm FLOP/s": 2 * side**3 / taken.seconds for name, taken in times.items()}
+    copied = {"copy B/s": 2 * size / times.pop("copy").seconds}
+    return copied | {f"{name} mm FLOP/s": 2 * side**3 / taken.seconds for name, taken in times.items()}

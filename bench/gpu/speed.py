@@ -11,6 +11,7 @@ from m4ov_bench import machine, measure
 from m4ov_bench.gpu import timing
 from m4ov_bench.gpu.context import Context
 from m4ov_bench.gpu.example import Example, Maker, backends, dtypes_of, operator_named
+from m4ov_bench.gpu.machine import limits as device_limits
 from m4ov_bench.gpu.operators import cases_of
 from m4ov_bench.gpu.part import Part
 from m4ov_bench.row import Row
@@ -21,7 +22,10 @@ from m4ov_kernels import backend
 def run(context: Context) -> None:
     part, device, operator = context.part, context.device, operator_named(context.operator)
     effort = timing.TINY_EFFORT if context.tiny else timing.EFFORT
-    session = Session(machine.describe(""), interleaved=timing.timer(device), given_effort=effort)
+    described = machine.describe("")
+    if operator.family == "moe":  # the only one whose limit is a sum of products and bytes
+        described = replace(described, limits=device_limits(context))
+    session = Session(described, interleaved=timing.timer(device), given_effort=effort)
     _, subjects = cases_of(context.operator)
     known = dtypes_of(operator)
     dtype = known.get("fp32" if context.tiny else "bf16", next(iter(known.values())))

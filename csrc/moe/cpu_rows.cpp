@@ -11,7 +11,7 @@ namespace {
 
 // The first slot whose row is none of `count`, or is that of an earlier slot; or -1.
 static int64_t not_once(const int32_t* order, uint8_t* seen, int64_t count) {
-  memset(seen, 0, count);
+  if (count) memset(seen, 0, count);  // `seen` may be null else
   for (int64_t i = 0; i < count; ++i) {
     const int64_t row = order[i];
     if (row < 0 || row >= count || seen[row]) return i;
