@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="draw ratios and rooflines by family, and memory, there (PATH-norm, …)",
     )
+    parser.add_argument("--seed", type=int, help="of the inputs (default: fresh ones; the record names theirs)")
     parser.add_argument("--against", metavar="REV", help="compare this tree with a commit, by turns, and nothing else")
     parser.add_argument("--rounds", type=int, default=3, help="of --against (default: 3)")
 
@@ -50,7 +51,7 @@ def execute(arguments: argparse.Namespace, allocator: str = "") -> int:
         def say(text: str) -> None:
             status.update(text)
 
-        for row in runner.stream(arguments.family, arguments.quick, say, allocator, arguments.case):
+        for row in runner.stream(arguments.family, arguments.quick, say, allocator, arguments.case, arguments.seed):
             if not rows:
                 report.print_machine(row.machine, console)
             elif row.family != rows[-1].family:

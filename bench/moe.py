@@ -222,6 +222,7 @@ def _simple(
     grads: list[tuple[Tensor, ...]],
     names: list[str],
     kernels: dict[str, Kernel],
+    terms: dict[str, Tensor] | None = None,
 ) -> Subject:
     plain = gate.differentiated(definition, inputs[0], grads[0])
     exact = gate.differentiated(definition, [x.double() for x in inputs[0]], [x.double() for x in grads[0]])
@@ -230,7 +231,7 @@ def _simple(
         operator=case.operator,
         case=str(case),
         implementation=implementation_name(implementation),
-        gate=gate.compare_all(names, gate.differentiated(ours, inputs[0], grads[0]), plain, exact),
+        gate=gate.compare_all(names, gate.differentiated(ours, inputs[0], grads[0]), plain, exact, terms),
         ours=ours,
         peers=theirs,
         inputs=inputs,
@@ -346,4 +347,20 @@ def _route(session: Session, case: cases.MoECase, implementation: Implementation
             "backward": memory_bound(backward, moved + inputs[0][0].nbytes, 2 * exponentials, copies),
         }
     names = ["weights", "probability", "grad_logits"]
-    return _simple(case, implementation, ours, definition, peers.route_topk(case.top_k), inputs, grads, names, kernels)
+    terms = {"grad_logits": route_terms(inputs[0][0].detach(), grads[0], case.top_k)}
+    theirs = peers.route_topk(case.top_k)
+    return _simple(case, implementation, ours, definition, theirs, inputs, grads, names, kernels, terms)
+
+
+def route_terms(logits: Tensor, grads: tuple[Tensor, ...], top_k: int, normalize: bool = True) -> Tensor:
+    """What the gradient is a difference of: p · (|g| + Σ p |g|), and the same of the chosen among themselves."""
+    p = logits.double().softmax(-1)
+    chosen = logits.sort(descending=True, stable=True).indices[:, :top_k]
+    slopes = (grads[1].double().abs() / max(len(p), 1)).expand_as(p).clone()
+    among, towards, weights = torch.zeros_like(p), grads[0].double().abs(), p.gather(1, chosen)
+    if normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+        among.scatter_(1, chosen, weights * (towards + (weights * towards).sum(-1, keepdim=True)))
+    else:
+        slopes.scatter_add_(1, chosen, towards)
+    return p * (slopes + (p * slopes).sum(-1, keepdim=True)) + among

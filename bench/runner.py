@@ -29,9 +29,10 @@ def stream(
     say: Callable[[str], None] = lambda _: None,
     allocator: str = "",
     only: str = "",
+    seed: int | None = None,
 ) -> Iterator[Row]:
-    """The rows of :func:`run`, each as soon as it is measured; ``only``: of the cases whose name holds it. Seeds the
-    generator anew."""
+    """The rows of :func:`run`, each as soon as it is measured; ``only``: of the cases whose name holds it. Leaves the
+    generator seeded."""
     import torch
 
     from m4ov_bench import machine, measure
@@ -40,7 +41,8 @@ def stream(
     check(families)
     say("measuring the machine's limits")
     here = replace(machine.describe(allocator), limits=machine.limits(measure.QUICK))
-    seed = int.from_bytes(os.urandom(4), "little")  # fresh values in every run
+    if seed is None:
+        seed = int.from_bytes(os.urandom(4), "little")
     torch.manual_seed(seed)
     session = Session(replace(here, seed=seed), quick, say, only=only)
     for family in families or (QUICK_FAMILIES if quick else FAMILIES):
@@ -52,6 +54,7 @@ def run(
     quick: bool = False,
     say: Callable[[str], None] = lambda _: None,
     allocator: str = "",
+    seed: int | None = None,
 ) -> list[Row]:
     """Measure on the CPU, in bfloat16 unless a case says otherwise.
 
@@ -61,6 +64,7 @@ def run(
             memory of the head and without the training step.
         say: called with a line of text at every stage.
         allocator: how the allocator is set up, in words, for the record.
+        seed: of the values; fresh ones by default. Every row's ``machine`` names it.
 
     Returns:
         One row for each measurement. A row with ``green=False`` failed the numerics rule and carries no speed.
@@ -71,4 +75,4 @@ def run(
     import torch
 
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as if nothing had happened
-        return list(stream(families, quick, say, allocator))
+        return list(stream(families, quick, say, allocator, seed=seed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -44,7 +45,7 @@ def tiny():
     patch.setattr(machine, "_MATRIX", 128)
     heard: list[str] = []
     state = torch.get_rng_state()
-    rows = m4ov_bench.run(quick=True, say=heard.append, allocator="as tested")
+    rows = m4ov_bench.run(quick=True, say=heard.append, allocator="as tested", seed=int(os.environ["M4OV_TEST_SEED"]))
     assert torch.equal(torch.get_rng_state(), state), "run() must leave the caller's random numbers alone"
     patch.undo()
     return rows, heard

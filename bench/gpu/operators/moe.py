@@ -110,22 +110,8 @@ def route_examples(maker: Maker, tiny: bool) -> Iterator[Example]:
             (logits,),
             grads,
             ("weights", "probability", "grad_logits"),
-            {"grad_logits": _route_terms(logits.detach(), grads, top_k, normalize)},
+            {"grad_logits": moe.route_terms(logits.detach(), grads, top_k, normalize)},
         )
-
-
-def _route_terms(logits: Tensor, grads: tuple[Tensor, ...], top_k: int, normalize: bool) -> Tensor:
-    """What the gradient is a difference of: p · (|g| + Σ p |g|), and the same of the chosen among themselves."""
-    p = logits.double().softmax(-1)
-    chosen = logits.sort(descending=True, stable=True).indices[:, :top_k]
-    slopes = (grads[1].double().abs() / max(len(p), 1)).expand_as(p).clone()
-    among, towards, weights = torch.zeros_like(p), grads[0].double().abs(), p.gather(1, chosen)
-    if normalize:
-        weights = weights / weights.sum(-1, keepdim=True)
-        among.scatter_(1, chosen, weights * (towards + (weights * towards).sum(-1, keepdim=True)))
-    else:
-        slopes.scatter_add_(1, chosen, towards)
-    return p * (slopes + (p * slopes).sum(-1, keepdim=True)) + among
 
 
 def _subjects(operator: str) -> Callable[..., Iterator[Subject]]:
