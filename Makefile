@@ -4,6 +4,7 @@ VENV ?= .venv
 # A plain `torch` would bring gigabytes of CUDA; this version also exists as a CPU build.
 TORCH ?= torch==2.13.0
 FUZZ ?= 1000000
+SEEDS ?= 0,1,2
 PAIRS ?= 100
 # Processes of the test suite.
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
@@ -20,13 +21,17 @@ define gpu_suite
 	PYTHONPATH=$(CURDIR)/build/$(2)/site $(1) -m m4ov_bench.gpu --work build/$(2)/work --build build/$(2)/build.json $(3)
 endef
 
-.PHONY: help run bench test lint types pytest kernels sanitize fuzz parity fuzz-parity smoke gpu gpu-dry test-transformers test-trl test-formats clean
+.PHONY: help run experiments bench test lint types pytest kernels sanitize fuzz parity fuzz-parity smoke gpu gpu-dry test-transformers test-trl test-formats clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
 
 run: $(VENV)/.quickstart ## train, evaluate and compare a tiny Qwen3-VL on real images; writes runs/quickstart/
 	$(BIN)/m4ov run quickstart
+
+experiments: $(VENV)/.quickstart ## the curriculum against domain-only training and a plain mixture, with SEEDS=0,1,2
+	$(BIN)/m4ov run curriculum run.folder=runs/experiments/curriculum "seeds=[$(SEEDS)]"
+	mkdir -p experiments && cp runs/experiments/curriculum/results.json experiments/curriculum.json
 
 bench: $(VENV)/.dev $(VENV)/.peers ## operators against the machine's limit and against their peers
 	$(BIN)/m4ov bench --json runs/bench/bench.json --plot runs/bench/bench.png

@@ -19,7 +19,10 @@ from typing import Any
 from m4ov import allocator, certify, evaluation, kernels, parity, quantization
 
 #: Task of a recipe → (its configuration, the function that runs it).
-TASKS = {"quickstart": ("m4ov.recipe:QuickstartConfig", "m4ov.quickstart:run")}
+TASKS = {
+    "quickstart": ("m4ov.recipe:QuickstartConfig", "m4ov.quickstart:run"),
+    "curriculum": ("m4ov.manifest:CurriculumConfig", "m4ov.curriculum:run"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     run = commands.add_parser("run", help="run a recipe; the same command goes on where it was")
-    run.add_argument("recipe", metavar="RECIPE", help="a name (quickstart) or the path of a .yaml file")
+    run.add_argument("recipe", metavar="RECIPE", help="a name (quickstart, curriculum) or the path of a .yaml file")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=200 run.folder=runs/mine")
     run.set_defaults(prepare=_load, execute=_run)
     evaluate = commands.add_parser("evaluate", help="the quickstart's held-out questions asked of a checkpoint")

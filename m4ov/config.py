@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,7 +61,7 @@ def load(schema: type[T], recipe: str | Path, overrides: Sequence[str] = ()) -> 
     """The configuration ``schema`` (a dataclass), filled from the file of ``recipe`` and then from ``overrides``.
 
     Args:
-        schema: dataclass whose fields all have defaults; nested dataclasses, lists, dicts, optionals and enums.
+        schema: dataclass whose fields all have defaults; nested dataclasses, lists and dicts of them, optionals, enums.
         recipe: a name from :func:`recipes` or a path.
         overrides: ``key.subkey=value``, the value in YAML.
 
@@ -122,14 +122,19 @@ def _check(schema: type, values: Any, source: str, prefix: str = "", root: type 
             if wrong or (kinds == {bool} and isinstance(value, (int, float)) and not isinstance(value, bool)):
                 raise ConfigError(f"{source}: {key}: expected {_type_name(hint)}, got {value!r}")
             continue
-        many = typing.get_origin(hint) is list
-        for place, item in enumerate(value) if many and isinstance(value, list) else [(None, value)]:
+        many = typing.get_origin(hint) if typing.get_origin(hint) in (list, dict) else None
+        for place, item in _items(value) if many and isinstance(value, many) else [(None, value)]:
             where = key if place is None else f"{key}.{place}"
-            if isinstance(item, dict):
+            if isinstance(item, dict) and (many is not dict or place is not None):
                 _check(inner, item, source, f"{where}.", root or schema)
             elif item is not None or many:
-                wanted = "a list of mappings" if many and place is None else "a mapping"
+                several = "a list of mappings" if many is list else "a mapping of mappings"
+                wanted = several if many and place is None else "a mapping"
                 raise ConfigError(f"{source}: {where}: expected {wanted} ({inner.__name__}), got {item!r}")
+
+
+def _items(value: list[Any] | dict[str, Any]) -> Iterable[tuple[Any, Any]]:
+    return value.items() if isinstance(value, dict) else enumerate(value)
 
 
 def _hint(root: type, name: str, prefix: str, siblings: list[str]) -> str:
@@ -149,7 +154,7 @@ def keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, hint in _fields(schema).items():
         yield prefix + name, hint
         inner = _dataclass_in(hint)
-        if inner is not None and typing.get_origin(hint) is not list:
+        if inner is not None and typing.get_origin(hint) not in (list, dict):
             yield from keys(inner, f"{prefix}{name}.")
 
 
@@ -173,10 +178,10 @@ def _fields(schema: type) -> dict[str, Any]:
 
 
 def _dataclass_in(hint: Any) -> type | None:
-    """The dataclass of a field: itself, optional, or the element of a list."""
+    """The dataclass of a field: itself, optional, or the element of a list or a mapping."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return hint
-    if typing.get_origin(hint) in (typing.Union, types.UnionType, list):
+    if typing.get_origin(hint) in (typing.Union, types.UnionType, list, dict):
         return next((found for found in map(_dataclass_in, typing.get_args(hint)) if found), None)
     return None
 

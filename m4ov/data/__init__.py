@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from m4ov.data.images import ImageError, ImageGeometry, image_processor, patchify
 from m4ov.data.loader import PackedLoader
-from m4ov.data.mixture import Mixture
+from m4ov.data.mixture import Mixture, Pool
 from m4ov.data.packing import Encoded, Encoder
 from m4ov.data.saved import encoder_of
 from m4ov.data.sources import DataError, Sample, Split, digits, easy_vqa
@@ -18,6 +18,7 @@ __all__ = [
     "ImageGeometry",
     "Mixture",
     "PackedLoader",
+    "Pool",
     "Sample",
     "Split",
     "digits",

@@ -10,7 +10,7 @@ import torch
 
 from m4ov.data import Encoder, Sample, Split, patchify
 from m4ov.data.packing import IGNORE
-from m4ov.models.qwen3_vl import forward
+from m4ov.models.qwen3_vl import Qwen3VL, forward
 from m4ov_kernels.packing import PackedBatch, pack_sequences
 
 
@@ -54,6 +54,7 @@ def exact_match(
     holds the most likely tokens up to the end token (behind the first wrong one, the true answer was still fed in).
 
     Args:
+        model: this package's, or transformers' class.
         tokens_per_batch: capacity of a packed row. All questions about an image go into one row, so that the vision
             tower sees it once, unless they alone need more; no result depends on it.
         limit: ask only so many questions, spread evenly over the split; 0: all.
@@ -68,8 +69,7 @@ def exact_match(
     for places, batch in _batches(split, samples, encoder, tokens_per_batch, dtype):
         labels = batch.labels[1:]
         where = (labels != IGNORE).nonzero()[:, 0]
-        logits = forward(model, batch, with_labels=False).logits[0]
-        best = logits.index_select(0, where).argmax(dim=-1)
+        best = _most_likely(model, batch, where)
         owner = torch.repeat_interleave(torch.tensor(batch.lengths))[where + 1]
         wrong = torch.zeros(len(batch.lengths), dtype=torch.int64).index_add_(0, owner, (best != labels[where]).long())
         for row, place in enumerate(places):
@@ -80,6 +80,14 @@ def exact_match(
         hits, asked = kinds.get(sample.kind, (0, 0))
         kinds[sample.kind] = (hits + ok, asked + 1)
     return Accuracy(split.name, dict(sorted(kinds.items())), tuple(right), tuple(said))
+
+
+def _most_likely(model: torch.nn.Module, batch: PackedBatch, where: torch.Tensor) -> torch.Tensor:
+    """The most likely next token at some places ``[n]`` of a row; our own model makes logits of these alone."""
+    if isinstance(model, Qwen3VL):
+        return model.lm_head(model(batch).hidden_states.index_select(0, where)).argmax(dim=-1)
+    logits = forward(model, batch, with_labels=False).logits[0]
+    return logits.index_select(0, where).argmax(dim=-1)
 
 
 def _batches(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from m4ov.evaluate.accuracy import Accuracy
 
 _OURS, _OTHER, _GREY = "#2a6f97", "#bc4749", "#8d99ae"
+_PALETTE = (_OURS, "#e09f3e", _OTHER, "#2d6a4f", "#7b2cbf", _GREY)
 
 
 def loss_curve(rows: Sequence[dict[str, Any]]) -> str:
@@ -74,6 +75,55 @@ def steps(patched: Sequence[float], unpatched: Sequence[float]) -> str:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+    return _svg(figure)
+
+
+def arms(shares: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Bars of final figures: arm → skill → share of right answers in each run; the mark is the range over runs."""
+    skills = list(dict.fromkeys(skill for found in shares.values() for skill in found))
+    figure = Figure(figsize=(7, 0.9 + 0.34 * len(shares) * len(skills)), layout="constrained")
+    axes = figure.subplots()
+    height = 0.8 / max(1, len(skills))
+    for number, skill in enumerate(skills):
+        values = [found[skill] for found in shares.values()]
+        means = [sum(value) / len(value) for value in values]
+        places = [place + (number - (len(skills) - 1) / 2) * height for place in range(len(shares))]
+        ranges = [
+            [mean - min(value) for mean, value in zip(means, values, strict=True)],
+            [max(value) - mean for mean, value in zip(means, values, strict=True)],
+        ]
+        drawn = axes.barh(places, means, 0.92 * height, color=_PALETTE[number % len(_PALETTE)], label=skill)
+        axes.errorbar(means, places, xerr=ranges, fmt="none", ecolor="#1d2733", capsize=2, linewidth=1)
+        axes.bar_label(drawn, [f"{mean:.1%}" for mean in means], padding=10, fontsize=8)
+    axes.set_yticks(range(len(shares)), list(shares))
+    axes.set_xlim(0, 1.15)
+    axes.set_xlabel("share of right answers")
+    axes.invert_yaxis()
+    axes.legend(fontsize=8, loc="lower left")
+    return _svg(figure)
+
+
+def courses(figures: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]]) -> str:
+    """How skills went: arm → (step, skill → share) after each round; a panel for each skill."""
+    skills = list(dict.fromkeys(skill for rows in figures.values() for _, found in rows for skill in found))
+    figure = Figure(figsize=(7, 2.6 * len(skills)), layout="constrained")
+    panels = figure.subplots(len(skills), 1, squeeze=False)[:, 0]
+    for axes, skill in zip(panels, skills, strict=True):
+        for number, (arm, rows) in enumerate(figures.items()):
+            color = _PALETTE[number % len(_PALETTE)]
+            axes.plot(
+                [step for step, _ in rows],
+                [found[skill] for _, found in rows],
+                "o-",
+                label=arm,
+                color=color,
+                markersize=3,
+            )
+        axes.set_ylabel(f"{skill}: right answers")
+        axes.set_ylim(0, 1.03)
+        axes.grid(alpha=0.3)
+    panels[-1].set_xlabel("step of the arm")
+    panels[0].legend(fontsize=8)
     return _svg(figure)
 
 

@@ -44,12 +44,32 @@ class SideBySide:
 
 
 @dataclass(frozen=True)
+class Section:
+    """A heading with a table, a figure, or both.
+
+    Attributes:
+        columns, rows: of the table; without columns there is none.
+        figure: an SVG; empty: none.
+        note: below them.
+        printed: whether the terminal shows the table too.
+    """
+
+    title: str
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    figure: str = ""
+    note: str = ""
+    printed: bool = True
+
+
+@dataclass(frozen=True)
 class Report:
-    """All that the page shows.
+    """All that the page shows; what is empty is left out.
 
     Attributes:
         title: of the page.
         facts: name → value, the first table.
+        sections: what this run has to tell, before anything else.
         metrics: rows of ``metrics.jsonl``.
         accuracies: of each held-out split.
         examples: questions with answers.
@@ -60,12 +80,13 @@ class Report:
 
     title: str
     facts: dict[str, str]
-    metrics: Sequence[dict[str, Any]]
-    accuracies: Sequence[Accuracy]
-    examples: Sequence[Example]
-    comparison: SideBySide
-    operators: Sequence[dict[str, Any]]
-    machine: str
+    metrics: Sequence[dict[str, Any]] = ()
+    accuracies: Sequence[Accuracy] = ()
+    examples: Sequence[Example] = ()
+    comparison: SideBySide | None = None
+    operators: Sequence[dict[str, Any]] = ()
+    machine: str = ""
+    sections: Sequence[Section] = ()
 
 
 def html(report: Report) -> str:
@@ -76,10 +97,10 @@ def html(report: Report) -> str:
     comparison = report.comparison
     return environment.from_string(source).render(
         report=report,
-        loss_curve=plots.loss_curve(report.metrics),
-        accuracy_plot=plots.accuracies(report.accuracies),
+        loss_curve=plots.loss_curve(report.metrics) if report.metrics else "",
+        accuracy_plot=plots.accuracies(report.accuracies) if report.accuracies else "",
         operator_plot=plots.operators(report.operators) if report.operators else "",
-        step_plot=plots.steps(comparison.patched_seconds, comparison.unpatched_seconds),
+        step_plot=plots.steps(comparison.patched_seconds, comparison.unpatched_seconds) if comparison else "",
         pictures=[_data_uri(example) for example in report.examples],
         note=accuracy_note(),
     )
@@ -98,8 +119,19 @@ def print_table(report: Report, console: Console) -> None:
         if len(result.kinds) > 1:
             for kind, (right, asked) in result.kinds.items():
                 table.add_row(f"  {kind}", f"{right / asked:.1%} of {asked:,}")
+    if report.comparison is not None:
+        _compared(report.comparison, table)
+    console.print(table)
+    for section in report.sections:
+        if section.columns and section.printed:
+            shown = Table(*section.columns, title=section.title, title_justify="left")
+            for row in section.rows:
+                shown.add_row(*row)
+            console.print(shown)
+
+
+def _compared(comparison: SideBySide, table: Table) -> None:
     table.add_section()
-    comparison = report.comparison
     peaks = [_mib(comparison.patched_peak_mib), _mib(comparison.unpatched_peak_mib)]
     table.add_row(
         f"step of {comparison.tokens:,} tokens, patched / unpatched",
@@ -111,7 +143,6 @@ def print_table(report: Report, console: Console) -> None:
         f"largest loss difference in {len(comparison.loss_differences)} steps",
         f"{comparison.largest_loss_difference:.2g}",
     )
-    console.print(table)
 
 
 def accuracy_note() -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from m4ov.data import DataError, Encoder, Mixture, digits, easy_vqa, encoder_of
+from m4ov.data import DataError, Encoder, Mixture, Pool, digits, easy_vqa, encoder_of
 from m4ov.quantize.calibration import Batch
 from m4ov.quantize.jsonl import Lines
 from m4ov.recipe import DataConfig
@@ -65,13 +65,11 @@ class Calibration:
         except DataError as error:
             raise ValueError(f"--calibrate: {error}") from error
         domain, _ = digits(size, held_out=options.held_out_digits, split_seed=options.split_seed)
+        images = min(options.images_per_step, len(general.images))
         return {
-            "general": general,
-            "domain": domain,
+            "pools": [Pool("general", general, options.questions_per_image), Pool("domain", domain)],
+            "counts": {"general": images, "domain": options.digits_per_step},
             "encoder": encoder,
-            "images": min(options.images_per_step, len(general.images)),
-            "questions": options.questions_per_image,
-            "digits": options.digits_per_step,
         }
 
     def batches(self, dtype: torch.dtype) -> list[Batch]:
@@ -83,7 +81,7 @@ class Calibration:
         if self._lines is not None:
             return list(self._lines.batches(dtype))
         if self._mixture:
-            mixture = Mixture(**self._mixture, seed=0, flip=False, shift=0, dtype=dtype)
+            mixture = Mixture(**self._mixture, seed=0, dtype=dtype)
             return [mixture.batch(step) for step in range(self.count)]
         return [self._read(path, dtype) for path in self._files]
 

@@ -1,9 +1,25 @@
-"""Supervised training."""
+"""Supervised training: one run, and curricula of stages with gates."""
 
 from __future__ import annotations
 
 from m4ov.sft.compare import Comparison, Side, compare
+from m4ov.sft.curriculum import ArmEnd, Material, arms_of, fingerprint_of, gather, missing_pools, run_arm
 from m4ov.sft.task import Task, prepare
 from m4ov.sft.training import fingerprint, run
 
-__all__ = ["Comparison", "Side", "Task", "compare", "fingerprint", "prepare", "run"]
+__all__ = [
+    "ArmEnd",
+    "Comparison",
+    "Material",
+    "Side",
+    "Task",
+    "arms_of",
+    "compare",
+    "fingerprint",
+    "fingerprint_of",
+    "gather",
+    "missing_pools",
+    "prepare",
+    "run",
+    "run_arm",
+]

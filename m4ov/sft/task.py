@@ -9,7 +9,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from transformers import Qwen3VLConfig
 
-from m4ov.data import DataError, Encoder, ImageGeometry, Mixture, Split, digits, easy_vqa, train_tokenizer
+from m4ov.data import DataError, Encoder, ImageGeometry, Mixture, Pool, Split, digits, easy_vqa, train_tokenizer
 from m4ov.models.qwen3_vl import qwen3_vl_config
 from m4ov.recipe import DataConfig, QuickstartConfig
 
@@ -20,8 +20,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class Task:
     """Training and held-out splits, the tokenizer trained on the training text, and the model's configuration."""
 
-    training: tuple[Split, Split]  # general, domain
-    held_out: tuple[Split, Split]
+    training: tuple[Split, ...]  # of the quickstart: general, domain
+    held_out: tuple[Split, ...]
     tokenizer: Tokenizer
     encoder: Encoder
     model_config: Qwen3VLConfig
@@ -43,15 +43,16 @@ class Task:
         accumulate: int = 1,
     ) -> Mixture:
         """Training batches; ``images`` and ``digits``: other numbers per step than the configuration's."""
+        general, domain = self.training
+        pools = [
+            Pool("general", general, data.questions_per_image, flip=data.flip),
+            Pool("domain", domain, shift=data.shift),
+        ]
         return Mixture(
-            *self.training,
+            pools,
+            {"general": images or data.images_per_step, "domain": digits or data.digits_per_step},
             self.encoder,
             seed=seed,
-            images=images or data.images_per_step,
-            questions=data.questions_per_image,
-            digits=digits or data.digits_per_step,
-            flip=data.flip,
-            shift=data.shift,
             dtype=self.dtype,
             rank=rank,
             ranks=ranks,
@@ -70,10 +71,7 @@ def prepare(config: QuickstartConfig, console: Console) -> Task:
     general = [easy_vqa(split, data.image_size, **options) for split in ("train", "test")]
     domain = digits(data.image_size, held_out=data.held_out_digits, split_seed=data.split_seed)
     for split in general:
-        for line in split.left_out[:5]:
-            console.print(f"[yellow]left out: {line}[/yellow]")
-        if len(split.left_out) > 5:
-            console.print(f"[yellow]left out: {len(split.left_out) - 5} more[/yellow]")
+        say_left_out(split, console)
     training = (general[0], domain[0])
     if len(training[0].images) < data.images_per_step or len(training[1].images) < data.digits_per_step:
         raise DataError(
@@ -91,3 +89,11 @@ def prepare(config: QuickstartConfig, console: Console) -> Task:
         model_config=qwen3_vl_config(model, tokenizer, grid=geometry.grid_thw[1]),
         dtype=DTYPES[config.train.precision],
     )
+
+
+def say_left_out(split: Split, console: Console) -> None:
+    """Which images a split is without, the first five by name."""
+    for line in split.left_out[:5]:
+        console.print(f"[yellow]left out: {line}[/yellow]")
+    if len(split.left_out) > 5:
+        console.print(f"[yellow]left out: {len(split.left_out) - 5} more[/yellow]")

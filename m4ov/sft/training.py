@@ -113,20 +113,18 @@ def run(
 
 def fingerprint(config: QuickstartConfig) -> dict[str, Any]:
     """What the training depends on, flat: key → value. Another folder and other ways of looking at it are not in it."""
-    flat: dict[str, Any] = {}
-
-    def add(prefix: str, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            if isinstance(value, dict):
-                add(f"{prefix}{name}.", value)
-            else:
-                flat[prefix + name] = value
-
     tree = dataclasses.asdict(config)
-    add("", {name: tree[name] for name in ("data", "model", "optim")})
     trained = {name: tree["train"][name] for name in ("steps", "precision", "patch", "fp8")}
-    add("", {"run": {"seed": config.run.seed}, "train": trained})
-    return flat
+    parts = {name: tree[name] for name in ("data", "model", "optim")}
+    return flat({**parts, "run": {"seed": config.run.seed}, "train": trained})
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of dicts as one: dotted key → value."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def save_model(task: Task, weights: Mapping[str, Tensor | None], folder: Path) -> None:

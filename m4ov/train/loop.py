@@ -6,7 +6,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +51,30 @@ class Data(Protocol[B_co]):
         """Go on from there."""
 
 
+class Callback(Protocol):
+    """What goes along with a training and may end it; the same on every rank.
+
+    Attributes:
+        ended: nothing is left to train; asked before the first step, and after each.
+    """
+
+    ended: bool
+
+    def tensors(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Given the float32 weights that are trained, by name: what it keeps of its own, which checkpoints hold too.
+        Names must not be the optimizer's."""
+
+    def begin(self, state: dict[str, Any] | None) -> None:
+        """Before the first step, the weights are in the model; ``state``: what :meth:`state_dict` gave at the step
+        that the training goes on from, ``None`` at its start."""
+
+    def after_step(self, done: int) -> None:
+        """After ``done`` steps; then the checkpoint is written, if one is due."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it needs to go on, as JSON has it."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or a request to end; a checkpoint was written."""
 
@@ -64,7 +88,8 @@ class TrainResult:
     """What a training did.
 
     Attributes:
-        weights: the float32 weights at the end, by parameter name; DTensors where the model's parameters are.
+        weights: the float32 weights at the end, of the parameters that require gradients, by name; DTensors where the
+            model's parameters are.
         steps: steps of the whole run.
         resumed_at: the step at which this process went on; 0 for a run from the start.
         seconds: time spent in training, over all processes of the run.
@@ -89,19 +114,26 @@ def train(
     console: Console,
     world: World | None = None,
     flops_of: Callable[[B], float] | None = None,
+    start: Mapping[str, Tensor] | None = None,
+    schedule: Callable[[int], float] | None = None,
+    callback: Callback | None = None,
 ) -> TrainResult:
     """Train to ``config.steps`` steps, from the newest checkpoint in ``folder`` if there is one. Collective.
 
     Args:
         model: in the dtype it computes in; on return it holds the trained weights. Plain parameters are replicated:
             equal on every rank, their gradients are summed here. DTensors are sharded by whoever made them, and their
-            gradients arrive as sums over all samples (FSDP: a gradient divide factor of 1).
+            gradients arrive as sums over all samples (FSDP: a gradient divide factor of 1). Parameters that do not
+            require gradients stay as they are, and are in no checkpoint.
         data: of this rank.
         loss_of: the *sum* of the token losses of a batch, a scalar, and how many tokens it is the sum of. The loss
             of a step, and what is differentiated, is the sum over all batches of all ranks over the number of all.
         folder: of the run: ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/`` go there, from rank 0 alone.
         world: the ranks; ``None``: this one alone.
         flops_of: the model FLOPs of a batch, forward and backward, for the MFU; ``None``: no MFU.
+        start: float32 weights to begin with, by name, where the model's own are rounded.
+        schedule: step (from 0) → factor on the learning rates; ``None``: warm-up and cosine over ``config.steps``.
+        callback: called around the steps; may end the training before ``config.steps``.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came to some rank: all finished the step, and a checkpoint was written.
@@ -111,7 +143,9 @@ def train(
     """
     world = world or World()
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-    optimizer = Optimizer(model, optim, config.steps, world, muon_dtype=dtype)
+    optimizer = Optimizer(model, optim, config.steps, world, muon_dtype=dtype, schedule=schedule)
+    optimizer.begin_with(start or {})
+    others = {} if callback is None else callback.tensors(optimizer.named())
     saved = Checkpoints(
         folder / "checkpoints",
         keep=config.keep_checkpoints,
@@ -119,15 +153,17 @@ def train(
         size=world.size,
         timeout_seconds=config.timeout_seconds,
     )
-    start, seconds, tokens = 0, 0.0, 0
+    began_at, seconds, tokens = 0, 0.0, 0
     if world.data_rank:
         torch.manual_seed(torch.initial_seed() + world.data_rank)  # ranks drop out different units
-    state = saved.load(optimizer.tensors())
+    state = saved.load(optimizer.tensors() | others)
     if state is not None:
-        start, seconds, tokens = state["step"], state["seconds"], state["tokens"]
+        began_at, seconds, tokens = state["step"], state["seconds"], state["tokens"]
         data.load_state_dict(state["data"])
-        console.print(f"going on at step {start} of {config.steps} ({clock(seconds)} trained)")
+        console.print(f"going on at step {began_at} of {config.steps} ({clock(seconds)} trained)")
     optimizer.publish()
+    if callback is not None:
+        callback.begin(None if state is None else state["callback"])
 
     peak = 0.0
     if flops_of is not None:
@@ -135,12 +171,14 @@ def train(
         (peak,) = world.reduce("peak rate", [rate])
         console.print(f"MFU is of {peak / 1e12:.3g} TFLOP/s ({source}{f', {world.size} ranks' * (world.size > 1)})")
     model.train()
-    metrics = Metrics(folder, start, config.wandb) if world.first else None
+    metrics = Metrics(folder, began_at, config.wandb) if world.first else None
     window = _Window()
-    saved_at, saved_when = start, time.monotonic()
+    saved_at, saved_when, done = began_at, time.monotonic(), began_at
     try:
-        with _stop_requests(world.size == 1) as stop, TrainingProgress(console, config.steps, start) as progress:
-            for step in range(start, config.steps):
+        with _stop_requests(world.size == 1) as stop, TrainingProgress(console, config.steps, began_at) as progress:
+            for step in range(began_at, config.steps):
+                if callback is not None and callback.ended:
+                    break
                 began, world.seconds = time.perf_counter(), 0.0
                 batches = data.batches(step)
                 waited = time.perf_counter() - began
@@ -176,24 +214,28 @@ def train(
                 seconds, tokens = seconds + took, tokens + round(trained / copies)
                 window.add(total / labels, trained / copies, work / copies, took, waited, world.seconds)
                 progress.update(done, total / labels, round(trained / copies), took)
-                if done % config.log_every == 0 or done == config.steps:
+                if callback is not None:
+                    callback.after_step(done)
+                last = done == config.steps or (callback is not None and callback.ended)
+                if done % config.log_every == 0 or last:
                     values = window.close(world, done, peak)
                     if metrics is not None:
                         rates = {"learning_rate": optimizer.parts[-1].param_groups[0]["lr"], "seconds": seconds}
                         metrics.write(done, {**values, "gradient_norm": norm, **rates})
                 due = due or (config.checkpoint_steps and done % config.checkpoint_steps == 0)
-                if due or stopping or done == config.steps:
+                if due or stopping or last:
                     state = {"seconds": seconds, "tokens": tokens, "data": data.state_dict()}
-                    saved.save(done, optimizer.tensors(), state)
+                    state |= {} if callback is None else {"callback": callback.state_dict()}
+                    saved.save(done, optimizer.tensors() | others, state)
                     saved_at, saved_when = done, time.monotonic()
-                if stopping and done < config.steps:
+                if stopping and not last:
                     saved.wait()
                     raise Interrupted(f"stopped after step {saved_at}; the same command goes on from there")
             saved.wait()
     finally:
         if metrics is not None:
             metrics.close()
-    return TrainResult(dict(zip(optimizer.names, optimizer.weights, strict=True)), config.steps, start, seconds, tokens)
+    return TrainResult(optimizer.named(), done, began_at, seconds, tokens)
 
 
 class _Window:

@@ -7,7 +7,7 @@ element, on the shard that a rank has.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -29,12 +29,14 @@ class Optimizer:
     """Float32 weights, their optimizers and schedule, and the copy in the model's dtype.
 
     Args:
-        model: its parameters, in float32 or bfloat16, are what gradients are computed for: of the sum of the losses of
-            all tokens, which :meth:`step` divides. Plain parameters are the same on every rank, and their gradients
-            are summed here; a DTensor's gradient comes summed already (FSDP with a divide factor of 1).
+        model: its parameters that require gradients, in float32 or bfloat16, are what gradients are computed for: of
+            the sum of the losses of all tokens, which :meth:`step` divides. Plain parameters are the same on every
+            rank, and their gradients are summed here; a DTensor's gradient comes summed already (FSDP with a divide
+            factor of 1). The other parameters are left as they are.
         world: the ranks; ``None``: this one alone.
         muon_dtype: that Muon orthogonalises in. bfloat16 is enough for training, but tells layouts apart that differ in
             the last bit of float32: a run in float32 should take float32.
+        schedule: step (from 0) → factor on the learning rates; ``None``: :func:`learning_rate_scale`.
 
     Attributes:
         weights: float32, laid out as the parameters; the very storage of a parameter that is float32.
@@ -48,10 +50,15 @@ class Optimizer:
         world: World | None = None,
         *,
         muon_dtype: torch.dtype = torch.bfloat16,
+        schedule: Callable[[int], float] | None = None,
     ) -> None:
         self.config, self.steps, self.world = config, steps, world or World()
-        self.names = [name for name, _ in model.named_parameters()]
-        self.parameters = [parameter for _, parameter in model.named_parameters()]
+        self.schedule = schedule or (lambda step: learning_rate_scale(step, steps, config.warmup_steps))
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        if not trained:
+            raise ValueError("no parameter of the model requires gradients")
+        self.names = [name for name, _ in trained]
+        self.parameters = [parameter for _, parameter in trained]
         self.weights = [parameter.detach().float() for parameter in self.parameters]
         self.used = [local(parameter.detach()) for parameter in self.parameters]
         self.shards = [local(weight) for weight in self.weights]
@@ -105,7 +112,7 @@ class Optimizer:
         grads = [shard.grad for shard in self.shards if shard.grad is not None]
         if grads:
             torch._foreach_mul_(grads, (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0) / count)
-        scale = learning_rate_scale(step, self.steps, self.config.warmup_steps)
+        scale = self.schedule(step)
         for part, rate in zip(self.parts, self.base_lr, strict=True):
             part.param_groups[0]["lr"] = rate * scale
             part.step()
@@ -113,6 +120,13 @@ class Optimizer:
             shard.grad = None
         self.publish()
         return norm
+
+    @torch.no_grad()
+    def begin_with(self, weights: Mapping[str, Tensor]) -> None:
+        """Float32 weights to begin with, by name, instead of the model's, which are rounded; not all need be there."""
+        for name, weight in zip(self.names, self.weights, strict=True):
+            if name in weights:
+                weight.copy_(weights[name])
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -138,6 +152,10 @@ class Optimizer:
                         dist.all_reduce(square, group=mesh.get_group(axis))
             squares.append(square)
         return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+
+    def named(self) -> dict[str, Tensor]:
+        """The float32 weights by the names of their parameters."""
+        return dict(zip(self.names, self.weights, strict=True))
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, by name, laid out as the weights; the tensors themselves.
@@ -168,5 +186,7 @@ def _as(weight: Tensor, value: Tensor) -> Tensor:
 
 def _for_muon(name: str, weight: Tensor) -> bool:
     """Weight matrices of the blocks, and the patch embedding, which is one too (a convolution whose patches do not
-    overlap); not token embeddings, nor the mergers: their square matrix would cost the most."""
-    return weight.ndim >= 2 and (".layers." in name or ".blocks." in name or ".patch_embed." in name)
+    overlap); not token embeddings, nor the mergers: their square matrix would cost the most. Nor the factors of LoRA:
+    the update that would be orthogonal is that of their product."""
+    inside = ".layers." in name or ".blocks." in name or ".patch_embed." in name
+    return weight.ndim >= 2 and inside and ".lora_" not in name

@@ -64,7 +64,7 @@ def test_every_image_is_visited_once_an_epoch():
     visits: Counter[int] = Counter()
     steps = 2 * 4000 // 7
     for step in range(steps):
-        visits.update(mixture._visited(0, 4000, step, 7).tolist())
+        visits.update(mixture._visited(0, 4000, 7 * step, 7).tolist())
     assert set(visits.values()) <= {1, 2}
     assert sum(visits.values()) == steps * 7
 
@@ -73,9 +73,9 @@ def test_each_group_of_questions_has_its_share():
     mixture = tiny_task().mixture(tiny_config().data, 0)
     random = np.random.default_rng(int(os.environ["M4OV_TEST_SEED"]))
     kinds: Counter[tuple[bool, bool]] = Counter()
-    images = mixture._of_image[:1000]
+    images = [known for _, known in mixture.pools[0].visits()[:1000]]
     for known in images:
-        asked = mixture._asked(known, random)
+        asked = mixture._asked(known, 2, random)
         assert len(set(asked)) == len(asked) == min(2, len(known))
         kinds.update((sample.kind.endswith("shape"), sample.kind.startswith("yes/no")) for sample in asked)
     assert len(kinds) == 4

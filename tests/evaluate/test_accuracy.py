@@ -9,7 +9,7 @@ import torch
 from m4ov.data import Split, patchify
 from m4ov.data.tokenizer import prompt
 from m4ov.evaluate import accuracy, exact_match, examples
-from m4ov.models.qwen3_vl import build, forward
+from m4ov.models.qwen3_vl import Config, build, forward, new
 from m4ov_kernels.patches import patch
 from tests.tiny_task import tiny_task
 
@@ -109,3 +109,16 @@ def test_examples_are_of_different_images_and_kinds(model):
     assert len({example.kind for example in shown}) == 6
     assert len({example.image.tobytes() for example in shown}) == 6
     assert all(isinstance(example.said, str) and example.image.dtype == np.uint8 for example in shown)
+
+
+def test_our_own_model_answers_alike(model):
+    """From the same weights, where logits are made of the answers' places alone."""
+    split, encoder = few(40), tiny_task().encoder
+    ours = new(Config.from_dict(tiny_task().model_config.to_dict()))
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            parameter.copy_(weights[name])
+    found = [exact_match(one, split, encoder, tokens_per_batch=512) for one in (model, ours)]
+    assert found[0] == found[1]
+    assert 0 < sum(found[1].right) < len(found[1].right)

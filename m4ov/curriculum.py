@@ -1,0 +1,182 @@
+"""`m4ov run curriculum`: arms of stages with forgetting gates, from one start, measured against each other."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import Qwen3VLForConditionalGeneration
+from transformers import logging as transformers_logging
+
+from m4ov import sft
+from m4ov.allocator import status as allocator_status
+from m4ov.data import Split
+from m4ov.evaluate import Accuracy, Example, Report, exact_match, examples, html, print_table
+from m4ov.evaluate.arms import CURRICULUM, ArmRun, claims, sections
+from m4ov.manifest import CurriculumConfig, scaled
+from m4ov.models.qwen3_vl import Qwen3VL, cast_parameters, from_pretrained
+from m4ov.quickstart import usable_cpus
+from m4ov.sft.decisions import read as read_decisions
+from m4ov.train import RunFolder, World, write_text
+from m4ov.train.metrics import check
+from m4ov.train.metrics import read as read_metrics
+from m4ov.train.progress import clock
+from m4ov_kernels.patches import patch
+
+
+def run(config: CurriculumConfig) -> None:
+    """Every arm with every seed, then ``report.html`` over all of them. What was done before, in the same folder, is
+    not done again.
+
+    Started by torchrun, the ranks train together; rank 0 measures, and its figures decide for all.
+
+    Raises:
+        RunFolderError, DataError, CheckpointError, TrainingError, RankError, MetricsError: one line says what is wrong.
+        Interrupted: Ctrl-C during training; a checkpoint was written.
+    """
+    config = scaled(config)
+    check(config.train.wandb)
+    world = World.start(config.train.timeout_seconds)
+    console = Console(quiet=not world.first)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(config.run.threads or usable_cpus())
+    material = sft.gather(config, console)
+    for name in config.arms:
+        missing = sft.missing_pools(config, name)
+        if missing:
+            console.print(f"[yellow]{name} is left out: pools.{missing[0]} names no data[/yellow]")
+    runs = [found for seed in config.seeds for found in _run_seed(config, material, seed, console, world)]
+    world.close()
+    if world.first:
+        _report(config, material, runs, console)
+
+
+def _run_seed(
+    config: CurriculumConfig, material: sft.Material, seed: int, console: Console, world: World
+) -> list[ArmRun]:
+    folder = Path(config.run.folder) / f"seed-{seed}"
+    claim = world.alone("the run folder", lambda: RunFolder(folder, sft.fingerprint_of(config, seed)))
+
+    def measure(model: Qwen3VL) -> dict[str, float]:
+        found = _asked(model, config, material, material.gates, config.gates.limit)
+        return {skill: accuracy.value for skill, accuracy in found.items()}
+
+    try:
+        runs = []
+        for name, _ in sft.arms_of(config):
+            end = sft.run_arm(
+                config, material, name, seed=seed, folder=folder, measure=measure, console=console, world=world
+            )
+            shares = world.alone(f"asking {name}", partial(_final, config, material, folder / name, console))
+            runs.append(ArmRun(name, seed, end.steps, end.tokens, end.seconds, world.share("figures", shares)))
+        return runs
+    finally:
+        if claim is not None:
+            claim.close()
+
+
+def _final(config: CurriculumConfig, material: sft.Material, folder: Path, console: Console) -> dict[str, float]:
+    """Skill → share on the records that no decision rested on; kept in ``accuracy.json``."""
+    file = folder / "accuracy.json"
+    if not file.exists():
+        with console.status(f"asking {folder.name} the held-out questions"):
+            model = from_pretrained(folder / "model", dtype=material.task.dtype)
+            found = _asked(model, config, material, material.tests, config.evaluate.limit)
+        numbers = {
+            skill: {"share": accuracy.value, "asked": len(accuracy.right), "kinds": accuracy.kinds}
+            for skill, accuracy in found.items()
+        }
+        write_text(file, json.dumps(numbers, indent=1))
+    return {skill: row["share"] for skill, row in json.loads(file.read_text(encoding="utf-8")).items()}
+
+
+def _asked(
+    model: Qwen3VL, config: CurriculumConfig, material: sft.Material, splits: dict[str, Split], limit: int
+) -> dict[str, Accuracy]:
+    capacity, dtype = config.evaluate.tokens_per_batch, material.task.dtype
+    return {
+        skill: exact_match(model, split, material.task.encoder, tokens_per_batch=capacity, limit=limit, dtype=dtype)
+        for skill, split in splits.items()
+    }
+
+
+def _report(config: CurriculumConfig, material: sft.Material, runs: list[ArmRun], console: Console) -> None:
+    folder, first = Path(config.run.folder), config.seeds[0]
+    home = folder / f"seed-{first}"
+    names = [name for name, _ in sft.arms_of(config)]
+    decided = {name: read_decisions(home / name / "decisions.jsonl") for name in names}
+    courses = {
+        name: [(row["arm_step"], row["figures"]) for row in rows]
+        for name, rows in decided.items()
+        if config.arms[name].start
+    }
+    shown = CURRICULUM if CURRICULUM in names else names[-1]
+    report = Report(
+        title="m4ov curriculum: domain gain without general loss",
+        facts=_facts(config, material, runs, home),
+        sections=sections(runs, courses, decided.get(CURRICULUM, [])),
+        examples=_examples(config, material, home / shown / "model"),
+    )
+    write_text(folder / "report.html", html(report))
+    numbers = {
+        "facts": report.facts,
+        "arms": [asdict(found) for found in runs],
+        "claims": [dict(zip(("claim", "came out", "figures"), row, strict=True)) for row in claims(runs)],
+        "decisions": decided.get(CURRICULUM, []),
+    }
+    write_text(folder / "results.json", json.dumps(numbers, indent=1) + "\n")
+    print_table(report, console)
+    console.print(f"report: {folder / 'report.html'}\nmodels: {folder / 'seed-*' / '*' / 'model'}")
+
+
+def _facts(config: CurriculumConfig, material: sft.Material, runs: list[ArmRun], home: Path) -> dict[str, str]:
+    parameters = sum(parameter.numel() for parameter in from_pretrained(home / runs[0].arm / "model").parameters())
+    pools = (
+        f"{name}: {len(p.split.samples):,} questions on {len(p.split.images):,} images"
+        for name, p in material.pools.items()
+    )
+    held_out = (
+        f"{name}: {len(gate.samples):,} for the gates (at most {config.gates.limit or len(gate.samples):,} asked), "
+        f"{len(material.tests[name].samples):,} for the figures"
+        for name, gate in material.gates.items()
+    )
+    seconds = sum(found.seconds for found in runs)
+    return {
+        "model": f"Qwen3-VL, {parameters / 1e6:.2f} M parameters, {config.train.precision}",
+        "pools": "; ".join(pools),
+        "held-out questions": "; ".join(held_out),
+        "a step": f"{config.data.images_per_step} images; every arm has a budget of steps, and all its steps are alike",
+        "training": f"{sum(f.steps for f in runs):,} steps, {clock(seconds)} minutes in all, "
+        f"{clock(seconds / len(config.seeds))} a seed (without measuring)",
+        "data wait": _data_wait(home),
+        "threads": str(torch.get_num_threads()),
+        "allocator": allocator_status().how,
+    }
+
+
+def _data_wait(home: Path) -> str:
+    """Of the time of the steps, over all stages of a seed."""
+    rows = [row for file in home.glob("*/*/metrics.jsonl") for row in read_metrics(file)]
+    waited, took = (sum(row[name] for row in rows) for name in ("data_wait_seconds", "step_seconds"))
+    return f"{waited / took:.1%} of a step" if took else "not measured"
+
+
+def _examples(config: CurriculumConfig, material: sft.Material, folder: Path) -> list[Example]:
+    """Held-out questions, answered token after token."""
+    model: Any = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    patch(model)
+    cast_parameters(model, material.task.dtype)
+    each = config.evaluate.examples // max(1, len(material.tests))
+    return [
+        example
+        for split in material.tests.values()
+        for example in examples(
+            model, split, material.task.encoder, each, seed=config.seeds[0], dtype=material.task.dtype
+        )
+    ]
