@@ -1,4 +1,4 @@
-"""Families in processes of their own: their rows arrive, their errors are heard, and one that is killed is a red row."""
+"""Families in processes of their own: rows arrive, errors are heard, and one that is killed is a red row."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_killed_process_is_a_red_row():
 
 
 def test_an_error_is_heard_with_its_place():
-    with pytest.raises(RuntimeError, match="bench nowhere: ModuleNotFoundError: .*m4ov_bench.nowhere") as raised:
+    with pytest.raises(RuntimeError, match="bench nowhere: ModuleNotFoundError") as raised:
         list(apart.rows("nowhere", session([])))
     assert "_work" in str(raised.value.__cause__)
 
