@@ -100,7 +100,7 @@ def test_a_curriculum_from_data_to_report(manifest, monkeypatch):
         *(("refine", 0), ("refine", 1), ("refine", 2)),
     ]
     page = (home / "report.html").read_text()
-    for found in ("Arms", "What was to come out", "Decisions of the curriculum", "Examples", "data wait"):
+    for found in ("Arms", "Final figures", "Decisions of the curriculum", "Examples", "data wait"):
         assert found in page
     model = Qwen3VLForConditionalGeneration.from_pretrained(home / "seed-0" / "curriculum" / "model")
     assert not any("lora" in name for name, _ in model.named_parameters())
