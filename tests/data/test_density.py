@@ -34,6 +34,7 @@ from m4ov.data.density import (
     score_by_teacher,
     write_audits,
 )
+from m4ov.data.density.structure import find_relations, find_subjects
 from m4ov.data.teacher import Reply, TeacherError
 from tests.data.teachers import Scripted
 
@@ -109,6 +110,36 @@ def test_every_figure_is_counted_and_adds():
     kinds = [density.evidence["subjects"]["kinds"] for density in found]
     assert kinds == sorted(kinds)
     assert kinds[-1] >= 7
+
+
+def test_subjects_stand_where_they_were_drawn():
+    image, draw = canvas()
+    draw.rectangle((20, 40, 119, 199), fill="red")
+    draw.rectangle((220, 240, 279, 279), fill="blue")
+    colour = np.asarray(image.resize((160, 160), Image.Resampling.BILINEAR))
+    found = find_subjects(colour)
+    assert np.abs(found.boxes * 320 - [[20, 40, 120, 200], [220, 240, 280, 280]]).max() <= 4  # the edges' two pixels
+    mirrored = find_subjects(colour[:, ::-1])
+    assert np.allclose(mirrored.boxes[:, [2, 1, 0, 3]], (1, 0, 1, 0) + found.boxes * (-1, 1, -1, 1))
+    assert found.kinds == mirrored.kinds == 2
+
+
+@pytest.mark.parametrize(
+    ("boxes", "pairs", "cells"),
+    [
+        ([], 0, 0),
+        ([[0.4, 0.4, 0.6, 0.6]], 0, 1),
+        ([[0.0, 0.0, 0.2, 0.2], [0.7, 0.0, 0.9, 0.2]], 1, 2),  # beside
+        ([[0.0, 0.0, 0.2, 0.2], [0.0, 0.7, 0.2, 0.9]], 1, 2),  # above
+        ([[0.0, 0.0, 0.2, 0.2], [0.7, 0.7, 0.9, 0.9]], 2, 2),  # both
+        ([[0.0, 0.0, 0.2, 0.2], [0.25, 0.0, 0.3, 0.2]], 2, 1),  # beside and near
+        ([[0.0, 0.0, 0.6, 0.6], [0.4, 0.4, 0.9, 0.9]], 1, 2),  # overlapping: near
+        ([[0.0, 0.0, 0.6, 0.6], [0.1, 0.1, 0.2, 0.2]], 1, 1),  # within
+        ([[0.0, 0.0, 0.0, 0.3]], 0, 1),  # without width
+    ],
+)
+def test_relations_are_those_of_the_boxes(boxes, pairs, cells):
+    assert find_relations(np.array(boxes, dtype=np.float64).reshape(-1, 4)) == (pairs, cells)
 
 
 def test_different_figures_are_worth_more_than_equal_ones():
@@ -210,6 +241,9 @@ def test_what_is_transparent_shows_white():
     clear = np.asarray(figures(3).convert("RGBA")).copy()
     clear[:, :, 3] = 0
     assert score(clear).combined == 0
+    ink = np.zeros((100, 100, 4), dtype=np.uint8)
+    ink[30:70, 30:70, 3] = 255
+    assert score(ink).evidence["subjects"]["count"] == 1
 
 
 # --- any input -------------------------------------------------------------------------------------------------------

@@ -328,6 +328,14 @@ def test_a_teacher_extends_a_tree(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["grown.refused.jsonl", "grown.yaml"]
 
 
+def test_what_one_node_was_given_another_is_refused():
+    found = extend(small(), Scripted([proposals("Kennels"), proposals("The kennel", "Barns")]))
+    assert [label.id for label in found.added] == ["a.pets.kennels", "b.old.barns"]
+    assert [(refused.at, refused.reason) for refused in found.refused] == [
+        ("b.old", "duplicate: 'The kennel' is 'Kennels'")
+    ]
+
+
 def test_a_branch_comes_whole_or_not_at_all():
     leaf = {"title": "Trams", "about": "On rails."}
     branch = {"title": "Rail", "about": "Rails.", "children": [leaf]}
