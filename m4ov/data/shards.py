@@ -29,6 +29,10 @@ class WriteError(OSError):
 class _SourceError(Exception):
     """The records' own iterator failed with an OSError: no fault of the file that is written."""
 
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
 
 class Line(NamedTuple):
     """A line of a file. ``number`` from 1; ``offset`` and ``size`` in bytes; ``data`` is ``None`` if it is too long."""
@@ -250,8 +254,7 @@ def write_shards(
         _sync_folder(folder)
         return named
     except _SourceError as error:
-        assert error.__cause__ is not None
-        raise error.__cause__ from None
+        raise error.cause from None
     except OSError as error:
         raise _unwritable(folder / f"{stem}-*{suffix}", error) from error
     finally:
@@ -288,7 +291,7 @@ def _checked(records: Iterable[Record], path: Path) -> Iterator[Record]:
             seen.add(record.id)
             yield record
     except OSError as error:
-        raise _SourceError from error
+        raise _SourceError(error) from error
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -309,8 +312,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
         _sync_folder(path.parent)
     except _SourceError as error:
-        assert error.__cause__ is not None
-        raise error.__cause__ from None
+        raise error.cause from None
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
