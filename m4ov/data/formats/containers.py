@@ -136,6 +136,8 @@ def _tar(path: Path, limit: int) -> Rows:
                 if len(data) < member.size:
                     raise tarfile.ReadError(f"it ends within {member.name}")
                 row[kind.lower()] = data
+            if tar.fileobj is None or tar.fileobj.tell() < tar.offset + tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("it ends without the block that ends a tar")
         if row or problem:
             yield Where(str(path), number), problem or {KEY: key, **row}
     except (tarfile.TarError, EOFError, OSError, zlib.error, ValueError) as error:

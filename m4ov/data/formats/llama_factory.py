@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from m4ov.data.formats.turns import Row, answer_of, images_of, record_of, turns_of, with_images, words
-from m4ov.data.records import Record, Where
+from m4ov.data.formats.turns import FieldError, Row, answer_of, images_of, record_of, turns_of, with_images, words
+from m4ov.data.records import Record, Where, short
 
 NAME = "llama-factory"
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "observation", "function_call": "function_call"}
@@ -47,7 +47,10 @@ def _alpaca(row: Row) -> list[tuple[str, Any]]:
     turns: list[tuple[str, Any]] = []
     if row.get("system"):
         turns.append(("system", words(row["system"], "system")))
-    for place, pair in enumerate(row.get("history") or []):
+    history = row.get("history") or []
+    if not isinstance(history, list | tuple):
+        raise FieldError("history", "messages", f"expected pairs of question and answer, got {short(history)}")
+    for place, pair in enumerate(history):
         question, answer = pair if isinstance(pair, list | tuple) and len(pair) == 2 else (None, None)
         turns += [("user", words(question, f"history[{place}]")), ("assistant", words(answer, f"history[{place}]"))]
     question = words(row["instruction"], "instruction")

@@ -38,7 +38,8 @@ def convert(row: Row, where: Where) -> Record:
 
 
 def _preference(row: Row) -> tuple[list[tuple[str, Any]], list[str]]:
-    chosen, rejected = _turns(row["chosen"], "chosen", "assistant"), _turns(row["rejected"], "rejected", "assistant")
+    chosen = _turns(row["chosen"], "chosen", "assistant")
+    rejected = _turns(row.get("rejected"), "rejected", "assistant")
     if row.get("prompt") is not None:
         prompt = _turns(row["prompt"], "prompt", "user")
     else:

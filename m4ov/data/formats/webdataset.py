@@ -29,8 +29,9 @@ def fits(row: Row) -> str | None:
 def convert(row: Row, where: Where) -> Record:
     """A sample: what its ``json`` says, if that is in one of the other formats, with the tar's images; or its ``txt``
     (or the ``json``'s ``caption`` or ``text``) as what the assistant says of them."""
-    images = {name: data for name, data in sorted(row.items()) if name.rsplit(".", 1)[-1].lower() in IMAGES}
-    uris = {name: to_uri(data) for name, data in images.items()}
+    if not isinstance(row.get(KEY), str):
+        raise FieldError(KEY, "field", f"expected the members of a tar, got {short(row)}")
+    uris = {name: to_uri(row[name]) for name in sorted(row) if name.rsplit(".", 1)[-1].lower() in IMAGES}
     name = str(row[KEY])
     if "json" not in row and "txt" not in row:
         raise FieldError("json", "messages", f"expected a member {name}.json or {name}.txt, got {short(sorted(row))}")
