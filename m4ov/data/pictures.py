@@ -43,8 +43,8 @@ def image_bytes(reference: str, folder: Path) -> bytes:
         return _from_uri(reference)
     try:
         return _regular(reference, folder).read_bytes()
-    except (OSError, ValueError) as error:
-        raise ImageError(f"{named(reference)}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    except OSError as error:
+        raise ImageError(f"{named(reference)}: cannot be read ({_reason(error)})") from None
 
 
 def image_header(reference: str, folder: Path) -> tuple[int, int]:
@@ -158,7 +158,8 @@ def _regular(reference: str, folder: Path) -> Path:
         raise ImageError(f"{reference[:100]}: not a file; images of the network are to be fetched first")
     path = image_path(reference, folder)
     if not path.is_file():
-        raise ImageError(f"{reference}: {'not a file' if path.exists() else 'no such file'} ({path})")
+        problem = "not a file" if path.exists() else "no such file"
+        raise ImageError(f"{named(reference)}: {problem} ({str(path)[:300]})")
     return path
 
 
@@ -185,4 +186,6 @@ def _write(path: Path, data: bytes) -> None:
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image, or of an unknown format"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return str(error).removeprefix("pack_patches: ") or type(error).__name__

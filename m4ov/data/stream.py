@@ -101,6 +101,7 @@ class RecordStream:
         self.index = RecordIndex(source, limit=limit)
         self.encoder, self.dtype, self.max_bad = encoder, dtype, max_bad
         self.capacity, self.rows, self.rank, self.too_long, self.on_bad = capacity, rows, rank, too_long, on_bad
+        self.shuffle = shuffle
         self.counts: Counter[str] = Counter()
         self._quarantine = Quarantine(quarantine, rank)
         self._lengths = _Lengths(self)
@@ -169,7 +170,8 @@ class RecordStream:
 
     def _settings(self) -> dict[str, Any]:
         size = {"records": len(self.index), "bytes": self.index.bytes, "capacity": self.capacity, "rows": self.rows}
-        return {**size, "seed": self.packed.seed, "too_long": self.too_long, **self.encoder.settings()}
+        order = {"seed": self.packed.seed, "shuffle": self.shuffle, "window": self.packed.window}
+        return {**size, **order, "too_long": self.too_long, **self.encoder.settings()}
 
     def _make(self, row: Sequence[Visit]) -> PackedBatch:
         planned = [(index, made) for _, index in row if (made := self._conversation(index)) is not None]

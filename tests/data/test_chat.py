@@ -80,7 +80,6 @@ def test_image_tokens_follow_from_the_header(tmp_path):
         assert not isinstance(found, ImageError), found
         time, rows, columns = found.grid_thw
         assert (time, rows * columns // 4) == (1, PIXELS.tokens(height, width, budget))
-        assert rows * columns * 16 <= max(budget, 8 * 8 * 16)
 
 
 def test_a_record_asks_for_fewer_pixels(tmp_path):
@@ -172,7 +171,7 @@ def test_what_it_refuses(tmp_path):
         ("data:image/png,abc", "expected data:…;base64"),
         ("https://x.org/a.png", "not a file"),
         ("\0", "no such file"),
-        ("x" * 5000, "cannot be read"),
+        ("x" * 5000, "cannot be read|no such file"),
     ):
         with pytest.raises(ImageError, match=problem) as caught:
             image_header(reference, tmp_path)

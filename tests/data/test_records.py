@@ -233,14 +233,15 @@ def test_files_that_are_not_there(tmp_path):
 
 
 _FULL_DISK = """
-import resource, signal, sys
+import random, resource, signal, sys
 from pathlib import Path
 from m4ov.data.records import Record, assistant, user
 from m4ov.data.shards import WriteError, write_records, write_shards
 folder = Path(sys.argv[1])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write fails, as on a full disk
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-records = [Record(str(n), [user("q" * 500), assistant(str(n) * 100)]) for n in range(2000)]
+draw = random.Random(1)
+records = [Record(str(n), [user(draw.randbytes(250).hex()), assistant("a")]) for n in range(2000)]
 for write in (
     lambda: write_records(records, folder / "a.jsonl"),
     lambda: write_records(records, folder / "a.parquet"),
