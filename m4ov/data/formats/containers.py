@@ -18,7 +18,7 @@ from m4ov.data.shards import MAX_LINE_BYTES, read_values
 SUFFIXES = (".jsonl", ".json", ".parquet", ".tar", ".tar.gz", ".tgz")
 _CHUNK = 2**20
 _SPACE = " \t\r\n"
-_MEMBERS = 4  # a member of a tar may be so many times as large as a line
+_SAMPLE = 4  # a sample of a tar may be so many times as large as a line
 
 Rows = Iterator[tuple[Where, Any]]
 
@@ -56,7 +56,7 @@ def rows_of(path: Path, limit: int = MAX_LINE_BYTES) -> Rows:
     elif path.suffix == ".parquet" or start.startswith(b"PAR1"):
         yield from parquet.rows(path)
     elif path.name.endswith((".tar", ".tar.gz", ".tgz")):
-        yield from _tar(path, limit * _MEMBERS)
+        yield from _tar(path, limit * _SAMPLE)
     elif start.startswith(b"["):
         yield from _array(path, limit)
     else:
@@ -64,7 +64,7 @@ def rows_of(path: Path, limit: int = MAX_LINE_BYTES) -> Rows:
 
 
 def _array(path: Path, limit: int) -> Rows:
-    """The elements of an array, one at a time: at most ``limit`` characters of one are in memory."""
+    """The elements of an array, one at a time. Of one that is longer than ``limit`` characters not much more is read."""
     decoder = json.JSONDecoder()
     buffer, line = "", 1
     at, end = 0, False  # the next element begins at buffer[at]
@@ -90,15 +90,20 @@ def _array(path: Path, limit: int) -> Rows:
                         raise ValueError(f"expected {expected!r}, got {short(buffer[at])}")
                     expected, at = "an element", at + 1
                     continue
+                long = f"an element of more than {limit / 2**20:.1f} MiB"
                 try:
                     value, after = decoder.raw_decode(buffer, at)
                 except (ValueError, RecursionError) as error:
-                    more = "" if end or len(buffer) - at > limit else file.read(max(_CHUNK, len(buffer) - at))
+                    if len(buffer) - at > limit:
+                        yield where, RecordError(where, "", "line too long", f"{long}; the rest is not read")
+                        return
+                    more = "" if end else file.read(max(_CHUNK, len(buffer) - at))
                     if not more:
-                        reason = "an element is too long" if len(buffer) - at > limit else str(error)
-                        raise ValueError(reason) from None
+                        raise ValueError(str(error)) from None
                     buffer, at = buffer[at:] + more, 0
                     continue
+                if after - at > limit:
+                    value = RecordError(where, "", "line too long", long)
                 line += buffer.count("\n", at, after)
                 expected, at = ",", after
                 yield where, value
@@ -112,23 +117,25 @@ def _array(path: Path, limit: int) -> Rows:
 
 def _tar(path: Path, limit: int) -> Rows:
     """Members in groups of one name, up to the first dot, as webdataset has them; ``line`` counts the groups."""
-    key, row, number = "", dict[str, Any](), 0
+    key, row, number, held = "", dict[str, Any](), 0, 0
     problem: RecordError | None = None
     try:
         with tarfile.open(path, "r|*") as tar:
             for member in tar:
-                if not member.isfile():
-                    continue
+                tar.members.clear()  # or it remembers every one
                 folder, slash, name = member.name.rpartition("/")
+                if not member.isfile() or name.startswith("."):
+                    continue
                 stem, _, kind = name.partition(".")
                 stem = folder + slash + stem
                 if stem != key:
                     if row or problem:
                         yield Where(str(path), number), problem or {KEY: key, **row}
-                    key, row, number, problem = stem, {}, number + 1, None
-                if member.size > limit:
-                    size = f"{member.size / 2**20:.1f} MiB; at most {limit / 2**20:.1f} MiB are read"
-                    problem = RecordError(Where(str(path), number), member.name, "line too long", size)
+                    key, row, number, problem, held = stem, {}, number + 1, None, 0
+                held += member.size
+                if held > limit:
+                    size = f"{held / 2**20:.1f} MiB; at most {limit / 2**20:.1f} MiB are read of a sample"
+                    problem = problem or RecordError(Where(str(path), number), member.name, "line too long", size)
                     continue
                 content = tar.extractfile(member)
                 assert content is not None  # a file
