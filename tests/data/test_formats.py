@@ -365,7 +365,7 @@ def test_arrays_are_read_an_element_at_a_time(tmp_path, monkeypatch):
         assert len(read_all(path, format="llama-factory", on_error=found.append)) == count
         assert len(found) == (content != "[]")
     path.write_text(json.dumps([{"instruction": "a" * 5000, "output": "b"}]))
-    with pytest.raises(RecordError, match="too long"):
+    with pytest.raises(RecordError, match="an element of more than"):
         read_all(path, format="llama-factory", limit=1000)
 
 

@@ -64,7 +64,7 @@ def rows_of(path: Path, limit: int = MAX_LINE_BYTES) -> Rows:
 
 
 def _array(path: Path, limit: int) -> Rows:
-    """The elements of an array, one at a time. Of one that is longer than ``limit`` characters not much more is read."""
+    """The elements of an array, one at a time; of one of more than ``limit`` characters not much more is read."""
     decoder = json.JSONDecoder()
     buffer, line = "", 1
     at, end = 0, False  # the next element begins at buffer[at]
