@@ -88,7 +88,8 @@ def patches_of(
         pool: its threads decode them; ``None``: this one does.
     """
     wanted = list(dict.fromkeys(pictures))
-    loaded = dict(zip(wanted, (map if pool is None else pool.map)(_load, wanted), strict=True))
+    found = map(_load, wanted) if pool is None else pool.map(_load, wanted)
+    loaded = dict(zip(wanted, found, strict=True))
     made: dict[Picture, Patches | ImageError] = {
         picture: image for picture, image in loaded.items() if isinstance(image, ImageError)
     }
