@@ -69,18 +69,24 @@ class LabelsConfig:
 
     topics: str = "topics"
     capabilities: str = "capabilities"
+    extend: int = 0  # labels at most that a teacher over HTTP may propose below each label of the second level
+
+    def __post_init__(self) -> None:
+        _require(self.extend >= 0, "labels.extend", "at least 0", self.extend)
 
 
 @dataclass
 class AllotConfig:
     """How many questions each image gets, how hard, and with how many pixels."""
 
-    by: str = "density"  # or "uniform": every image alike, the same total, for comparison
+    by: str = "density"  # or "uniform": every image as one of the mean density, the same total, for comparison
+    scorer: str = "embedded"  # of density; "ocr": with rapidocr's models reading; "teacher": by the teacher over HTTP
     questions: int = 600  # of all images together
     max_pixels: int = 262_144  # of an image; what the densest gets
 
     def __post_init__(self) -> None:
         _require(self.by in ("density", "uniform"), "allot.by", "density or uniform", self.by)
+        _require(self.scorer in ("embedded", "ocr", "teacher"), "allot.scorer", "embedded, ocr or teacher", self.scorer)
         _require(self.questions > 0, "allot.questions", "at least 1", self.questions)
         _require(self.max_pixels >= 1024, "allot.max_pixels", "at least 1024", self.max_pixels)
 
@@ -133,3 +139,9 @@ class DataBuildConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     parquet: bool = False  # records in Parquet too
     gallery: int = 24  # samples in the report
+
+    def __post_init__(self) -> None:
+        if self.teacher.kind != "http":
+            _require(self.labels.extend == 0, "labels.extend", "0 with teacher.kind=embedded", self.labels.extend)
+            _require(self.allot.scorer != "teacher", "allot.scorer", "no teacher with teacher.kind=embedded", "teacher")
+        _require(self.gallery >= 0, "gallery", "at least 0", self.gallery)

@@ -91,7 +91,7 @@ class HttpTeacher:
             import openai
         except ImportError as error:
             raise ImportError(f"a teacher over HTTP needs {error.name}: pip install 'm4ov[data]'") from error
-        self.name, self.model, self.usage = f"{model} at {base_url}", model, Usage()
+        self.name, self.usage = model, Usage()
         self.concurrency, self.retries, self.deadline_seconds = concurrency, retries, deadline_seconds
         self.prompt_price, self.completion_price = prompt_price, completion_price
         self._loop = asyncio.new_event_loop()
@@ -122,7 +122,7 @@ class HttpTeacher:
             OSError: the cache cannot be written.
         """
         options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-        keys = [_key(self.model, messages, options) for messages in requests]
+        keys = [_key(self.name, messages, options) for messages in requests]
         found: dict[str, Reply | TeacherError] = {}
         new: dict[str, list[dict[str, Any]]] = {}
         for key, messages in zip(keys, requests, strict=True):
@@ -209,7 +209,7 @@ class HttpTeacher:
 
     async def _attempt(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> Reply | _GarbageError:
         try:
-            return _reply(await self._client.chat.completions.create(model=self.model, messages=messages, **options))
+            return _reply(await self._client.chat.completions.create(model=self.name, messages=messages, **options))
         except _GarbageError as error:
             return error
         except ValueError as error:  # a body that is no JSON, or no UTF-8

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from m4ov.data.answers import AnswerError, mismatch, parse_answer
 from m4ov.data.records import DIFFICULTIES
+from m4ov.data.teacher import Reply, TeacherError
 
 _SYSTEM = "You make training data for a vision-language model. Answer with one JSON object and nothing else."
 _MATCH = """\
@@ -29,11 +30,25 @@ _BLIND = (
     "The question is about an image that you cannot see. Give the most likely answer all the same, in as few words as "
     "possible."
 )
-_FENCE = re.compile(r"^```[a-z]*\s*(.*?)\s*```$", re.DOTALL)
-
-
-class ReplyError(ValueError):
-    """An answer that is not what was asked for; the message says what came."""
+_MATCH_SCHEMA = {
+    "type": "object",
+    "properties": {"topic": {"type": "string"}, "capabilities": {"type": "array", "items": {"type": "string"}}},
+    "required": ["topic", "capabilities"],
+}
+_QUESTIONS_SCHEMA = {"type": "object", "properties": {"questions": {"type": "array"}}, "required": ["questions"]}
+_DRAFT_FIELDS = ("question", "answer", "difficulty", "capability", "kind")
+_WORDS = {"type": "string", "pattern": r"\S"}
+_DRAFT_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "question": _WORDS,
+        "answer": {"type": ["string", "number"], "pattern": r"\S"},
+        "difficulty": {"enum": list(DIFFICULTIES)},
+        "capability": _WORDS,
+        "kind": {"type": "string"},
+    },
+    "required": ["question", "answer", "difficulty", "capability"],
+}
 
 
 @dataclass(frozen=True)
@@ -90,47 +105,30 @@ def task_of(messages: Messages) -> dict[str, Any] | None:
     return task if isinstance(task, dict) and "task" in task else None
 
 
-def read_match(text: str) -> tuple[str, list[str]]:
+def read_match(answer: Reply | TeacherError) -> tuple[str, list[str]]:
     """(topic, capabilities) of an answer; whether there are such labels is for others to say.
 
     Raises:
-        ReplyError: it is something else.
+        AnswerError: it is something else, or there is none.
     """
-    value = _object(text)
-    topic, capabilities = value.get("topic"), value.get("capabilities")
-    if not isinstance(topic, str) or not isinstance(capabilities, list):
-        raise ReplyError(f"expected a topic and a list of capabilities, got {_short(text)}")
-    if not all(isinstance(one, str) for one in capabilities):
-        raise ReplyError(f"capabilities: expected ids, got {_short(str(capabilities))}")
-    return topic, capabilities
+    value = parse_answer(answer, _MATCH_SCHEMA)
+    return value["topic"], list(dict.fromkeys(value["capabilities"]))
 
 
-def read_questions(text: str) -> list[Draft | ReplyError]:
+def read_questions(answer: Reply | TeacherError) -> list[Draft | AnswerError]:
     """The questions of an answer; one that is malformed has the error in its place.
 
     Raises:
-        ReplyError: it is something else as a whole.
+        AnswerError: it is something else as a whole, or there is none.
     """
-    entries = _object(text).get("questions")
-    if not isinstance(entries, list):
-        raise ReplyError(f"expected a list of questions, got {_short(text)}")
-    return [_draft(entry) for entry in entries]
+    return [_draft(entry) for entry in parse_answer(answer, _QUESTIONS_SCHEMA)["questions"]]
 
 
-def _draft(entry: Any) -> Draft | ReplyError:
-    if not isinstance(entry, dict):
-        return ReplyError(f"expected an object, got {_short(str(entry))}")
-    values = {}
-    for name in ("question", "answer", "difficulty", "capability"):
-        value = entry.get(name)
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            return ReplyError(f"{name}: expected text, got {_short(str(value))}")
-        values[name] = " ".join(str(value).split())
-        if not values[name]:
-            return ReplyError(f"{name}: is empty")
-    if values["difficulty"] not in DIFFICULTIES:
-        return ReplyError(f"difficulty: expected {', '.join(DIFFICULTIES)}, got {_short(values['difficulty'])}")
-    return Draft(**values, kind=str(entry.get("kind") or ""))
+def _draft(entry: Any) -> Draft | AnswerError:
+    if problem := mismatch(entry, _DRAFT_SCHEMA):
+        return AnswerError(problem)
+    words = {name: " ".join(str(value).split()) for name, value in entry.items() if name in _DRAFT_FIELDS}
+    return Draft(**words)
 
 
 def _request(words: str, task: dict[str, Any], image: str | None) -> Messages:
@@ -139,21 +137,3 @@ def _request(words: str, task: dict[str, Any], image: str | None) -> Messages:
     if image:
         content.insert(0, {"type": "image_url", "image_url": {"url": image}})
     return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": content}]
-
-
-def _object(text: str) -> dict[str, Any]:
-    text = text.strip()
-    if fenced := _FENCE.match(text):
-        text = fenced[1]
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        raise ReplyError(f"expected a JSON object, got {_short(text)}") from None
-    if not isinstance(value, dict):
-        raise ReplyError(f"expected a JSON object, got {_short(text)}")
-    return value
-
-
-def _short(text: str, size: int = 80) -> str:
-    text = " ".join(text.split())
-    return repr(text if len(text) <= size else text[:size] + "…")
