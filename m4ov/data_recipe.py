@@ -106,7 +106,7 @@ class QualityConfig:
     def __post_init__(self) -> None:
         for name in ("max_question", "max_answer", "prior_support"):
             _require(getattr(self, name) > 0, f"quality.{name}", "at least 1", getattr(self, name))
-        _require(0 < self.max_prior <= 1, "quality.max_prior", "more than 0, at most 1", self.max_prior)
+        _require(0.5 <= self.max_prior <= 1, "quality.max_prior", "0.5 to 1", self.max_prior)
         _require(0 < self.near_text <= 1, "quality.near_text", "more than 0, at most 1", self.near_text)
         _require(0 <= self.near_image <= 7, "quality.near_image", "0 to 7", self.near_image)
 

@@ -72,7 +72,7 @@ def match(task: Task) -> Result:
         else:
             turned_away.append(rejected("match", row["id"], "score", found))
     leaves = list(topics.leaves), list(capabilities.leaves)
-    requests = [match_request(_shown(task, row), *leaves, row["truth"]) for row in scored]
+    requests = [match_request(shown(task, row), *leaves, row["truth"]) for row in scored]
     kept = []
     for row, answer in zip(scored, teacher.ask_many(requests, seed=task.settings["seed"]), strict=True):
         try:
@@ -157,5 +157,6 @@ def _metadata(truth: dict[str, Any]) -> dict[str, Any]:
     return {name: truth[name] for name in ("facts", "text", "objects", "names", "categories") if name in truth}
 
 
-def _shown(task: Task, row: dict[str, Any]) -> str | None:
+def shown(task: Task, row: dict[str, Any]) -> str | None:
+    """A row's image as the task's teacher is shown it; ``None``: it looks at none."""
     return data_uri(task.path(row["image"])) if sees(task) else None

@@ -146,11 +146,17 @@ def done(task: Task) -> Done | None:
 
 
 def tidy(folder: Path, shards: int) -> None:
-    """Remove what a killed process half-wrote, and the shards of an earlier run that had more of them."""
-    for path in folder.glob("*") if folder.is_dir() else ():
+    """Remove the shards of an earlier run that had more of them."""
+    for path in folder.glob("[0-9]*.*"):
         number = path.name.partition(".")[0]
-        if path.name.endswith(WRITING) or (number.isdigit() and int(number) >= shards):
+        if number.isdigit() and int(number) >= shards:
             path.unlink(missing_ok=True)
+
+
+def sweep(root: Path) -> None:
+    """Remove what killed processes half-wrote."""
+    for path in root.glob(f"**/.*{WRITING}"):
+        path.unlink(missing_ok=True)
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
