@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -137,7 +137,8 @@ class HttpTeacher:
         self.usage.cached += len(keys) - len(new)
         if new:
             self._run(self._ask_all(iter(new.items()), options, found))
-        return [found[key] for key in keys]
+        first = {key: place for place, key in reversed(list(enumerate(keys)))}
+        return [found[key] if first[key] == place else _again(found[key]) for place, key in enumerate(keys)]
 
     def close(self) -> None:
         """Close connections and the cache."""
@@ -226,6 +227,11 @@ class HttpTeacher:
             self._cache.set(key, (reply.text, reply.prompt_tokens, reply.completion_tokens))
         except Exception as error:  # SQLite's and the disk's
             raise OSError(f"teacher cache {self._cache.directory}: cannot be written ({error})") from error
+
+
+def _again(answer: Reply | TeacherError) -> Reply | TeacherError:
+    """The answer to a request that was equal to an earlier one."""
+    return replace(answer, cached=True) if isinstance(answer, Reply) else answer
 
 
 def _open_cache(folder: str | Path) -> Any:
