@@ -42,7 +42,8 @@ def allot(
     minimum: int = 1,
     maximum: int | None = None,
     power: float = 1.0,
-    pixels: tuple[int, int] = (64 * 64, 1024 * 1024),
+    max_pixels: int = 1024 * 1024,
+    min_pixels: int | None = None,
     pixel_unit: int = 32 * 32,
 ) -> list[Allotment]:
     """Divide ``total`` questions among images; the same for the same arguments.
@@ -52,8 +53,8 @@ def allot(
         total: how many questions are given out, exactly.
         minimum, maximum: that an image gets. ``None``: no limit above.
         power: questions beyond the minimum go by ``combined ** power``, by largest remainder; 0 is uniform.
-        pixels: the budget at density 0 and at density 1. Between them it grows geometrically with the larger of
-            ``combined`` and ``text``, because reading needs resolution.
+        max_pixels, min_pixels: the budget at density 1 and at density 0; ``None``: a sixteenth of ``max_pixels``.
+            Between them it grows geometrically with the larger of ``combined`` and ``text``: reading needs resolution.
         pixel_unit: pixels of one visual token; budgets are multiples of it, rounded down, one at least.
 
     Returns:
@@ -72,8 +73,12 @@ def allot(
         raise ValueError(f"total must be {limits} for {count} images, got {total}")
     if not 0 <= power <= 16:
         raise ValueError(f"power must be 0 to 16, got {power}")
-    if not 1 <= pixel_unit <= pixels[0] <= pixels[1]:
-        raise ValueError(f"pixels must be (low, high) with pixel_unit {pixel_unit} <= low <= high, got {pixels}")
+    fewest = max(1, max_pixels // 16) if min_pixels is None else min_pixels
+    if not 1 <= fewest <= max_pixels or not 1 <= pixel_unit <= max_pixels:
+        got = f"{min_pixels}, {max_pixels} and {pixel_unit}"
+        raise ValueError(
+            f"min_pixels and pixel_unit must be 1 to max_pixels; got min_pixels, max_pixels, pixel_unit {got}"
+        )
     questions = _questions(densities, total, minimum, most, power)
     allotments = []
     owed = np.zeros(3)
@@ -84,9 +89,9 @@ def allot(
         owed -= given
         easy, medium, hard = given.tolist()
         wealth = max(density.combined, density.text)
-        budget = pixels[0] * (pixels[1] / pixels[0]) ** wealth
+        budget = fewest * (max_pixels / fewest) ** wealth
         # A hair more, so that the ends of the range are met in spite of rounding.
-        tokens = int(budget * (1 + 1e-12) / pixel_unit)
+        tokens = max(1, int(budget * (1 + 1e-12) / pixel_unit))
         allotments.append(Allotment(number, (easy, medium, hard), tokens * pixel_unit))
     return allotments
 

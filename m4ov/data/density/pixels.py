@@ -10,7 +10,7 @@ from PIL import Image
 from m4ov.data.density.record import DensityError
 
 COLOUR_SIDE = 160  # pixels of the longer side, scaled up or down: regions are measured at one scale
-GREY_SIDE = 384  # at most: text is not scaled up
+GREY_SIDE, GREY_SCALE = (384, 1536), 0.75  # text is scaled down by so much, within these sides, and never up
 MAX_PIXELS = 2**28
 
 
@@ -54,9 +54,9 @@ def as_rgb(image: np.ndarray | Image.Image, name: str = "image") -> Image.Image:
 def copies(rgb: Image.Image) -> Copies:
     """The two working copies. A resampling filter is symmetric, so a mirrored image has mirrored copies."""
     colour = rgb.resize(_scaled(rgb.size, COLOUR_SIDE), Image.Resampling.BILINEAR)
-    grey = rgb
-    if max(rgb.size) > GREY_SIDE:
-        grey = rgb.resize(_scaled(rgb.size, GREY_SIDE), Image.Resampling.BILINEAR)
+    least, most = GREY_SIDE
+    side = min(max(least, round(GREY_SCALE * max(rgb.size))), most)
+    grey = rgb.resize(_scaled(rgb.size, side), Image.Resampling.BILINEAR) if side < max(rgb.size) else rgb
     return Copies(np.asarray(colour), grey.convert("L"), rgb.size)
 
 

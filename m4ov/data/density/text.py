@@ -147,7 +147,7 @@ def _glyphs_in_rows(ink: np.ndarray) -> tuple[int, int]:
     x, y = (left[like] + right[like]) / 2, (top[like] + bottom[like]) / 2
     # Rows lie across: what is above or below is three times as far.
     tree = spatial.cKDTree(np.stack([x, 3 * y], axis=1))
-    _, near = tree.query(tree.data, k=range(2, min(_NEIGHBOURS, len(x) - 1) + 2))
+    _, near = tree.query(tree.data, k=list(range(2, min(_NEIGHBOURS, len(x) - 1) + 2)))
     taller = np.maximum(height[:, None], height[near])
     gap = np.abs(x[:, None] - x[near]) - (width[:, None] + width[near]) / 2
     alike = (np.abs(y[:, None] - y[near]) < 0.5 * taller) & (gap < 1.2 * taller) & (gap > -0.3 * taller)
