@@ -26,7 +26,7 @@ class Where(NamedTuple):
     line: int = 0
 
 
-_NOWHERE = Where()
+NOWHERE = Where()
 
 
 class RecordError(ValueError):
@@ -129,7 +129,7 @@ class Record:
         return json.dumps(self.to_json(), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, value: Any, where: Where = _NOWHERE) -> Record:
+    def from_json(cls, value: Any, where: Where = NOWHERE) -> Record:
         """The record of a parsed line. Content that is a string becomes a block of text.
 
         Raises:
@@ -175,7 +175,7 @@ def assistant(words: str) -> Message:
     return {"role": "assistant", "content": [text(words)]}
 
 
-def check(record: Record, where: Where = _NOWHERE) -> None:
+def check(record: Record, where: Where = NOWHERE) -> None:
     """That a record is as :class:`Record` says. Images are not looked at.
 
     Raises:
