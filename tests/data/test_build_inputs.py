@@ -49,6 +49,7 @@ def test_bad_images_and_lines_are_named_counted_and_left_out(tmp_path):
         json.dumps({**good, "id": "dangling", "image": "c.png", "truth": {**cat, "topic": "nature.animal.pets"}}),
         json.dumps({**good, "id": "unknown", "image": "c.png", "truth": {"label": "a gryphon"}}),
         json.dumps({**good, "id": "odd", "image": "c.png", "truth": {**cat, "facts": 3}}),
+        json.dumps({**good, "id": "half", "image": "c.png", "truth": {**cat, "questions": [["one"]]}}),
         json.dumps({**good, "id": "bmp", "image": str(tmp_path / "d.bmp"), "truth": {**cat, "label": "a pet"}}),
     ]
     (tmp_path / "mine.jsonl").write_text("\n".join(lines) + "\n")
@@ -69,6 +70,7 @@ def test_bad_images_and_lines_are_named_counted_and_left_out(tmp_path):
         ("label", "dangling"),
         ("label", "unknown"),
         ("score", "odd"),
+        ("no answer", "half"),
     }
     records = list(read_records(production.records))
     assert {record.meta["image_id"] for record in records} == {"good", "bmp"}
