@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 
 class Seen(NamedTuple):
-    """A request as it came. ``text``: of the last message's last block."""
+    """A request as it came. ``text``: of the last message's last block; ``headers``: by lower-case names."""
 
     at: float
     text: str
@@ -123,7 +123,7 @@ class ChatServer:
         sent = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
         content = sent["messages"][-1]["content"]
         text = content if isinstance(content, str) else content[-1]["text"]
-        seen = Seen(time.monotonic(), text, sent, dict(handler.headers))
+        seen = Seen(time.monotonic(), text, sent, {name.lower(): value for name, value in handler.headers.items()})
         with self._lock:
             self.seen.append(seen)
             self._now += 1

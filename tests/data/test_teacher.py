@@ -63,7 +63,7 @@ def test_options_reach_the_server_and_make_other_requests(monkeypatch, tmp_path)
         assert {(seen.body["max_tokens"], seen.body["seed"], seen.body["model"]) for seen in server.seen} == {
             (33, 4, "m")
         }
-        assert server.seen[0].headers["Authorization"] == "Bearer secret"
+        assert server.seen[0].headers["authorization"] == "Bearer secret"
 
 
 def test_a_rate_limit_is_waited_for_as_long_as_the_server_says():
@@ -117,9 +117,8 @@ def test_what_stays_wrong_is_an_error_in_its_place_and_is_not_remembered(tmp_pat
             assert all(isinstance(reply, TeacherError) for reply in replies[:-1])
             assert replies[-1].text == "re: good"
             says = dict(zip(names, map(str, replies), strict=False))
-            assert "status 500: no 500" in says["500"].replace(
-                "Error code: 500 - {'error': {'message': 'no 500'}}", "no 500"
-            )
+            assert "status 500: " in says["500"]
+            assert "no 500" in says["500"]
             assert "<html>busy</html>" in says["html"]
             assert "timed out" in says["hang"]
             assert "Connection error" in says["hang_up"]
