@@ -13,6 +13,8 @@ from typing import Any
 
 from m4ov.data.formats.containers import files_of, rows_of
 from m4ov.data.formats.registry import Format, FormatError, convert_row, detect, named
+from m4ov.data.formats.turns import IDS
+from m4ov.data.formats.webdataset import KEY
 from m4ov.data.images import ImageError
 from m4ov.data.pictures import image_header, load_image
 from m4ov.data.records import Record, RecordError, Where, short
@@ -217,10 +219,11 @@ def _checked(
     except RecordError as error:
         return None, [error]
     problems = []
-    if record.id in seen:
-        problem = f"{short(record.id)} was there before"
-        problems.append(RecordError(where, "id", "duplicate id", problem, record.id))
-    seen.add(record.id)
+    if any(value.get(name) is not None for name in (*IDS, KEY)):  # others are named by their place
+        if record.id in seen:
+            problem = f"{short(record.id)} was there before"
+            problems.append(RecordError(where, "id", "duplicate id", problem, record.id))
+        seen.add(record.id)
     if also is not None:
         try:
             also(record, where)

@@ -158,14 +158,14 @@ def read_all(path, **options) -> list[Record]:
 
 @pytest.mark.parametrize(("name", "row", "expected"), ROWS, ids=NAMES)
 def test_rows_of_json_become_records(tmp_path, name, row, expected):
-    for path, content in (
-        (tmp_path / "d.jsonl", f"{json.dumps(row)}\n\n"),
-        (tmp_path / "d.json", json.dumps([row], indent=2)),
+    for path, content, id in (
+        (tmp_path / "d.jsonl", f"{json.dumps(row)}\n\n", "d-jsonl-00000001"),
+        (tmp_path / "d.json", json.dumps([row], indent=2), "d-json-00000002"),  # the line where it begins
     ):
         path.write_text(content)
         assert detect(path).name == name
         (record,) = read_all(path)
-        assert record.to_json() == {"id": f"d-0000000{1 if path.suffix == '.jsonl' else 2}", **expected}
+        assert record.to_json() == {"id": id, **expected}
 
 
 # A column has one type: contents are all texts, or all blocks.
@@ -183,7 +183,7 @@ def test_rows_of_parquet_become_the_same(tmp_path, name, row, expected):
     parquet.write_table(pyarrow.Table.from_pylist([row]), path)
     assert detect(path).name == name
     (record,) = read_all(path)
-    assert record.to_json() == {"id": "d-00000001", **expected}
+    assert record.to_json() == {"id": "d-parquet-00000001", **expected}
 
 
 def tar_of(path, members: dict[str, bytes], mode: str = "w") -> None:
@@ -452,6 +452,10 @@ def test_validation_of_what_is_right_and_of_what_is_not_there(tmp_path):
         raise RecordError(where, "labels", "labels", "no label", record.id)
 
     assert dict(validate(tmp_path / "a.jsonl", also=unlabelled).counts) == {"labels": 30}
+    for folder in ("one", "two"):  # rows without ids are no duplicates
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "d.jsonl").write_text('{"instruction": "a", "output": "b"}')
+    assert validate([tmp_path / "one", tmp_path / "two"]).ok
     with pytest.raises(FormatError):
         validate(tmp_path, "nothing")
     with pytest.raises(ValueError, match="images: expected no, header or decode"):

@@ -16,6 +16,7 @@ from m4ov.data.shards import MAX_LINE_BYTES, read_values
 
 #: How names of files end that are looked for in a folder.
 SUFFIXES = (".jsonl", ".json", ".parquet", ".tar", ".tar.gz", ".tgz")
+_SETTINGS = ("dataset_info.json",)  # LLaMA-Factory's list of data sets
 _CHUNK = 2**20
 _SPACE = " \t\r\n"
 _SAMPLE = 4  # a sample of a tar may be so many times as large as a line
@@ -35,7 +36,7 @@ def files_of(source: str | Path) -> list[Path]:
     if not source.is_dir():
         raise RecordError(Where(str(source)), "", "file", "no such file or folder")
     found = sorted(path for path in source.iterdir() if path.name.endswith(SUFFIXES) and not path.name.startswith("."))
-    found = [path for path in found if path.is_file()]
+    found = [path for path in found if path.is_file() and path.name not in _SETTINGS]
     if not found:
         raise RecordError(Where(str(source)), "", "file", f"no file *{' *'.join(SUFFIXES)} in this folder")
     return found

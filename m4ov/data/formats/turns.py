@@ -11,6 +11,8 @@ from m4ov.data.records import Message, Record, RecordError, Where, check, image,
 
 PLACEHOLDER = "<image>"
 _SPLIT = re.compile(re.escape(PLACEHOLDER))
+#: Where a row may have a name of its own.
+IDS = ("id", "uuid")
 Row = dict[str, Any]
 
 
@@ -39,8 +41,8 @@ def record_of(
     for name in ("videos", "video", "audios", "audio"):
         if row.get(name):
             raise FieldError(name, name.rstrip("s"), f"a {name.rstrip('s')} cannot be used; images and text can")
-    given = row.get("id", row.get("uuid"))
-    name = str(given) if isinstance(given, str | int) and str(given) else f"{_stem(where.file)}-{where.line:08d}"
+    given = next((row[key] for key in IDS if row.get(key) is not None), None)
+    name = str(given) if isinstance(given, str | int) and str(given) else _name(where)
     optional = {key: row[key] for key in ("labels", "difficulty", "kind") if row.get(key) is not None}
     found = Record(
         name, list(messages), rejected=list(rejected), reward=reward or {}, meta=dict(meta or {}), **optional
@@ -205,8 +207,9 @@ def _blocks(content: Any, images: Any, field: str) -> list[dict[str, str]]:
     return blocks
 
 
-def _stem(file: str) -> str:
-    return re.sub(r"\W+", "-", file.rsplit("/", 1)[-1].split(".")[0]) or "record"
+def _name(where: Where) -> str:
+    file = re.sub(r"\W+", "-", where.file.rsplit("/", 1)[-1])
+    return f"{file}-{where.line:08d}"
 
 
 def made(convert: Any, row: Any, where: Where) -> Record:
