@@ -86,7 +86,7 @@ def combine(axes: Mapping[str, float]) -> float:
 
 def saturated(amount: float, scale: float) -> float:
     """``1 - exp(-amount / scale)``: 0 for nothing, 63% at ``scale``, and never past 1."""
-    return -math.expm1(-amount / scale)
+    return 0.0 - math.expm1(-amount / scale)  # 0.0 - …: never -0.0
 
 
 def audit(id: str, density: Density, allotment: Allotment | None = None) -> dict[str, Any]:

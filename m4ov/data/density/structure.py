@@ -9,7 +9,8 @@ import numpy as np
 from m4ov.data.density.record import saturated
 
 EDGE = 14  # of 255: a step between neighbouring pixels that parts two regions
-TEXTURE = (7, 0.8)  # a square of so many pixels a side is texture if more than this share of it is edges
+TEXTURE = (13, 0.75)  # a square of so many pixels a side is texture if more than this share of it is edges
+MARK = (5, 0.4)  # pixels a side, and share of its box, that edges have which are a mark
 MIN_AREA = 0.001  # of the image: smaller regions are not counted
 RELATED = 12  # the largest subjects, whose relations are counted
 NEAR = 0.1  # of the image's side: a smaller gap between two boxes is "near"
@@ -29,8 +30,9 @@ class Subjects(NamedTuple):
 def find_subjects(colour: np.ndarray) -> Subjects:
     """Regions of an image, without the largest, which is the ground.
 
-    A region is a connected set of pixels without edges between them, or a connected texture: where edges are so dense
-    that no region is left between them.
+    A region is a connected set of pixels without edges between them; or a connected texture, where edges are so dense
+    that no region is left between them; or a mark, a compact set of edges around nothing that is counted: a thing too
+    small to have an inside.
 
     Args:
         colour: uint8 ``[h, w, 3]``, the working copy.
@@ -49,29 +51,36 @@ def find_subjects(colour: np.ndarray) -> Subjects:
     edge[:-1] |= down
     side, share = TEXTURE
     texture = ndimage.uniform_filter(edge.astype(np.float32), side, mode="nearest") > share
+    edge &= ~texture
     labels, flat = ndimage.label(~(edge | texture))
-    textures, count = ndimage.label(texture)
-    labels = np.where(texture, textures + flat, labels)
-    count += flat
-    areas = np.bincount(labels.ravel(), minlength=count + 1)
-    areas[0] = 0  # edges
+    textures, textured = ndimage.label(texture)
+    edges, edged = ndimage.label(edge, np.ones((3, 3), dtype=bool))
+    regions = flat + textured
+    labels = np.where(texture, textures + flat, np.where(edge, edges + regions, labels))
+    areas = np.bincount(labels.ravel(), minlength=regions + edged + 1)
     kept = np.flatnonzero(areas >= max(4, MIN_AREA * height * width))
-    kept = kept[np.argsort(-areas[kept], kind="stable")][1:]
+    kept = kept[np.argsort(-areas[kept], kind="stable")]
+    kept = np.delete(kept, np.flatnonzero(kept <= regions)[:1])
     if not len(kept):
         return Subjects(np.zeros((0, 4)), 0)
-    place = np.zeros(count + 1, dtype=np.int32)
+    place = np.zeros(regions + edged + 1, dtype=np.int32)
     place[kept] = np.arange(1, len(kept) + 1)
     labels = place[labels]
     found = ndimage.find_objects(labels)
     boxes = np.array([(x.start, y.start, x.stop, y.stop) for y, x in found], dtype=np.float64)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    fill = areas[kept] / sides.prod(axis=1)
+    mark = kept > regions
+    around = np.all(boxes[:, None, :2] <= boxes[:, :2], axis=2) & np.all(boxes[:, None, 2:] >= boxes[:, 2:], axis=2)
+    small = (sides.min(axis=1) >= MARK[0]) & (fill >= MARK[1]) & ~np.any(around[:, ~mark], axis=1)
+    chosen = ~mark | small
     inside = np.flatnonzero(labels)
     of_pixel = labels.ravel()[inside]
     sums = [np.bincount(of_pixel, channel[inside], len(kept) + 1)[1:] for channel in values.reshape(-1, 3).T]
     means = np.stack(sums, axis=1) / areas[kept, None]
-    fill = areas[kept] / ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
     forms = np.digitize(fill, (0.4, 0.65, 0.88))  # thin or bent, triangle-like, round, box
-    kinds = len(np.unique(_colour_names(means) * 4 + forms))
-    return Subjects(boxes / (width, height, width, height), kinds)
+    kinds = len(np.unique((_colour_names(means) * 4 + forms)[chosen]))
+    return Subjects(boxes[chosen] / (width, height, width, height), kinds)
 
 
 def _colour_names(means: np.ndarray) -> np.ndarray:

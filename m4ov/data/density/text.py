@@ -16,6 +16,7 @@ GLYPHS_SCALE = 60.0
 
 _BLUR = 9  # radius in pixels of the local background
 _CONTRAST = 28  # of 255: what differs so much from its background is ink, dark or light
+_PARTED = 1.75  # how far a glyph's shades are from its paper's, at least
 _HEIGHT = (5, 0.25)  # of a glyph: pixels at least, of the image at most
 _NEIGHBOURS = 6  # nearest glyphs that are looked at
 
@@ -102,24 +103,28 @@ def of_lines(lines: Iterable[TextLine], source: str) -> Text:
 def of_strokes(grey: Image.Image) -> Text:
     """Without reading: how many marks look like glyphs, thin, of a glyph's size, and in a row with others like them.
 
-    It tells lines of text from texture and objects. It misses single characters, connected script and low contrast,
-    and takes fine regular ornament for text: an estimate, and the evidence says so.
+    It tells lines of print from texture and objects. It misses single characters, handwriting and low contrast, and
+    may take fine regular ornament for text: an estimate, and the evidence says so.
 
     Args:
         grey: mode L, the working copy.
     """
-    pixels = np.asarray(grey).astype(np.int16)
-    ink = pixels - np.asarray(grey.filter(ImageFilter.BoxBlur(_BLUR)))
+    pixels = np.asarray(grey).astype(np.int64)
+    difference = pixels - np.asarray(grey.filter(ImageFilter.BoxBlur(_BLUR)))
+    sums = _integral(pixels), _integral(pixels**2)
     glyphs, area = 0, 0
-    for mask in (ink < -_CONTRAST, ink > _CONTRAST):
-        count, covered = _glyphs_in_rows(mask)
+    for ink in (difference < -_CONTRAST, difference > _CONTRAST):
+        count, covered = _glyphs_in_rows(pixels, ink, sums)
         glyphs, area = glyphs + count, area + covered
     score = 0.8 * saturated(glyphs, GLYPHS_SCALE) + 0.2 * saturated(area / pixels.size, AREA_SCALE)
     return Text(score, {"from": "strokes", "glyphs": glyphs, "area": round(area / pixels.size, 6)})
 
 
-def _glyphs_in_rows(ink: np.ndarray) -> tuple[int, int]:
-    """How many connected marks of ink ``[h, w]`` are like glyphs in a row, and the area of their boxes."""
+def _glyphs_in_rows(pixels: np.ndarray, ink: np.ndarray, sums: tuple[np.ndarray, np.ndarray]) -> tuple[int, int]:
+    """How many connected marks of ink ``[h, w]`` are like glyphs in a row, and the area of their boxes.
+
+    ``sums``: integral images of ``pixels`` and of their squares.
+    """
     from scipy import ndimage, spatial
 
     labels, count = ndimage.label(ink, np.ones((3, 3), dtype=bool))
@@ -132,8 +137,8 @@ def _glyphs_in_rows(ink: np.ndarray) -> tuple[int, int]:
     place[kept] = np.arange(1, len(kept) + 1)
     labels = place[labels]
     found = ndimage.find_objects(labels)
-    top, bottom, left, right = np.array([(y.start, y.stop, x.start, x.stop) for y, x in found], dtype=np.float64).T
-    height, width, area = bottom - top, right - left, areas[kept]
+    box = np.array([(y.start, y.stop, x.start, x.stop) for y, x in found]).T  # [4, N]
+    height, width, area = box[1] - box[0], box[3] - box[2], areas[kept]
     # Pixels with ink on all four sides: what is left is the outline, about twice a stroke's length.
     inner = ink[1:-1, 1:-1] & ink[:-2, 1:-1] & ink[2:, 1:-1] & ink[1:-1, :-2] & ink[1:-1, 2:]
     outline = area - np.bincount(labels[1:-1, 1:-1][inner], minlength=len(kept) + 1)[1:]
@@ -141,10 +146,11 @@ def _glyphs_in_rows(ink: np.ndarray) -> tuple[int, int]:
     fill = area / (height * width)
     like = (height >= _HEIGHT[0]) & (height <= max(_HEIGHT[0], _HEIGHT[1] * ink.shape[0])) & (width <= 8 * height)
     like &= (thickness <= 0.22 * np.maximum(height, width)) & (fill >= 0.12) & (fill <= 0.9)
+    like &= _parted(pixels, labels, box, area, sums) >= _PARTED
     if like.sum() < 3:
         return 0, 0
     height, width, thickness = height[like], width[like], thickness[like]
-    x, y = (left[like] + right[like]) / 2, (top[like] + bottom[like]) / 2
+    x, y = (box[2] + box[3])[like] / 2, (box[0] + box[1])[like] / 2
     # Rows lie across: what is above or below is three times as far.
     tree = spatial.cKDTree(np.stack([x, 3 * y], axis=1))
     _, near = tree.query(tree.data, k=list(range(2, min(_NEIGHBOURS, len(x) - 1) + 2)))
@@ -156,3 +162,32 @@ def _glyphs_in_rows(ink: np.ndarray) -> tuple[int, int]:
     )
     in_row = alike.sum(axis=1) >= 2
     return int(in_row.sum()), int((height * width)[in_row].sum())
+
+
+def _parted(
+    pixels: np.ndarray, labels: np.ndarray, box: np.ndarray, area: np.ndarray, sums: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
+    """How far each mark's pixels are from the others in its box: the difference of their means over the sum of their
+    standard deviations. Print on paper has 2 to 3; texture, which has all shades between, has 1 to 1.7."""
+    top, bottom, left, right = np.maximum(box - [[1], [0], [1], [0]], 0)
+    bottom, right = np.minimum(bottom + 1, pixels.shape[0]), np.minimum(right + 1, pixels.shape[1])
+    around = (bottom - top) * (right - left) - area
+    inside = np.flatnonzero(labels)
+    of_pixel, values = labels.ravel()[inside], pixels.ravel()[inside].astype(np.float64)
+    means, spreads = [], []
+    inks = [np.bincount(of_pixel, values**power)[1:] for power in (1, 2)]
+    boxes = [whole[bottom, right] - whole[top, right] - whole[bottom, left] + whole[top, left] for whole in sums]
+    papers = [whole - ink for whole, ink in zip(boxes, inks, strict=True)]
+    for (total, squares), number in ((inks, area), (papers, np.maximum(around, 1))):
+        means.append(total / number)
+        spreads.append(np.sqrt(np.maximum(squares / number - means[-1] ** 2, 0)))
+    parted = np.abs(means[0] - means[1]) / (spreads[0] + spreads[1] + 1)
+    return np.where(around > 0, parted, 0)
+
+
+def _integral(values: np.ndarray) -> np.ndarray:
+    """int64 ``[h + 1, w + 1]``: sums over all that is above and to the left."""
+    whole = np.zeros((values.shape[0] + 1, values.shape[1] + 1), dtype=np.int64)
+    np.cumsum(values, axis=0, out=whole[1:, 1:])
+    np.cumsum(whole[1:, 1:], axis=1, out=whole[1:, 1:])
+    return whole

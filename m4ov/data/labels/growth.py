@@ -74,7 +74,8 @@ class Extension:
         self.tree.save(path)
 
 
-class Share(NamedTuple):
+@dataclass(frozen=True)
+class Share:
     """A leaf, what it holds and what it should: ``state`` is ``"over"``, ``"under"`` or ``"within"``."""
 
     leaf: str
@@ -113,8 +114,8 @@ def extend(
 ) -> Extension:
     """Ask a teacher for labels that are missing below some labels.
 
-    Every proposal is held against a JSON Schema and against all titles of the tree (:func:`~m4ov.data.labels.label.
-    normalised`), those just taken up included. A proposed branch reaches the last level or is refused as a whole.
+    Every proposal is held against a JSON Schema and against all titles of the tree, normalised, those just taken up
+    included. A proposed branch reaches the last level or is refused as a whole.
 
     Args:
         at: ids of labels above the last level; ``""`` is the root. ``None``: all labels right above the leaves.

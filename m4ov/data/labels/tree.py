@@ -93,7 +93,9 @@ class LabelTree:
             again = [label for label in self.labels if label.id == twice[0]][1]
             raise LabelError(f"{self._where(again)}: the id stands twice")
         paths: dict[str, tuple[str, ...]] = {}
-        waiting = [(label, (label.id,)) for label in reversed(children.get("", ()))]
+        waiting: list[tuple[Label, tuple[str, ...]]] = [
+            (label, (label.id,)) for label in reversed(children.get("", []))
+        ]
         while waiting:
             label, path = waiting.pop()
             paths[label.id] = path
