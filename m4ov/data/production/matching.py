@@ -20,7 +20,6 @@ from m4ov.data.teacher import Reply
 from m4ov.data.teacher.tasks import data_uri, match_request, read_match
 
 _TREES = ("topics", "capabilities")
-_LEAST_PIXELS = 64 * 64  # of an image of no density
 
 
 def labels(task: Task) -> Result:
@@ -120,9 +119,7 @@ def allot(task: Task) -> Result:
         mean = float(np.mean([one.combined for one in found]))
         found = [density.Density(mean, mean, mean, mean, mean)] * len(found)
     total, most = task.settings["questions"], task.settings["max_pixels"]
-    allotted = density.allot(
-        found, total if found else 0, minimum=int(total >= len(found)), pixels=(min(_LEAST_PIXELS, most), most)
-    )
+    allotted = density.allot(found, total if found else 0, minimum=int(total >= len(found)), max_pixels=most)
     for row, share in zip(rows, allotted, strict=True):
         row["allotted"] = share.to_json()
     counts = {"images": len(rows), "rejected": len(turned_away), "questions": sum(one.questions for one in allotted)}
