@@ -85,16 +85,22 @@ def test_similar_images_are_those_of_all_pairs():
 
 
 def test_near_texts():
-    texts = [
-        "is there a red shape in the image",
-        "is there a red shape in the image now",
-        "is it a blue one",
-        "Zürich",
-        "",
-    ]
+    texts = ["is there a red shape in the image", "is there a red shape in the image now", "is it blue", "Zürich", ""]
     assert near_texts([*texts, *texts], 0.95)[5:] == [0, 1, 2, 3, 4]
     assert near_texts(texts, 0.75) == [None, 0, None, None, None]
     assert near_texts([], 0.9) == []
+
+
+def test_near_texts_among_many_are_found_and_nothing_else():
+    random = np.random.default_rng(int(os.environ["M4OV_TEST_SEED"]))
+    texts = ["".join(random.choice(list("abcdefgh "), 60)) for _ in range(100)]  # of which no two are alike
+    near = [f"{text[:-1]}x" for text in texts[:40]]  # 57 of 59 grams are the same
+    found = near_texts([*texts, *texts[:20], *near], 0.85)
+    assert found[:100] == [None] * 100
+    assert found[100:120] == list(range(20))
+    assert {place for place in found[120:] if place is not None} <= set(range(40))
+    right = sum(place == number for number, place in enumerate(found[120:]))
+    assert right >= 38  # hashing may overlook one
 
 
 def test_answers_that_say_the_same():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 _BITS = 64
 _PERMUTATIONS = 128
 _GRAM = 4
+_FEW = 64  # texts, of which each is compared with each
 
 
 def hashes(image: Image.Image) -> dict[str, str]:
@@ -79,26 +81,68 @@ class _Groups:
 def near_texts(texts: Sequence[str], threshold: float) -> list[int | None]:
     """For each text the index of an earlier one that is nearly the same, if there is one.
 
-    Candidates come from MinHash and locality-sensitive hashing (datasketch); each is then judged by the Jaccard
-    similarity of the two sets of character 4-grams itself. A text that repeats another is no candidate for later ones.
+    Judged by the Jaccard similarity of the two sets of character 4-grams. Of many texts, candidates come from MinHash
+    and locality-sensitive hashing (datasketch), which overlooks few. A text that repeats another is no candidate for
+    later ones.
     """
+    candidates = _Earlier() if len(texts) <= _FEW else _Sketches(threshold)
+    found: list[int | None] = []
+    grams = [_grams(text) for text in texts]
+    for place, own in enumerate(grams):
+        near = next((other for other in candidates.of(own) if _jaccard(own, grams[other]) >= threshold), None)
+        found.append(near)
+        if near is None:
+            candidates.add(place, own)
+    return found
+
+
+class _Earlier:
+    """All earlier texts are candidates."""
+
+    def __init__(self) -> None:
+        self._places: list[int] = []
+
+    def of(self, grams: frozenset[str]) -> list[int]:
+        return self._places
+
+    def add(self, place: int, grams: frozenset[str]) -> None:
+        self._places.append(place)
+
+
+class _Sketches(_Earlier):
+    """Earlier texts whose sketches agree in a band."""
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        datasketch = _datasketch()
+        # The library looks for bands by integrals, each time anew, unless it is told.
+        self._index = datasketch.MinHashLSH(num_perm=_PERMUTATIONS, params=_bands(threshold))
+        self._new = datasketch.MinHash
+
+    def _sketch(self, grams: frozenset[str]) -> Any:
+        sketch = self._new(num_perm=_PERMUTATIONS, seed=1)
+        sketch.update_batch([gram.encode() for gram in sorted(grams)])
+        return sketch
+
+    def of(self, grams: frozenset[str]) -> list[int]:
+        return sorted(self._index.query(self._sketch(grams)))
+
+    def add(self, place: int, grams: frozenset[str]) -> None:
+        self._index.insert(place, self._sketch(grams))
+
+
+@lru_cache(maxsize=4)
+def _bands(threshold: float) -> tuple[int, int]:
+    index = _datasketch().MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS, weights=(0.1, 0.9))
+    return index.b, index.r
+
+
+def _datasketch() -> Any:
     try:
-        from datasketch import MinHash, MinHashLSH
+        import datasketch
     except ImportError as error:
         raise ImportError("finding duplicates needs datasketch: pip install 'm4ov[data]'") from error
-    found: list[int | None] = []
-    grams: list[frozenset[str]] = []
-    index: Any = MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS)
-    for place, text in enumerate(texts):
-        own = _grams(text)
-        grams.append(own)
-        sketch = MinHash(num_perm=_PERMUTATIONS, seed=1)
-        sketch.update_batch([gram.encode() for gram in sorted(own)])
-        near = [other for other in sorted(index.query(sketch)) if _jaccard(own, grams[other]) >= threshold]
-        found.append(near[0] if near else None)
-        if not near:
-            index.insert(place, sketch)
-    return found
+    return datasketch
 
 
 def _grams(text: str) -> frozenset[str]:

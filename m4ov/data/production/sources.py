@@ -25,7 +25,7 @@ from m4ov.data.sources import DIGIT_QUESTION, DataError, digits
 from m4ov.data.teacher.ranks import rank
 
 SIDE = 64  # pixels of a single figure or digit
-_CELL = 32  # pixels of a digit on a sheet
+_CELL, _MARGIN = 32, 8  # pixels of a digit on a sheet, and between two
 _FLAG_SCALE = 8  # of 16 x 11 pixels
 _SHAPES = ("circle", "rectangle", "triangle")
 _COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -183,11 +183,12 @@ def _sheet_item(index: int) -> Item:
     """Two to nine scans in rows; the last scans, so that sheets repeat no single digit."""
     rows, columns = 1 + rank("rows", index) % 3, 2 + rank("columns", index) % 2
     labels = _scans()[1]
-    canvas = Image.new("RGB", (_CELL * columns, _CELL * rows), "white")
+    pitch = _CELL + _MARGIN
+    canvas = Image.new("RGB", (pitch * columns + _MARGIN, pitch * rows + _MARGIN), "white")
     objects = []
     for place in range(rows * columns):
         scan = len(labels) - 1 - 9 * index - place
-        x, y = _CELL * (place % columns), _CELL * (place // columns)
+        x, y = _MARGIN + pitch * (place % columns), _MARGIN + pitch * (place // columns)
         canvas.paste(_scan(scan, _CELL), (x, y))
         attributes = {"digit": labels[scan]}
         objects.append({"label": labels[scan], "box": [x, y, x + _CELL, y + _CELL], "attributes": attributes})

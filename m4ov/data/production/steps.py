@@ -121,14 +121,10 @@ def run(task: Task) -> Done:
     outputs = {}
     for kind, rows in result.outputs.items():
         outputs[task.output(kind)] = write_rows(task.path(task.output(kind)), rows)
-    manifest = {
-        "fingerprint": task.fingerprint,
-        "inputs": task.inputs,
-        "outputs": outputs,
-        "counts": dict(sorted(result.counts.items())),
-    }
+    counts = dict(sorted(result.counts.items()))
+    manifest = {"fingerprint": task.fingerprint, "inputs": task.inputs, "outputs": outputs, "counts": counts}
     write_whole(task.manifest, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
-    return Done(task.index, outputs, manifest["counts"], result.spent)
+    return Done(task.index, outputs, counts, result.spent)
 
 
 def done(task: Task) -> Done | None:

@@ -132,7 +132,8 @@ class HttpTeacher:
             if known is None:
                 new[key] = messages
             else:
-                found[key] = Reply(*known, cached=True)
+                text, prompt_tokens, completion_tokens = known
+                found[key] = Reply(text, prompt_tokens, completion_tokens, cached=True)
         self.usage.requests += len(keys)
         self.usage.cached += len(keys) - len(new)
         if new:
@@ -202,13 +203,15 @@ class HttpTeacher:
         return TeacherError(f"{self.name}: {problem}")
 
     async def _attempts(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> Reply:
+        problem = _GarbageError("no attempt")
         for _ in range(self.retries + 1):
             reply = await self._attempt(messages, options)
             if isinstance(reply, Reply):
                 return reply
-        raise reply
+            problem = reply
+        raise problem
 
-    async def _attempt(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> Reply | _GarbageError:
+    async def _attempt(self, messages: Any, options: dict[str, Any]) -> Reply | _GarbageError:
         try:
             return _reply(await self._client.chat.completions.create(model=self.name, messages=messages, **options))
         except _GarbageError as error:
