@@ -283,6 +283,10 @@ def test_pictures_are_files_and_the_same_again():
         with Image.open(BytesIO(made)) as picture:
             assert picture.format == "PNG"
             assert len(picture.convert("RGB").getcolors(2**24) or ()) > 2
+    dollars = LabelTree.from_yaml(SMALL.replace("title: Cats", r"title: '$\frac{$'"))
+    assert b"frac" in sunburst(dollars, {}, title="$x^$")
+    cats = record("r", topic=["a", "a.pets", "a.pets.cats"], capability=["a", "a.pets", "a.pets.cats"])
+    assert coverage_map(coverage([cats], dollars, dollars), level=3, title="$x^$")
     with pytest.raises(ValueError, match="expected svg or png, got 'gif'"):
         sunburst(tree, {}, format="gif")
     with pytest.raises(LabelError, match="a count for 'shapes', which is not a leaf"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _EMPTY = "#e3e3e3"
-_SHORT = 22  # characters of a title in a ring
+_SHORT = 20  # characters of a title that a ring has room for
 _GOLDEN = 0.61803398875  # successive hues lie far apart
 
 
@@ -63,9 +64,9 @@ def sunburst(tree: LabelTree, counts: Mapping[str, int], *, title: str = "", for
         axes.bar(start, 1, width[id], bottom=level, align="edge", color=colour, edgecolor="white", linewidth=0.6)
         _write(axes, tree[id].title, held[id], start + width[id] / 2, level + 0.5, width[id] * (level + 0.5))
     axes.set_ylim(0, tree.levels + 1)
-    axes.text(0, 0, f"{tree.name}\n{total}", ha="center", va="center", fontsize=11)
+    axes.text(0, 0, f"{tree.name}\n{total}", ha="center", va="center", fontsize=11, parse_math=False)
     if title:
-        axes.set_title(title)
+        axes.set_title(title, parse_math=False)
     return _bytes(figure, format)
 
 
@@ -86,13 +87,13 @@ def coverage_map(found: Coverage, *, level: int = 1, title: str = "", format: st
     axes.set_facecolor(_EMPTY)
     shades = np.ma.masked_equal(np.log1p(counts.astype(np.float64)), 0)
     axes.imshow(shades, cmap="Blues", vmin=0, vmax=max(1.0, float(np.log1p(counts.max()))) * 1.4, aspect="auto")
-    axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize=8)
-    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize=8, parse_math=False)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8, parse_math=False)
     if counts.size <= 400:
         for row, column in np.argwhere(counts).tolist():
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7)
     if title:
-        axes.set_title(title)
+        axes.set_title(title, parse_math=False)
     return _bytes(figure, format)
 
 
@@ -122,20 +123,21 @@ def _colour(hue: float, level: int) -> tuple[float, float, float]:
 
 
 def _write(axes: Any, title: str, count: int, angle: float, radius: float, arc: float) -> None:
-    """A title along the radius, turned so that it is never upside down, where the ring has room for a line."""
+    """A title along the radius, never upside down, in as many lines as the ring has room for, two at most."""
     if arc < 0.11:
         return
-    text = title if len(title) <= _SHORT else f"{title[: _SHORT - 1]}…"
+    lines = textwrap.wrap(title, _SHORT, max_lines=2 if arc > 0.3 else 1, placeholder="…")
     degrees = 90 - np.degrees(angle)  # 0 at the right, as text is turned
     if not -90 <= (degrees + 180) % 360 - 180 <= 90:
         degrees += 180
     axes.text(
         angle,
         radius,
-        text,
+        "\n".join(lines),
         rotation=degrees,
         ha="center",
         va="center",
         fontsize=6,
+        parse_math=False,  # a title may have a dollar sign
         color="black" if count else "#777777",
     )

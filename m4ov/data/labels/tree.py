@@ -225,7 +225,7 @@ class LabelTree:
         return cls.from_yaml(text, source)
 
     @classmethod
-    def from_yaml(cls, text: str, source: str = "") -> LabelTree:
+    def from_yaml(cls, text: str, source: str = "the text") -> LabelTree:
         """A tree from the text of a file; see :meth:`load`."""
         name, levels, labels = parse_tree(text, source)
         return cls(name, labels, levels, source)
