@@ -113,10 +113,12 @@ class _Worker(Generic[B]):
         self._made: queue.SimpleQueue[_Made[B]] = queue.SimpleQueue()
         self._room, self._stopping, self._ready = threading.Semaphore(depth), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, args=(threads,), name="m4ov-data", daemon=True)
+        # torch keeps a number of threads for each thread, and one for threads that have not asked yet, which may be
+        # this one; what the new thread does to that is put back.
+        before = torch.get_num_threads()
         self._thread.start()
         self._ready.wait()
-        # torch keeps a number of threads for each thread, and one for threads to come; that one is put back.
-        torch.set_num_threads(torch.get_num_threads())
+        torch.set_num_threads(before)
 
     def take(self) -> _Made[B]:
         made = self._made.get()

@@ -28,7 +28,7 @@ class Block(NamedTuple):
     path: Path
     group: int
     first: int
-    count: int
+    size: int
 
 
 class RecordIndex:
@@ -58,7 +58,7 @@ class RecordIndex:
                 if count:
                     self.blocks.append(Block(path, group, first, count))
                 first += count
-        self._begins = [0, *accumulate(block.count for block in self.blocks)]
+        self._begins = [0, *accumulate(block.size for block in self.blocks)]
 
     def __len__(self) -> int:
         return self._begins[-1]

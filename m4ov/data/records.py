@@ -20,10 +20,12 @@ Message = dict[str, Any]
 
 
 class Where(NamedTuple):
-    """Where a value comes from. ``line``: counted from 1, in a table the row; 0: the file as a whole."""
+    """Where a value comes from. ``line``: counted from 1, in a table the row; 0: the file as a whole. ``element``: of
+    an array of JSON, which may stand on one line, counted from 1."""
 
     file: str = ""
     line: int = 0
+    element: int = 0
 
 
 NOWHERE = Where()
@@ -42,6 +44,7 @@ class RecordError(ValueError):
 
     def __init__(self, where: Where, field: str, kind: str, problem: str, id: str = "") -> None:
         place = f"{where.file}, line {where.line}" if where.line else where.file
+        place += f", element {where.element}" if where.element else ""
         super().__init__(": ".join(part for part in (place, field, problem) if part))
         self.where, self.field, self.kind, self.problem, self.id = where, field, kind, problem, id
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from m4ov.data.formats import FORMATS, FormatError, convert, detect, read, to_messages
 from m4ov.data.pictures import to_uri
-from m4ov.data.records import Record, RecordError, assistant, image, text, user
+from m4ov.data.records import Record, RecordError, Where, assistant, image, text, user
 from m4ov.data.shards import read_records, write_records
 from m4ov.data.validation import validate
 from tests.data.record_files import draw_images, draw_records, encoded, one, picture, random
@@ -160,7 +160,7 @@ def read_all(path, **options) -> list[Record]:
 def test_rows_of_json_become_records(tmp_path, name, row, expected):
     for path, content, id in (
         (tmp_path / "d.jsonl", f"{json.dumps(row)}\n\n", "d-jsonl-00000001"),
-        (tmp_path / "d.json", json.dumps([row], indent=2), "d-json-00000002"),  # the line where it begins
+        (tmp_path / "d.json", json.dumps([row], indent=2), "d-json-00000001"),
     ):
         path.write_text(content)
         assert detect(path).name == name
@@ -254,7 +254,9 @@ def test_hostile_tars(tmp_path):
         (5, "json", "field"),
         (6, "5.bin", "line too long"),
     ]
-    members = {f"{n}.{kind}": data for n in range(40) for kind, data in (("png", PNG), ("txt", b"words"))}
+    draw, members = random(11), {}
+    for number in range(40):
+        members |= {f"{number}.png": encoded(picture(draw, 12, 17)), f"{number}.txt": b"words"}
     for mode in ("w", "w:gz"):
         tar_of(path, members, mode)
         data = path.read_bytes()
@@ -302,7 +304,7 @@ def test_what_is_wrong_is_named_with_file_line_and_field(tmp_path, row, field, k
     path.write_text(json.dumps(row))
     with pytest.raises(RecordError) as caught:
         read_all(path)
-    assert (caught.value.where, caught.value.field, caught.value.kind) == ((str(path), 1), field, kind)
+    assert (caught.value.where, caught.value.field, caught.value.kind) == (Where(str(path), 1), field, kind)
 
 
 def test_no_row_makes_a_reader_raise_anything_else(tmp_path):
@@ -358,7 +360,7 @@ def test_arrays_are_read_an_element_at_a_time(tmp_path, monkeypatch):
     found: list[RecordError] = []
     assert len(read_all(path, on_error=found.append)) == 19
     ((where, kind),) = [(error.where, error.kind) for error in found]
-    assert (where.line, kind) == (broken, "not JSON")  # the line on which the element begins, counted from 1
+    assert (where.line, where.element, kind) == (broken, 20, "not JSON")  # the line on which the element begins
     for content, count in (("[]", 0), ('[{"instruction": "a", "output": "b"}', 1), ("[ ", 0)):
         path.write_text(content)
         found.clear()

@@ -235,9 +235,11 @@ def test_files_that_are_not_there(tmp_path):
 _FULL_DISK = """
 import random, resource, signal, sys
 from pathlib import Path
-from m4ov.data.records import Record, assistant, user
+from m4ov.data.quarantine import Quarantine
+from m4ov.data.records import Record, RecordError, Where, assistant, user
 from m4ov.data.shards import WriteError, write_records, write_shards
 folder = Path(sys.argv[1])
+quarantine = Quarantine(folder / "quarantine.jsonl", 0)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write fails, as on a full disk
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 draw = random.Random(1)
@@ -246,6 +248,7 @@ for write in (
     lambda: write_records(records, folder / "a.jsonl"),
     lambda: write_records(records, folder / "a.parquet"),
     lambda: write_shards(records, folder / "shards", shard_records=500),
+    lambda: [quarantine.add(RecordError(Where("a", n), "", "image", "x" * 100)) for n in range(1000)],
 ):
     try:
         write()
@@ -261,10 +264,16 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 3
-    assert all("cannot be written (File too large)" in line for line in lines), lines
+    assert len(lines) == 4
+    assert all("cannot be written (File too large)" in line for line in lines[:3]), lines
+    assert "quarantine.jsonl: cannot be written (" in lines[3]
     assert (tmp_path / "a.jsonl").read_text() == "former"
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "a.jsonl"]
+    quarantine = tmp_path / "quarantine.jsonl"  # which is appended to: whole lines
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == [tmp_path / "a.jsonl", quarantine]
+    rows = [json.loads(line) for line in quarantine.read_text().splitlines()]
+    assert [row["line"] for row in rows] == list(range(len(rows)))
+    assert len(rows) > 100
+    assert quarantine.read_text().endswith("\n")
 
 
 def test_embedded_images_become_files(tmp_path):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import signal
 import threading
 import time
 from collections import Counter
@@ -20,13 +19,13 @@ from m4ov.data.ahead import Ahead
 from m4ov.data.chat import PLAIN, ChatEncoder
 from m4ov.data.index import RecordIndex
 from m4ov.data.pixels import PixelOptions
-from m4ov.data.records import Record, RecordError, assistant, image, user
+from m4ov.data.records import Record, RecordError, Where, assistant, image, user
 from m4ov.data.shards import read_records, write_records, write_shards
 from m4ov.data.stream import RecordStream, StreamError
 from m4ov.models.qwen3_vl import Config, new, qwen3_vl_config
 from m4ov.recipe import ModelConfig, OptimConfig, TextConfig, TrainConfig, VisionConfig
 from m4ov.sft.training import loss_of
-from m4ov.train import train
+from m4ov.train import Interrupted, train
 from m4ov_kernels.packing import PackedBatch
 from tests.data.record_files import draw_images, draw_records, encoded, picture, random, said, tokenizer
 from tests.tiny_task import equal_states, quiet
@@ -152,14 +151,23 @@ def test_a_thread_ahead_makes_the_same(folder, options):
 
 def test_the_thread_leaves_the_training_its_threads(folder):
     before = torch.get_num_threads()
-    ahead = Ahead(stream(folder), threads=1)
-    ahead.batches(0)
     seen: list[int] = []
-    other = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
-    other.start()
-    other.join()
-    assert [torch.get_num_threads(), *seen] == [before, before]
-    ahead.close()
+
+    def training():
+        torch.set_num_threads(before + 1)  # and has computed nothing yet
+        ahead = Ahead(stream(folder), threads=1)
+        ahead.batches(0)
+        seen.append(torch.get_num_threads())
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        ahead.close()
+
+    thread = threading.Thread(target=training)
+    thread.start()
+    thread.join()
+    torch.set_num_threads(before)
+    assert seen == [before + 1] * 2
 
 
 def test_a_forgotten_thread_ends(folder):
@@ -196,7 +204,7 @@ def test_fill_on_lengths_as_they_are(tmp_path):
     assert one.statistics()["fill"] >= 0.97
 
 
-def spoil(folder, draw, count: int = 60) -> None:
+def spoil(folder, draw, count: int) -> None:
     """A data set of ``count`` records that can be used, among bad lines and images."""
     names = draw_images(folder, draw)
     whole = encoded(picture(draw, 40, 40))
@@ -216,12 +224,12 @@ def spoil(folder, draw, count: int = 60) -> None:
 
 
 def test_what_is_broken_is_named_counted_and_passed_over(tmp_path):
-    count = 60
+    count = 45
     spoil(tmp_path, random(3), count)
     quarantine = tmp_path / "out" / "quarantine.jsonl"
     options = {"quarantine": quarantine, "max_bad": 0.5}
     one = stream(tmp_path / "a.jsonl", **options)
-    while one.packed.read < 3 * len(one.index):
+    while one.packed.read < 2.5 * len(one.index):
         for batch in one.batches(one.packed.step):
             assert len(batch) >= 1
     named = [json.loads(line) for line in quarantine.read_text().splitlines()]
@@ -359,7 +367,7 @@ def test_an_index_reads_any_record(folder, tmp_path):
     assert len(index) == len(records)
     for place in random(5).permutation(len(records)):
         assert index[int(place)] == records[place]
-    assert index.where(len(records) - 1) == (str(folder / "table.parquet"), 20)
+    assert index.where(len(records) - 1) == Where(str(folder / "table.parquet"), 20)
     with pytest.raises(IndexError):
         index[len(records)]
     order = index.order(random(6))
@@ -390,23 +398,19 @@ def test_an_order_reads_neighbours_together(tmp_path, monkeypatch):
     assert orders[0].tolist() != orders[1].tolist()
 
 
-class StoppedError(Exception):
-    """The process ends here."""
-
-
 class Stopping(Ahead):
-    """Ends at a step."""
+    """Ctrl-C at a step."""
 
     stop = -1
 
     def batches(self, step):
         if step == self.stop:
-            raise StoppedError
+            signal.raise_signal(signal.SIGINT)
         return super().batches(step)
 
 
 def test_the_loop_trains_on_it_and_goes_on(folder, tmp_path):
-    """A real model under the loop, stopped after a checkpoint: the same weights as without a pause, to the bit."""
+    """A real model under the loop, stopped after three steps: the same weights as without a pause, to the bit."""
     sizes = ModelConfig(
         vision=VisionConfig(
             patch_size=4, hidden_size=32, intermediate_size=64, layers=1, heads=2, deepstack_layers=[0]
@@ -414,7 +418,7 @@ def test_the_loop_trains_on_it_and_goes_on(folder, tmp_path):
         text=TextConfig(hidden_size=32, intermediate_size=64, layers=1, heads=4, key_value_heads=2, head_dim=16),
     )
     config = Config.from_dict(qwen3_vl_config(sizes, tokenizer(), grid=8).to_dict())
-    options = TrainConfig(steps=4, precision="fp32", checkpoint_seconds=0.0, checkpoint_steps=2, log_every=1)
+    options = TrainConfig(steps=4, precision="fp32", checkpoint_seconds=0.0, log_every=1)
 
     def run(folder_of_run, stop: int = -1):
         data = Stopping(stream(folder, rows=2))
@@ -428,42 +432,14 @@ def test_the_loop_trains_on_it_and_goes_on(folder, tmp_path):
             data.close()
 
     straight = run(tmp_path / "straight")
-    with pytest.raises(StoppedError):
-        run(tmp_path / "paused", stop=3)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "paused", stop=2)
     paused = run(tmp_path / "paused")
-    assert paused.resumed_at == 2
+    assert paused.resumed_at == 3
     assert paused.tokens == straight.tokens > 0
     assert equal_states(paused.weights, straight.weights)
     rows = [json.loads(line) for line in (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()]
     assert len([row for row in rows if "data_wait_seconds" in row]) == 4
-
-
-_FULL_DISK = """
-import resource, signal, sys
-from pathlib import Path
-from m4ov.data.quarantine import Quarantine
-from m4ov.data.records import RecordError, Where
-from m4ov.data.shards import WriteError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-quarantine = Quarantine(sys.argv[1], 0)
-for line in range(1, 100):
-    try:
-        quarantine.add(RecordError(Where("a.jsonl", line), "", "image", "x" * 100))
-    except WriteError as error:
-        print(error)
-        break
-"""
-
-
-def test_a_full_disk_leaves_whole_lines_in_the_quarantine(tmp_path):
-    path = tmp_path / "q.jsonl"
-    done = subprocess.run([sys.executable, "-c", _FULL_DISK, str(path)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert f"{path}: cannot be written" in done.stdout
-    lines = path.read_text().splitlines()
-    assert [json.loads(line)["line"] for line in lines] == list(range(1, len(lines) + 1))
-    assert path.read_text().endswith("\n")
 
 
 def test_waiting_is_reported(folder):

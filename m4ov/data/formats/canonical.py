@@ -13,12 +13,12 @@ def fits(row: Row) -> str | None:
     if not {"id", "messages"} <= row.keys():
         return "no id and messages"
     turns = row["messages"] if isinstance(row["messages"], list) else []
-    for turn in turns:
-        for block in turn.get("content") if isinstance(turn, dict) and isinstance(turn.get("content"), list) else []:
-            if not isinstance(block, dict) or (block.get("type") == "image" and "image" not in block):
-                return "blocks of images without image"
-            if block.get("type") not in ("text", "image"):
-                return f"blocks of type {block.get('type')}"
+    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
+    for block in (block for content in contents if isinstance(content, list) for block in content):
+        if not isinstance(block, dict) or (block.get("type") == "image" and "image" not in block):
+            return "blocks of images without image"
+        if block.get("type") not in ("text", "image"):
+            return f"blocks of type {block.get('type')}"
     foreign = row.keys() - {"id", "messages", "labels", "difficulty", "kind", "rejected", "reward", "meta"}
     return f"other fields: {sorted(foreign)[0]}" if foreign else None
 

@@ -69,7 +69,7 @@ def _array(path: Path, limit: int) -> Rows:
     decoder = json.JSONDecoder()
     buffer, line = "", 1
     at, end = 0, False  # the next element begins at buffer[at]
-    expected = "["
+    expected, count = "[", 0
     where = Where(str(path), line)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -91,6 +91,7 @@ def _array(path: Path, limit: int) -> Rows:
                         raise ValueError(f"expected {expected!r}, got {short(buffer[at])}")
                     expected, at = "an element", at + 1
                     continue
+                where = Where(str(path), line, count + 1)
                 long = f"an element of more than {limit / 2**20:.1f} MiB"
                 try:
                     value, after = decoder.raw_decode(buffer, at)
@@ -105,7 +106,7 @@ def _array(path: Path, limit: int) -> Rows:
                     continue
                 if after - at > limit:
                     value = RecordError(where, "", "line too long", long)
-                line += buffer.count("\n", at, after)
+                line, count = line + buffer.count("\n", at, after), count + 1
                 expected, at = ",", after
                 yield where, value
     except UnicodeDecodeError as error:
@@ -123,7 +124,7 @@ def _tar(path: Path, limit: int) -> Rows:
     try:
         with tarfile.open(path, "r|*") as tar:
             for member in tar:
-                tar.members.clear()  # or it remembers every one
+                tar.members = []  # type: ignore[attr-defined] # or it remembers every one
                 folder, slash, name = member.name.rpartition("/")
                 if not member.isfile() or name.startswith("."):
                     continue

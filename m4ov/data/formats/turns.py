@@ -43,10 +43,9 @@ def record_of(
             raise FieldError(name, name.rstrip("s"), f"a {name.rstrip('s')} cannot be used; images and text can")
     given = next((row[key] for key in IDS if row.get(key) is not None), None)
     name = str(given) if isinstance(given, str | int) and str(given) else _name(where)
-    optional = {key: row[key] for key in ("labels", "difficulty", "kind") if row.get(key) is not None}
-    found = Record(
-        name, list(messages), rejected=list(rejected), reward=reward or {}, meta=dict(meta or {}), **optional
-    )
+    own = {"rejected": list(rejected), "reward": reward, "meta": dict(meta or {})}
+    given_too = {key: row[key] for key in ("labels", "difficulty", "kind") if row.get(key) is not None}
+    found = Record(name, list(messages), **{key: value for key, value in own.items() if value}, **given_too)
     check(found, where)
     return found
 
@@ -209,7 +208,7 @@ def _blocks(content: Any, images: Any, field: str) -> list[dict[str, str]]:
 
 def _name(where: Where) -> str:
     file = re.sub(r"\W+", "-", where.file.rsplit("/", 1)[-1])
-    return f"{file}-{where.line:08d}"
+    return f"{file}-{where.element or where.line:08d}"
 
 
 def made(convert: Any, row: Any, where: Where) -> Record:
