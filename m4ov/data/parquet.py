@@ -14,7 +14,8 @@ from m4ov.data.records import Record, RecordError, Where
 _ROWS = 1024  # that are in memory at a time
 
 
-def rows(path: Path, start: int) -> Iterator[tuple[Where, Any]]:
+def rows(path: Path, start: int = 0) -> Iterator[tuple[Where, Any]]:
+    """The rows of a file from row ``start``, with their places; at the end a :class:`RecordError`, if it is broken."""
     arrow, tables = libraries()
     row = 0
     try:
@@ -30,6 +31,20 @@ def rows(path: Path, start: int) -> Iterator[tuple[Where, Any]]:
     except (arrow.ArrowException, OSError) as error:
         where = Where(str(path))
         yield where, RecordError(where, "", "file", f"cannot be read as Parquet ({error})")
+
+
+def group(path: Path, number: int) -> list[Any]:
+    """The rows of one group.
+
+    Raises:
+        RecordError: the file is broken there.
+    """
+    arrow, tables = libraries()
+    try:
+        with tables.ParquetFile(path) as file:
+            return [_from_row(row) for row in file.read_row_group(number).to_pylist()]
+    except (arrow.ArrowException, OSError) as error:
+        raise RecordError(Where(str(path)), "", "file", f"cannot be read as Parquet ({error})") from error
 
 
 def _from_row(row: dict[str, Any]) -> Any:
@@ -58,6 +73,7 @@ def _without_nulls(message: Any) -> Any:
 
 
 def write(records: Iterator[Record], file: IO[bytes]) -> int:
+    """Write records; how many there were. What is free in form (``reward``, ``meta``) is JSON in a column."""
     arrow, tables = libraries()
     string = arrow.string()
     block = arrow.struct([("type", string), ("text", string), ("image", string)])

@@ -20,13 +20,15 @@ Message = dict[str, Any]
 
 
 class Where(NamedTuple):
-    """Where a value comes from. ``line``: counted from 1, in a table the row; 0: the file as a whole."""
+    """Where a value comes from. ``line``: counted from 1, in a table the row; 0: the file as a whole. ``element``: of
+    an array of JSON, which may stand on one line, counted from 1."""
 
     file: str = ""
     line: int = 0
+    element: int = 0
 
 
-_NOWHERE = Where()
+NOWHERE = Where()
 
 
 class RecordError(ValueError):
@@ -42,6 +44,7 @@ class RecordError(ValueError):
 
     def __init__(self, where: Where, field: str, kind: str, problem: str, id: str = "") -> None:
         place = f"{where.file}, line {where.line}" if where.line else where.file
+        place += f", element {where.element}" if where.element else ""
         super().__init__(": ".join(part for part in (place, field, problem) if part))
         self.where, self.field, self.kind, self.problem, self.id = where, field, kind, problem, id
 
@@ -129,7 +132,7 @@ class Record:
         return json.dumps(self.to_json(), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, value: Any, where: Where = _NOWHERE) -> Record:
+    def from_json(cls, value: Any, where: Where = NOWHERE) -> Record:
         """The record of a parsed line. Content that is a string becomes a block of text.
 
         Raises:
@@ -175,7 +178,7 @@ def assistant(words: str) -> Message:
     return {"role": "assistant", "content": [text(words)]}
 
 
-def check(record: Record, where: Where = _NOWHERE) -> None:
+def check(record: Record, where: Where = NOWHERE) -> None:
     """That a record is as :class:`Record` says. Images are not looked at.
 
     Raises:

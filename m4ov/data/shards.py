@@ -26,6 +26,14 @@ class WriteError(OSError):
     """A file of records cannot be written; the message names it and says why. Nothing half-written stays."""
 
 
+class _SourceError(Exception):
+    """The records' own iterator failed with an OSError: no fault of the file that is written."""
+
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
 class Line(NamedTuple):
     """A line of a file. ``number`` from 1; ``offset`` and ``size`` in bytes; ``data`` is ``None`` if it is too long."""
 
@@ -194,9 +202,8 @@ def write_records(records: Iterable[Record], path: str | Path) -> int:
         WriteError: the file cannot be written: no space, no permission.
     """
     path = Path(path)
-    seen: set[str] = set()
-    with _replacing(path) as temporary:
-        return _write(_checked(records, path, seen), temporary, path.suffix)
+    with replacing(path) as temporary:
+        return _write(_checked(records, path), temporary, path.suffix)
 
 
 def write_shards(
@@ -220,14 +227,14 @@ def write_shards(
         RecordError: a record is not one, or an id comes twice.
         WriteError: they cannot be written, or some are there.
     """
-    folder, stream, seen = Path(folder), iter(records), set[str]()
+    folder = Path(folder)
     if shard_records < 1:
         raise ValueError(f"write_shards: shard_records: expected 1 or more; got {shard_records}")
     former = [path for path in _listed(folder) if (match := _NUMBERED.match(path.stem)) and match["stem"] == stem]
     if former and not replace:
         raise WriteError(f"{folder}: {former[0].name} is there; choose another folder, or replace=True")
     written: list[Path] = []
-    stream = _checked(stream, folder / f"{stem}{suffix}", seen)
+    stream = _checked(records, folder / f"{stem}{suffix}")
     try:
         while True:
             temporary = folder / f".{stem}-{len(written):05d}.{os.getpid()}.writing"
@@ -238,13 +245,16 @@ def write_shards(
                 break
         if count == 0 and len(written) > 1:
             written.pop().unlink()
-        for path in former:
-            path.unlink()
         named = [folder / f"{stem}-{n:05d}-of-{len(written):05d}{suffix}" for n in range(len(written))]
         for temporary, path in zip(written, named, strict=True):
             temporary.replace(path)
+        for path in former:
+            if path not in named:
+                path.unlink()
         _sync_folder(folder)
         return named
+    except _SourceError as error:
+        raise error.cause from None
     except OSError as error:
         raise _unwritable(folder / f"{stem}-*{suffix}", error) from error
     finally:
@@ -268,14 +278,20 @@ def _write(records: Iterator[Record], temporary: Path, suffix: str) -> int:
     return count
 
 
-def _checked(records: Iterable[Record], path: Path, seen: set[str]) -> Iterator[Record]:
-    for number, record in enumerate(records, 1):
-        where = Where(str(path), number)
-        check(record, where)
-        if record.id in seen:
-            raise RecordError(where, "id", "duplicate id", f"{short(record.id)} was there before", record.id)
-        seen.add(record.id)
-        yield record
+def _checked(records: Iterable[Record], path: Path) -> Iterator[Record]:
+    seen: set[str] = set()
+    number = 0
+    try:
+        for record in records:
+            number += 1
+            where = Where(str(path), number)
+            check(record, where)
+            if record.id in seen:
+                raise RecordError(where, "id", "duplicate id", f"{short(record.id)} was there before", record.id)
+            seen.add(record.id)
+            yield record
+    except OSError as error:
+        raise _SourceError(error) from error
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -283,14 +299,20 @@ def _listed(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name, which becomes ``path`` at the end, or is removed."""
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name, which becomes ``path`` at the end, or is removed.
+
+    Raises:
+        WriteError: naming ``path``.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(path)
         _sync_folder(path.parent)
+    except _SourceError as error:
+        raise error.cause from None
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
@@ -298,9 +320,8 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _unwritable(path: Path, error: OSError) -> WriteError:
-    return (
-        error if isinstance(error, WriteError) else WriteError(f"{path}: cannot be written ({error.strerror or error})")
-    )
+    reason = error.strerror or error
+    return error if isinstance(error, WriteError) else WriteError(f"{path}: cannot be written ({reason})")
 
 
 def _sync_folder(folder: Path) -> None:
