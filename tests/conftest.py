@@ -17,6 +17,11 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
 import torch
 
+from m4ov.parallel import ranks
+
+# The server from which ranks are forked imports once what most of them would import each for itself.
+ranks.PRELOAD += ("m4ov.sft", "tests.train.small", "torch.utils.tensorboard")
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # triton must find it when it is first imported
 
