@@ -51,7 +51,8 @@ def execute(arguments: argparse.Namespace, allocator: str = "") -> int:
         def say(text: str) -> None:
             status.update(text)
 
-        for row in runner.stream(arguments.family, arguments.quick, say, allocator, arguments.case, arguments.seed):
+        options = (arguments.family, arguments.quick, say, allocator, arguments.case, arguments.seed)
+        for row in runner.stream(*options, in_processes=len(arguments.family) != 1):
             if not rows:
                 report.print_machine(row.machine, console)
             elif row.family != rows[-1].family:

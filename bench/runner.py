@@ -30,12 +30,13 @@ def stream(
     allocator: str = "",
     only: str = "",
     seed: int | None = None,
+    in_processes: bool = False,
 ) -> Iterator[Row]:
-    """The rows of :func:`run`, each as soon as it is measured; ``only``: of the cases whose name holds it. Leaves the
-    generator seeded."""
+    """The rows of :func:`run`, each as soon as it is measured; ``only``: of the cases whose name holds it;
+    ``in_processes``: each family in one of its own. Leaves the generator seeded."""
     import torch
 
-    from m4ov_bench import machine, measure
+    from m4ov_bench import apart, machine, measure
     from m4ov_bench.session import Session
 
     check(families)
@@ -46,7 +47,10 @@ def stream(
     torch.manual_seed(seed)
     session = Session(replace(here, seed=seed), quick, say, only=only)
     for family in families or (QUICK_FAMILIES if quick else FAMILIES):
-        yield from importlib.import_module(f"m4ov_bench.{family}").benchmark(session)
+        if in_processes:
+            yield from apart.rows(family, session)
+        else:
+            yield from importlib.import_module(f"m4ov_bench.{family}").benchmark(session)
 
 
 def run(

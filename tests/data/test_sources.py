@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 
 import numpy as np
@@ -70,7 +71,7 @@ def test_every_image_is_visited_once_an_epoch():
 
 def test_each_group_of_questions_has_its_share():
     mixture = tiny_task().mixture(tiny_config().data, 0)
-    random = np.random.default_rng()
+    random = np.random.default_rng(int(os.environ["M4OV_TEST_SEED"]))
     kinds: Counter[tuple[bool, bool]] = Counter()
     images = mixture._of_image[:1000]
     for known in images:
