@@ -1,4 +1,4 @@
-"""The command ``m4ov``: ``run``, ``evaluate``, ``quantize``, ``doctor``, ``bench``, ``kernels``, ``certify``,
+"""The command ``m4ov``: ``run``, ``data``, ``evaluate``, ``quantize``, ``doctor``, ``bench``, ``kernels``, ``certify``,
 ``parity``.
 
 torch is imported only by a command that computes, and after the allocator is set up (:mod:`m4ov.allocator`). What goes
@@ -16,10 +16,13 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from m4ov import allocator, certify, evaluation, kernels, parity, quantization
+from m4ov import allocator, certify, data_command, evaluation, kernels, parity, quantization
 
 #: Task of a recipe → (its configuration, the function that runs it).
-TASKS = {"quickstart": ("m4ov.recipe:QuickstartConfig", "m4ov.quickstart:run")}
+TASKS = {
+    "quickstart": ("m4ov.recipe:QuickstartConfig", "m4ov.quickstart:run"),
+    "data": ("m4ov.data_recipe:DataBuildConfig", "m4ov.data_command:run"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("recipe", metavar="RECIPE", help="a name (quickstart) or the path of a .yaml file")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=200 run.folder=runs/mine")
     run.set_defaults(prepare=_load, execute=_run)
+    data = commands.add_parser("data", help="produce training data by a recipe; check files of records")
+    data_command.add_arguments(data)
+    data.set_defaults(prepare=data_command.prepare, execute=data_command.execute)
     evaluate = commands.add_parser("evaluate", help="the quickstart's held-out questions asked of a checkpoint")
     evaluation.add_arguments(evaluate)
     evaluate.set_defaults(prepare=evaluation.prepare, execute=evaluation.execute)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
@@ -15,6 +16,22 @@ B = TypeVar("B")
 Visit = tuple[int, int]
 
 
+class NoUsableSampleError(ValueError):
+    """No sample of a whole epoch can be used."""
+
+
+class LazyLengths(ABC):
+    """Tokens of samples that are asked for when a sample is first visited, and then again: always the same answer."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of samples, usable or not."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> int:
+        """From 1 to the capacity; 0: the sample cannot be used and is passed over."""
+
+
 class PackedLoader(Generic[B]):
     """Packs samples into rows of at most ``capacity`` tokens, ``rows`` of them a step, over all ranks.
 
@@ -25,13 +42,14 @@ class PackedLoader(Generic[B]):
     step, and always the row with the sample that waits longest, so that none waits for ever. The others wait on.
 
     Args:
-        lengths: tokens of each sample, each from 1 to ``capacity``.
+        lengths: tokens of each sample, each from 1 to ``capacity``; or :class:`LazyLengths`, on all ranks alike.
         make: the batch of one row, of the visits in it.
         capacity: tokens of a row.
         rows: of a step, of all ranks; a multiple of ``ranks``. A rank has ``rows / ranks`` batches a step.
         seed: of the order.
         window: tokens that wait, at least, when a step is packed, in multiples of what a step holds: more fills rows
             better.
+        order: of the samples in an epoch, indices ``[N]``, of that epoch's random numbers; ``None``: any permutation.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
@@ -39,7 +57,7 @@ class PackedLoader(Generic[B]):
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | LazyLengths,
         make: Callable[[Sequence[Visit]], B],
         *,
         capacity: int,
@@ -48,10 +66,12 @@ class PackedLoader(Generic[B]):
         rank: int = 0,
         ranks: int = 1,
         window: float = 2.0,
+        order: Callable[[np.random.Generator], np.ndarray] | None = None,
     ) -> None:
-        self.lengths = [int(length) for length in lengths]
-        wrong = [place for place, length in enumerate(self.lengths) if not 0 < length <= capacity]
-        if wrong or not self.lengths:
+        self.lengths = lengths if isinstance(lengths, LazyLengths) else [int(length) for length in lengths]
+        known = [] if isinstance(self.lengths, LazyLengths) else self.lengths
+        wrong = [place for place, length in enumerate(known) if not 0 < length <= capacity]
+        if wrong or not len(self.lengths):
             found = f"lengths[{wrong[0]}] = {self.lengths[wrong[0]]}" if wrong else "no sample"
             raise ValueError(f"PackedLoader: lengths: expected samples of 1 to {capacity} tokens; got {found}")
         if rows < 1 or rows % ranks:
@@ -63,6 +83,7 @@ class PackedLoader(Generic[B]):
         self.rank, self.ranks = rank, ranks
         self.step, self.read = 0, 0  # steps that were made; visits that were taken from the stream
         self.waiting: list[Visit] = []  # the longest wait first
+        self._shuffle = order or (lambda random: random.permutation(len(self.lengths)))
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def batches(self, step: int) -> list[B]:
@@ -70,6 +91,7 @@ class PackedLoader(Generic[B]):
 
         Raises:
             ValueError: ``step`` is not the next.
+            NoUsableSampleError: with :class:`LazyLengths`.
         """
         if step != self.step:
             raise ValueError(f"PackedLoader: step: expected {self.step}, the next; got {step}")
@@ -88,12 +110,17 @@ class PackedLoader(Generic[B]):
 
     def _plan(self) -> list[list[Visit]]:
         """The rows of one step, of all ranks."""
-        tokens = sum(self.lengths[index] for _, index in self.waiting)
+        tokens, unusable = sum(self.lengths[index] for _, index in self.waiting), 0
         while tokens < self.window * self.rows * self.capacity:  # so there are at least as many rows
             epoch, place = divmod(self.read, len(self.lengths))
             index = int(self._order(epoch)[place])
-            self.waiting.append((epoch, index))
-            tokens += self.lengths[index]
+            length = self.lengths[index]
+            if length:
+                self.waiting.append((epoch, index))
+            unusable = 0 if length else unusable + 1
+            if unusable > len(self.lengths):
+                raise NoUsableSampleError(f"PackedLoader: lengths: none of the {len(self.lengths)} samples can be used")
+            tokens += length
             self.read += 1
         lengths = [self.lengths[index] for _, index in self.waiting]
         bins = [found.tolist() for found in pack_sequences(lengths, self.capacity)]
@@ -107,4 +134,4 @@ class PackedLoader(Generic[B]):
         return planned
 
     def _shuffled(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
+        return self._shuffle(np.random.default_rng([self.seed, epoch]))

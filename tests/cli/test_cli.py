@@ -31,6 +31,8 @@ def m4ov(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
         ["certify", "--help"],
         ["evaluate", "--help"],
         ["quantize", "--help"],
+        ["data", "--help"],
+        ["data", "build", "--help"],
         ["--version"],
     ],
 )

@@ -1,0 +1,8 @@
+"""Data production: images with ground truth in, checked records out, in four stages that can be cut off anywhere."""
+
+from __future__ import annotations
+
+from m4ov.data.production.flow import STEPS, Production, build
+from m4ov.data.production.steps import BuildError
+
+__all__ = ["STEPS", "BuildError", "Production", "build"]
