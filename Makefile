@@ -21,7 +21,7 @@ define gpu_suite
 	PYTHONPATH=$(CURDIR)/build/$(2)/site $(1) -m m4ov_bench.gpu --work build/$(2)/work --build build/$(2)/build.json $(3)
 endef
 
-.PHONY: help run experiments bench test lint types pytest kernels sanitize fuzz parity fuzz-parity smoke gpu gpu-dry test-transformers test-trl test-formats clean
+.PHONY: help run experiments bench overhead test lint types pytest kernels sanitize fuzz parity fuzz-parity smoke gpu gpu-dry test-transformers test-trl test-formats clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -35,6 +35,9 @@ experiments: $(VENV)/.quickstart ## the curriculum against domain-only training 
 
 bench: $(VENV)/.dev $(VENV)/.peers ## operators against the machine's limit and against their peers
 	$(BIN)/m4ov bench --json runs/bench/bench.json --plot runs/bench/bench.png
+
+overhead: $(VENV)/.dev ## what the training loop costs over a bare step of the quickstart, by turns
+	$(BIN)/python -m tests.train.overhead
 
 test: lint types pytest kernels sanitize smoke gpu-dry ## the whole suite
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 from transformers import logging as transformers_logging
 
 from m4ov import sft
@@ -19,7 +19,7 @@ from m4ov.allocator import status as allocator_status
 from m4ov.evaluate import Accuracy, Report, SideBySide, exact_match, examples, html, print_table
 from m4ov.models.qwen3_vl import cast_parameters
 from m4ov.recipe import QuickstartConfig
-from m4ov.train import RunFolder, TrainResult, World, write_text
+from m4ov.train import RunFolder, TrainResult, World, ranks_started, write_text
 from m4ov.train.metrics import check, read
 from m4ov.train.progress import clock
 from m4ov_kernels.patches import patch
@@ -28,13 +28,15 @@ from m4ov_kernels.patches import patch
 def run(config: QuickstartConfig) -> None:
     """Everything, from the data to ``report.html``. What was done before, in the same folder, is not done again.
 
-    Started by torchrun, the ranks train together, each with its share of every step's images; the rest is rank 0's.
+    Started by torchrun, the ranks train together, as the recipe's ``parallel`` says; the rest is rank 0's.
 
     Raises:
+        LayoutError: the recipe's ``parallel`` does not fit; before the ranks join.
         RunFolderError, DataError, CheckpointError, TrainingError, RankError, MetricsError: one line says what is wrong.
         Interrupted: Ctrl-C during training; a checkpoint was written.
     """
     check(config.train.wandb)
+    sft.layout_of(config, ranks_started())
     world = World.start(config.train.timeout_seconds)
     console = Console(quiet=not world.first)
     transformers_logging.set_verbosity_error()
@@ -56,7 +58,7 @@ def run(config: QuickstartConfig) -> None:
 
 def _report(config: QuickstartConfig, task: sft.Task, result: TrainResult, folder: Path, console: Console) -> None:
     began = time.perf_counter()
-    model = Qwen3VLForConditionalGeneration.from_pretrained(folder / "model", dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32)
     patch(model)
     cast_parameters(model, task.dtype)
     options = config.evaluate

@@ -65,8 +65,23 @@ class TextConfig:
     intermediate_size: int = 512
     layers: int = 4
     heads: int = 6
-    key_value_heads: int = 3
+    key_value_heads: int = 2  # 6 and 2: two tensor ranks can share them
     head_dim: int = 32
+    num_experts: int = 0  # of each layer, in the place of its MLP; 0: dense
+    num_experts_per_tok: int = 2  # of them that a token goes to
+    moe_intermediate_size: int = 128  # width of one expert
+    router_aux_loss_coef: float = 0.001  # weight of the loss that asks that experts be chosen equally often
+
+    def __post_init__(self) -> None:
+        count, chosen = self.num_experts, self.num_experts_per_tok
+        _require(count >= 0, "model.text.num_experts", "at least 0", count)
+        if count:
+            _require(1 <= chosen <= count, "model.text.num_experts_per_tok", f"1 to {count}, the experts", chosen)
+            width = self.moe_intermediate_size
+            _require(width > 0, "model.text.moe_intermediate_size", "at least 1", width)
+        _require(
+            self.router_aux_loss_coef >= 0, "model.text.router_aux_loss_coef", "at least 0", self.router_aux_loss_coef
+        )
 
 
 @dataclass
@@ -81,6 +96,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         kinds = ("m4ov", "transformers")
         _require(self.implementation in kinds, "model.implementation", " or ".join(kinds), self.implementation)
+        dense = self.text.num_experts == 0 or self.implementation == "m4ov"
+        _require(dense, "model.implementation", "m4ov, as model.text.num_experts is not 0", self.implementation)
         factor = self.text.head_dim
         _require(factor % 2 == 0, "model.text.head_dim", "an even number", factor)
         _require(
@@ -112,7 +129,9 @@ class TrainConfig:
     keep_checkpoints: int = 2
     log_every: int = 10  # steps
     patch: bool = True  # with model.implementation=transformers: train with m4ov_kernels.patch
-    accumulate: int = 1  # parts of a step's samples that each rank takes one after the other; the step stays the same
+    # Parts of a step's samples that each rank takes one after the other. The step stays the same; but for the experts'
+    # balance loss, which is over the tokens of a part.
+    accumulate: int = 1
     peak_tflops: float = 0.0  # of one rank, that MFU is held against; 0: the GPU's data sheet, or measured
     timeout_seconds: float = 600.0  # of a collective, until the run ends with the names of the missing ranks
     wandb: str = ""  # project of Weights & Biases; empty: none
@@ -127,6 +146,29 @@ class TrainConfig:
         _require(self.accumulate > 0, "train.accumulate", "at least 1", self.accumulate)
         _require(self.peak_tflops >= 0, "train.peak_tflops", "at least 0", self.peak_tflops)
         _require(self.timeout_seconds > 0, "train.timeout_seconds", "more than 0", self.timeout_seconds)
+
+
+@dataclass
+class ParallelConfig:
+    """How the ranks that torchrun started share a model and its samples (m4ov/parallel/README.md draws it).
+
+    dp_replicate · dp_shard · tp is the number of ranks. A run may go on on another layout: it is the same run.
+    """
+
+    dp_replicate: int = 0  # replicas of the model, each with samples of its own; 0: as many as the ranks make
+    dp_shard: int = 1  # ranks with samples of their own that shard weights, gradients, optimizer states (FSDP, HSDP)
+    tp: int = 1  # ranks that share heads, columns of the MLPs and the vocabulary
+    ep: int = 1  # ranks that share the experts: of the same dp_shard · tp ranks, it adds none
+    pp: int = 1  # not built yet
+    cp: int = 1  # not built yet
+
+    def __post_init__(self) -> None:
+        _require(self.dp_replicate >= 0, "parallel.dp_replicate", "at least 0", self.dp_replicate)
+        for name in ("dp_shard", "tp", "ep"):
+            _require(getattr(self, name) >= 1, f"parallel.{name}", "at least 1", getattr(self, name))
+        for name, kind in (("pp", "pipeline"), ("cp", "context")):
+            expected = f"1 ({kind} parallelism is not built yet, see m4ov/parallel/README.md; dp_shard, tp and ep are)"
+            _require(getattr(self, name) == 1, f"parallel.{name}", expected, getattr(self, name))
 
 
 @dataclass
@@ -158,6 +200,7 @@ class QuickstartConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
     operators: bool = True  # a short benchmark of the operators, for the report

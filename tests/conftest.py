@@ -21,6 +21,11 @@ import numpy as np
 import pytest
 import torch
 
+from m4ov.parallel import ranks
+
+# The server from which ranks are forked imports once what most of them would import each for itself.
+ranks.PRELOAD += ("m4ov.sft", "tests.train.small", "torch.utils.tensorboard")
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # triton must find it when it is first imported
 

@@ -67,8 +67,9 @@ def _list(ranks: list[int]) -> str:
 
 
 def _collective(error: RuntimeError) -> tuple[str, ProcessGroup | None]:
-    """The outermost function of torch.distributed on the way to the error that knows its group, else the innermost."""
-    name = "a collective"
+    """The outermost function of torch.distributed on the way to the error that is given a group, else the innermost;
+    one of the collectives themselves comes before one that only waits, as FSDP's do."""
+    name, waits = "a collective", None
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if not _of_torch_distributed(frame) or frame.f_code.co_name.startswith(("wrapper", "_")):
             continue
@@ -76,7 +77,9 @@ def _collective(error: RuntimeError) -> tuple[str, ProcessGroup | None]:
         found = frame.f_locals.get("group")
         if frame.f_globals.get("__name__", "").endswith("distributed_c10d"):
             return name, found if isinstance(found, ProcessGroup) else dist.group.WORLD
-    return name, None
+        if waits is None and isinstance(found, ProcessGroup):
+            waits = name, found
+    return waits or (name, None)
 
 
 def _of_torch_distributed(frame: FrameType) -> bool:

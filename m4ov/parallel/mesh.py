@@ -160,13 +160,17 @@ def _problem(layout: Layout, world: int, model: ModelSizes | None) -> str | None
 
 
 def nearest(layout: Layout, world: int, model: ModelSizes | None = None, count: int = 3) -> list[Layout]:
-    """The legal layouts of a world that differ least from ``layout``, by the ratios of their axes."""
+    """The legal layouts of a world that differ least from ``layout``, by the ratios of their axes; with pipeline or
+    context ranks only if it has some."""
 
     def distance(other: Layout) -> tuple[float, tuple[int, ...]]:
         pairs = [(getattr(layout, field.name), getattr(other, field.name)) for field in fields(Layout)]
         return sum(abs(math.log(a / b)) for a, b in pairs), tuple(b for _, b in pairs)
 
-    legal = [other for other in layouts(world) if _problem(other, world, model) is None]
+    def considered(other: Layout) -> bool:
+        return all(getattr(other, axis) == 1 or getattr(layout, axis) > 1 for axis in ("pp", "cp"))
+
+    legal = [other for other in layouts(world) if considered(other) and _problem(other, world, model) is None]
     return sorted(legal, key=distance)[:count]
 
 

@@ -30,13 +30,16 @@ from torch.nn import functional as F
 from m4ov.models.qwen3_vl import Qwen3VL
 from m4ov.models.qwen3_vl.vision import VisionFeatures, VisionTower
 from m4ov.parallel import collectives
-from m4ov.parallel.mesh import LayoutError, Mesh
+from m4ov.parallel.mesh import Mesh
 
 #: Where the weights of a decoder layer are cut; what is not here is replicated.
 _CUTS = {
     "self_attn.q_proj.weight": Shard(0),
     "self_attn.k_proj.weight": Shard(0),
     "self_attn.v_proj.weight": Shard(0),
+    "self_attn.q_proj.bias": Shard(0),
+    "self_attn.k_proj.bias": Shard(0),
+    "self_attn.v_proj.bias": Shard(0),
     "self_attn.o_proj.weight": Shard(1),
     "mlp.gate_proj.weight": Shard(0),
     "mlp.up_proj.weight": Shard(0),
@@ -62,16 +65,10 @@ def split(model: Qwen3VL, mesh: Mesh, config: TensorParallel | None = None) -> Q
 
     ``model(batch)`` returns the hidden states of all rows on every rank. What is made of them must hand back this
     rank's part of their gradient, as the head does (and every operator with ``group_name``).
-
-    Raises:
-        LayoutError: the model has biases in its attention.
     """
     group = mesh.group("tp")
     if group is None:
         return model
-    text = model.config.text
-    if text.attention_bias:
-        raise LayoutError(f"layout {mesh.layout}: tp {mesh.layout.tp} is not built for biases in the attention")
     axis, config = mesh.submesh("tp"), config or TensorParallel()
     rows = _Rows(group)
     model.model.register_forward_pre_hook(rows.begin)
@@ -81,6 +78,8 @@ def split(model: Qwen3VL, mesh: Mesh, config: TensorParallel | None = None) -> Q
         localize(layer)
         layer.self_attn.register_forward_pre_hook(rows.gather)
         layer.self_attn.register_forward_hook(rows.scatter)
+        if layer.self_attn.o_proj.bias is not None:
+            layer.self_attn.o_proj.forward = partial(_project, layer.self_attn.o_proj, dist.get_rank(group) == 0)
         if not layer.sparse:  # experts take the rows as they are
             layer.mlp.register_forward_pre_hook(rows.gather)
             layer.mlp.register_forward_hook(rows.scatter)
@@ -180,6 +179,13 @@ def _embed(module: nn.Embedding, group: ProcessGroup, input_ids: Tensor) -> Tens
     else:
         found = F.embedding(rows.clamp(0, weight.shape[0] - 1), weight)
     return collectives.scatter_rows(torch.where(here[:, None], found, 0.0), group)
+
+
+def _project(module: nn.Linear, adds_bias: bool, hidden_states: Tensor) -> Tensor:
+    """A product of which the ranks have summands: one rank adds the bias. It stays in the graph of the others, whose
+    gradient of it is zero."""
+    bias = module.bias if adds_bias else module.bias * 0
+    return F.linear(hidden_states, module.weight, bias)
 
 
 def _own_rows(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from m4ov.sft.compare import Comparison, Side, compare
 from m4ov.sft.curriculum import ArmEnd, Material, arms_of, fingerprint_of, gather, missing_pools, run_arm
+from m4ov.sft.layout import layout_of
 from m4ov.sft.task import Task, prepare
 from m4ov.sft.training import fingerprint, run
 
@@ -18,6 +19,7 @@ __all__ = [
     "fingerprint",
     "fingerprint_of",
     "gather",
+    "layout_of",
     "missing_pools",
     "prepare",
     "run",

@@ -131,15 +131,13 @@ def _work(
 
 
 def _steps(pipe: Connection, model_config: dict[str, Any], config: QuickstartConfig, patched: bool) -> None:
-    from transformers import Qwen3VLConfig
-
-    from m4ov.models.qwen3_vl import build, cast_parameters
+    from m4ov.models.qwen3_vl import build, cast_parameters, config_of
     from m4ov.sft.training import loss_of
     from m4ov.train import Optimizer
     from m4ov.train.machine import peak_mib, reset_peak_mib
     from m4ov_kernels.patches import patch
 
-    model = build(Qwen3VLConfig(**model_config), config.run.seed)
+    model = build(config_of(model_config), config.run.seed)
     report = str(patch(model)) if patched else ""
     dtype = DTYPES[config.train.precision]
     cast_parameters(model, dtype).train()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 from tokenizers import Tokenizer
-from transformers import Qwen3VLConfig
+from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
 
 from m4ov.data import DataError, Encoder, ImageGeometry, Mixture, Pool, Split, digits, easy_vqa, train_tokenizer
 from m4ov.models.qwen3_vl import qwen3_vl_config
@@ -24,7 +24,7 @@ class Task:
     held_out: tuple[Split, ...]
     tokenizer: Tokenizer
     encoder: Encoder
-    model_config: Qwen3VLConfig
+    model_config: Qwen3VLConfig | Qwen3VLMoeConfig
     dtype: torch.dtype
 
     @property

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from m4ov.data import image_processor, to_hugging_face
 from m4ov.models.qwen3_vl import (
     Config,
     Qwen3VL,
+    TokenLoss,
     WeightsError,
     build,
     cast_parameters,
@@ -27,11 +29,15 @@ from m4ov.models.qwen3_vl import (
     shapes,
     training_flops,
 )
+from m4ov.parallel import data, expert
 from m4ov.parallel.checkpoint import full_tensors
+from m4ov.parallel.mesh import Mesh
 from m4ov.recipe import QuickstartConfig
+from m4ov.sft.layout import layout_of, spread
 from m4ov.sft.task import Task
 from m4ov.train import CheckpointError, TrainingError, TrainResult, World, train
 from m4ov_kernels.integrations import transformer_engine
+from m4ov_kernels.nn import load_balancing_loss
 from m4ov_kernels.packing import PackedBatch
 from m4ov_kernels.patches import patch
 
@@ -46,18 +52,35 @@ def model_of(config: QuickstartConfig, task: Task, seed: int) -> torch.nn.Module
     return cast_parameters(model, task.dtype)
 
 
-def loss_of(model: torch.nn.Module, batch: PackedBatch) -> tuple[Tensor, int]:
-    """Cross entropy of the answers' tokens, summed, and their number."""
+def loss_of(model: torch.nn.Module, batch: PackedBatch, mesh: Mesh | None = None) -> tuple[Tensor, int]:
+    """Cross entropy of the answers' tokens, summed, and their number; with experts, their balance loss is in the sum,
+    as often as there are labels, so that it is in the mean once. Collective where there is a mesh."""
     if isinstance(model, Qwen3VL):
         loss = model.loss(batch)
+        if loss.loads and model.config.text.router_aux_loss_coef:
+            return loss.total + _balance(model, loss, batch, mesh), loss.num_labels
         return loss.total, loss.num_labels
     return forward(model, batch).loss * batch.num_labels, batch.num_labels
 
 
-def loss_in_fp8(model: torch.nn.Module, batch: PackedBatch) -> tuple[Tensor, int]:
+def _balance(model: Qwen3VL, loss: TokenLoss, batch: PackedBatch, mesh: Mesh | None) -> Tensor:
+    """This rank's part of the experts' balance loss over the tokens that all ranks have in this batch, weighted by the
+    labels that all have."""
+    text = model.config.text
+    if mesh is None:
+        return text.router_aux_loss_coef * loss.num_labels * load_balancing_loss(loss.loads, tokens=batch.tokens)
+    labels = mesh.all_reduce(torch.tensor(float(loss.num_labels), device=loss.total.device), data.AXES)
+    part = expert.balance_loss(loss.loads, mesh, top_k=text.num_experts_per_tok)
+    weighted = text.router_aux_loss_coef * labels * part
+    # Ranks that share samples all have the whole cross entropy, but a part of this: as the loop divides by their
+    # number, the value is multiplied by it. The gradient is not, as it is a part there too.
+    return weighted + (mesh.layout.world // mesh.layout.data - 1) * weighted.detach()
+
+
+def loss_in_fp8(model: torch.nn.Module, batch: PackedBatch, mesh: Mesh | None = None) -> tuple[Tensor, int]:
     """The same, transformer-engine's linears multiplying in fp8."""
     with transformer_engine.autocast():
-        return loss_of(model, batch.to("cuda"))
+        return loss_of(model, batch.to("cuda"), mesh)
 
 
 def run(
@@ -67,9 +90,10 @@ def run(
 
     Args:
         folder: of the run, claimed by the caller (:class:`m4ov.train.RunFolder`).
-        world: the ranks, over which a step's images are spread and on which the model is replicated.
+        world: the ranks, over which the model and a step's images are spread as ``parallel`` says.
 
     Raises:
+        LayoutError: ``parallel`` does not fit the ranks, the model or the recipe; before anything is built.
         Interrupted, CheckpointError, TrainingError, RankError: see :func:`m4ov.train.train`. TrainingError also where
             ``train.fp8`` asks for what this machine has not.
     """
@@ -77,14 +101,16 @@ def run(
     if in_fp8 and (reason := transformer_engine.unavailable()) is not None:
         raise TrainingError(f"train.fp8: {reason}")
     world = world or World()
+    layout = layout_of(config, world.size)
     model = model_of(config, task, config.run.seed)
-    if isinstance(model, Qwen3VL):
-        model.always_vision = world.size > 1
     parameters = sum(parameter.numel() for parameter in model.parameters())
     console.print(
         f"Qwen3-VL, {parameters / 1e6:.2f} M parameters, {task.tokenizer.get_vocab_size()} tokens in the vocabulary, "
-        f"{config.train.precision}, {f'{world.size} ranks, each ' * (world.size > 1)}{torch.get_num_threads()} threads"
+        f"{config.train.precision}, {f'{world.size} ranks ({layout}), each ' * (world.size > 1)}"
+        f"{torch.get_num_threads()} threads"
     )
+    with world.watched("the mesh"):
+        mesh = spread(model, layout, world, config) if isinstance(model, Qwen3VL) else None
     mixture = task.mixture(
         config.data,
         config.run.seed,
@@ -95,10 +121,11 @@ def run(
     if in_fp8:
         torch.nn.Module.to(model, "cuda")
         console.print(f"fp8: {len(transformer_engine.install(model))} linear layers of transformer-engine")
+    loss: Any = loss_in_fp8 if in_fp8 else loss_of
     result = train(
         model,
         mixture,
-        loss_in_fp8 if in_fp8 else loss_of,
+        loss if mesh is None else partial(loss, mesh=mesh),
         config=config.train,
         optim=config.optim,
         folder=folder,
@@ -106,7 +133,8 @@ def run(
         world=world,
         flops_of=lambda batch: training_flops(task.model_config, batch),
     )
-    weights = dict(full_tensors(result.weights, keep=world.first))
+    with world.watched("gathering the weights"):
+        weights = dict(full_tensors(result.weights, keep=world.first))
     world.alone("saving the model", lambda: save_model(task, weights, folder / "model"))
     return result
 

@@ -7,7 +7,7 @@ from m4ov.train.folder import RunFolder, RunFolderError, write_text
 from m4ov.train.loop import Callback, Data, Interrupted, TrainingError, TrainResult, train
 from m4ov.train.metrics import MetricsError
 from m4ov.train.optim import Optimizer
-from m4ov.train.world import RankError, World
+from m4ov.train.world import RankError, World, ranks_started
 
 __all__ = [
     "Callback",
@@ -22,6 +22,7 @@ __all__ = [
     "TrainResult",
     "TrainingError",
     "World",
+    "ranks_started",
     "train",
     "write_text",
 ]

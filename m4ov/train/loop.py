@@ -185,8 +185,9 @@ def train(
                 losses: list[Tensor] = []
                 labels = work = 0.0
                 for batch in batches:
-                    loss, count = loss_of(model, batch)
-                    loss.backward()
+                    with world.watched(f"step {step}: forward and backward"):
+                        loss, count = loss_of(model, batch)
+                        loss.backward()
                     optimizer.accumulate()
                     losses.append(loss.detach())
                     labels += count
@@ -212,7 +213,8 @@ def train(
                     raise TrainingError(f"step {step}: loss {total / labels}, gradient norm {norm}")
                 took, done = time.perf_counter() - began, step + 1
                 seconds, tokens = seconds + took, tokens + round(trained / copies)
-                window.add(total / labels, trained / copies, work / copies, took, waited, world.seconds)
+                load = own[3] if flops_of is not None else own[2]  # the others wait for the rank that has most
+                window.add(total / labels, trained / copies, work / copies, took, waited, world.seconds, load)
                 progress.update(done, total / labels, round(trained / copies), took)
                 if callback is not None:
                     callback.after_step(done)
@@ -249,10 +251,11 @@ class _Window:
 
     def close(self, world: World, step: int, peak: float) -> dict[str, float]:
         """The line, and a new window. Collective."""
-        loss, tokens, work, took, waited, talked = (sum(column) for column in zip(*self.rows, strict=True))
+        loss, tokens, work, took, waited, talked, load = (sum(column) for column in zip(*self.rows, strict=True))
         steps = len(self.rows)
         self.rows.clear()
-        worst = world.reduce(f"step {step}: metrics", [machine.peak_mib() or 0.0, waited, talked], largest=True)
+        own = [machine.peak_mib() or 0.0, waited, talked, load]
+        worst = world.reduce(f"step {step}: metrics", own, largest=True)
         values = {
             "loss": loss / steps,
             "tokens_per_second": tokens / took,
@@ -261,6 +264,8 @@ class _Window:
             "communication_seconds": worst[2] / steps,
             "step_seconds": took / steps,
         }
+        if world.size > 1:  # the most model FLOPs (tokens, if nobody counts them) of a rank over the mean of all
+            values["imbalance"] = worst[3] * world.data_size / (work or tokens)
         return values | ({"mfu": work / took / peak} if peak else {})
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from m4ov.train.world import World
 
@@ -44,11 +45,14 @@ class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum and decoupled weight decay, matrices of one shape updated together.
 
     The same update as ``torch.optim.Muon`` with ``adjust_lr_fn="original"``, which takes matrix after matrix. A weight
-    of more than two dimensions counts as the matrix of its first by all the others.
+    of three dimensions is a stack of matrices, as experts are, each of which is taken by itself; one of more counts as
+    the matrix of its first by all the others, as a convolution of patches is.
 
-    Momentum, decay and step are element by element, on what a rank has. The orthogonal step needs whole matrices: they
-    are gathered (``DTensor``), spread over the ranks, each orthogonalised by one, and all-gathered; both travel in
-    ``dtype``.
+    Momentum, decay and step are element by element, on what a rank has. The orthogonal step needs whole matrices.
+    Where an axis of the mesh cuts them (FSDP, tensor parallel), they are gathered, spread over the ranks, each
+    orthogonalised by one, and all-gathered; both travel in ``dtype``. Where it deals out the matrices of a stack
+    (experts over their ranks), each rank has whole ones, and nothing is sent. No axis changes the result but for
+    rounding; ranks that hold the same weights get the same bits.
 
     Args:
         params: plain tensors or DTensors; gradients stand at their local shards (``to_local()``).
@@ -92,49 +96,69 @@ class Muon(torch.optim.Optimizer):
         updates = list(torch._foreach_lerp(grads, buffers, group["momentum"]))  # Nesterov
         torch._foreach_mul_(shards, 1 - group["lr"] * group["weight_decay"])
         whole = self.layouts[shards[0]]
-        rows, columns = whole.shape[0], whole.shape[1:].numel()
+        rows, columns = _matrix(whole.shape)
         alpha = -group["lr"] * max(1, rows / columns) ** 0.5
         if isinstance(whole, DTensor):
             steps = self._of_sharded(updates, whole)
-        elif self.world.size > 1 and len(shards) > 1:
-            whole_updates = [update.to(self.dtype).flatten(1) for update in updates]
-            steps = iter(self._spread(whole_updates, _everyone()))
         else:
-            steps = iter(orthogonalised(torch.stack(updates).flatten(2), dtype=self.dtype).unbind(0))
+            together = _everyone() if self.world.size > 1 and whole.numel() * len(shards) > rows * columns else None
+            steps = iter(self._orthogonalised(updates, together))
         for shard, step in zip(shards, steps, strict=True):
             shard.add_(step.to(shard.dtype).view(shard.shape), alpha=alpha)
 
     def _of_sharded(self, updates: list[Tensor], like: DTensor) -> Iterator[Tensor]:
         """Of DTensors with the mesh and placements of ``like``: the local shards of their steps."""
-        mesh, placements = like.device_mesh, like.placements
+        mesh, shape = like.device_mesh, tuple(like.shape)
+        placements, same = list(like.placements), list(range(mesh.ndim))  # axes whose ranks can share the work
+        if like.ndim == 3:
+            for axis, placement in enumerate(like.placements):
+                if getattr(placement, "dim", None) == 0:  # deals out whole matrices: these ranks have others
+                    placements[axis] = Replicate()
+                    same.remove(axis)
+            # From here on the stack is what the ranks of those axes have of it, each its own.
+            shape = (updates[0].shape[0], *like.shape[1:])
+            if shape[0] == 0:
+                yield from updates
+                return
         # Ranks that share the work: of the longest axis; those of the others do the same work again.
-        axis = max(range(mesh.ndim), key=mesh.size)
-        group = mesh.get_group(axis)
-        at_once = mesh.size(axis) * max(1, _GATHERED // (like.numel() * mesh.size(axis)))
+        group = mesh.get_group(max(same, key=mesh.size)) if same else None
+        size = 1 if group is None else dist.get_world_size(group)
+        stride = torch.empty(shape, device="meta").stride()
+        at_once = size * max(1, _GATHERED // (math.prod(shape) * size))
         for begin in range(0, len(updates), at_once):
             whole = []
             for update in updates[begin : begin + at_once]:
                 sharded = DTensor.from_local(
-                    update.to(self.dtype), mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
+                    update.to(self.dtype), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
                 )
                 with self.world.collective("Muon: gathering the matrices"):
-                    whole.append(sharded.full_tensor().flatten(1))
-            for step in self._spread(whole, group):
-                full = step.reshape(like.shape)
-                yield distribute_tensor(full, mesh, placements, src_data_rank=None).to_local()
+                    whole.append(sharded.full_tensor())
+            for step in self._orthogonalised(whole, group):
+                yield distribute_tensor(step, mesh, placements, src_data_rank=None).to_local()
 
-    def _spread(self, matrices: list[Tensor], group: ProcessGroup) -> list[Tensor]:
-        """Matrices of one shape that every rank of a group has, each orthogonalised by one of them."""
-        size, rank = dist.get_world_size(group), dist.get_rank(group)
-        each = -(-len(matrices) // size)
-        own = torch.zeros(each, *matrices[0].shape, dtype=self.dtype, device=matrices[0].device)
-        mine = matrices[rank * each : (rank + 1) * each]
-        if mine:
-            own[: len(mine)] = orthogonalised(torch.stack(mine), dtype=self.dtype)
-        gathered = own.new_empty(size * each, *own.shape[1:])
-        with self.world.collective("Muon: gathering the steps"):
-            dist.all_gather(list(gathered.chunk(size)), own, group=group)
-        return list(gathered[: len(matrices)].unbind(0))
+    def _orthogonalised(self, updates: list[Tensor], group: ProcessGroup | None) -> list[Tensor]:
+        """Of whole weights of one shape, which every rank of a group has: each matrix by one of its ranks."""
+        shape = updates[0].shape
+        matrices = torch.cat([update.to(self.dtype).reshape(-1, *_matrix(shape)) for update in updates])
+        if group is None or dist.get_world_size(group) == 1:
+            steps = orthogonalised(matrices, dtype=self.dtype)
+        else:
+            size, rank = dist.get_world_size(group), dist.get_rank(group)
+            each = -(-len(matrices) // size)
+            own = matrices.new_zeros(each, *matrices.shape[1:])
+            mine = matrices[rank * each : (rank + 1) * each]
+            if len(mine):
+                own[: len(mine)] = orthogonalised(mine, dtype=self.dtype)
+            gathered = own.new_empty(size * each, *own.shape[1:])
+            with self.world.collective("Muon: gathering the steps"):
+                dist.all_gather(list(gathered.chunk(size)), own, group=group)
+            steps = gathered[: len(matrices)]
+        return [step.reshape(shape) for step in steps.split(len(matrices) // len(updates))]
+
+
+def _matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of the matrix, or of each matrix of the stack, that a weight is."""
+    return (shape[1], shape[2]) if len(shape) == 3 else (shape[0], math.prod(shape[1:]))
 
 
 def _everyone() -> ProcessGroup:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from m4ov.parallel import hang
+from m4ov.parallel.mesh import Mesh
 
 R = TypeVar("R")
 _BUCKET = 2**24  # numbers that travel in one all-reduce: 64 MiB, the most that is held twice
@@ -34,7 +35,9 @@ class World:
         patience: seconds that a rank whose collective failed waits for the others to say where they are.
 
     Attributes:
-        seconds: spent in the collectives of this object, waiting for others included; the loop sets it back.
+        seconds: spent in the collectives of this object, waiting for others included; the loop sets it back. Those that
+            a sharded model makes in its forward and backward are not in it.
+        axes: names of process groups → what errors call them.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class World:
         self.rank, self.size, self.patience = rank, size, patience
         self.data_rank = rank if data_rank is None else data_rank
         self.data_size = size if data_size is None else data_size
+        self.axes: dict[str, str] = {}
         self.seconds = 0.0
 
     @classmethod
@@ -60,7 +64,7 @@ class World:
         Raises:
             RankError: not all ranks came in time.
         """
-        if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+        if ranks_started() == 1:
             return cls()
         backend = "gloo"
         if torch.cuda.is_available():
@@ -71,6 +75,11 @@ class World:
         store = dist.PrefixStore(_attempt(store, rank, size, timeout_seconds), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         return cls(rank, size, patience=min(3.0, timeout_seconds / 10))
+
+    def follow(self, mesh: Mesh) -> None:
+        """From here on the samples are those that a mesh gives this rank: the ranks of its other axes share them."""
+        self.data_rank, self.data_size = mesh.data_rank, mesh.layout.data
+        self.axes = mesh.axis_of_group()
 
     @property
     def first(self) -> bool:
@@ -145,12 +154,30 @@ class World:
         """
         began = time.perf_counter()
         try:
-            with hang.named(patience=self.patience):
+            with hang.named(self.axes, self.patience):
                 yield
         except RuntimeError as error:
             raise RankError(f"{what}: {error}") from error
         finally:
             self.seconds += time.perf_counter() - began
+
+    @contextmanager
+    def watched(self, what: str) -> Iterator[None]:
+        """As :meth:`collective`, around work with collectives inside: not timed, and other errors are let through.
+
+        Raises:
+            RankError: a collective timed out, or a rank that it needs has ended.
+        """
+        try:
+            with hang.named(self.axes, self.patience):
+                yield
+        except hang.HungRankError as error:
+            raise RankError(f"{what}: {error}") from error
+
+
+def ranks_started() -> int:
+    """How many ranks torchrun started, this one among them; needs no process group."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _attempt(store: dist.Store, rank: int, size: int, timeout_seconds: float) -> str:

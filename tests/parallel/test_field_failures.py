@@ -3,7 +3,9 @@ concern these axes. Compared in float64, where a right layout is 1e-14 from one 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from m4ov.parallel import data, ranks
 from m4ov.parallel.mesh import Layout, Mesh
-from m4ov.parallel.parallelize import parallelize
+from m4ov.parallel.parallelize import Parallel, parallelize
 from m4ov.parallel.parity import cases, certificate, steps
 from m4ov.parallel.parity.cases import Draw
+from m4ov.parallel.tensor import TensorParallel
 
 CLOSE = 1e-10
 
@@ -47,21 +50,17 @@ def of_experts() -> dict[str, float]:
     return {f"{label} {name}": value for label in ("tp2-ep2", "tp2") for name, value in gradients(label, draw).items()}
 
 
-def test_2_the_router_has_the_whole_gradient_under_ep_and_tp():
+def test_2_the_router_has_the_whole_gradient_under_ep_and_tp(two_ranks):
     """torchtitan#1805, Megatron-LM#5916, transformers#48687: the loss is right, the router's gradient one rank's."""
-    found = ranks.run(of_experts, 2)[0]
+    found = two_ranks[0]["experts"]
     routers = {name: value for name, value in found.items() if name.endswith("mlp.gate.weight")}
     assert len(routers) == 4
     assert max(routers.values()) < CLOSE
     assert max(found.values()) < CLOSE
 
 
-def positions(*labels: str) -> list[tuple[bool, bool]]:
+def positions(label: str) -> list[tuple[bool, bool]]:
     """Of every layer: whether it got the batch's positions, and whether their three axes differ."""
-    return [found for label in labels for found in _positions(label)]
-
-
-def _positions(label: str) -> list[tuple[bool, bool]]:
     draw, layout = Draw(seed=3, text_only=1.0), Layout.parse(label)
     mesh = Mesh(layout)
     model, batch = parallelize(cases.model(draw), mesh), cases.share(draw, mesh.data_rank, layout.data)
@@ -88,10 +87,37 @@ def flat_positions_matter() -> bool:
     return steps.compare(wrong, right).largest > 1e3 * certificate.TOLERANCE
 
 
-def test_4_positions_keep_three_axes_when_packed_and_split():
+def test_4_positions_keep_three_axes_when_packed_and_split(two_ranks):
     """Automodel#2172, axolotl#3817: M-RoPE's positions become 1-D, and only benchmarks show it."""
-    assert ranks.run(positions, 2, "fsdp2", "tp2") == [[(True, True)] * 4] * 2
+    assert [found["positions"] for found in two_ranks] == [[(True, True)] * 4] * 2
     assert flat_positions_matter()
+
+
+UNEVEN = Draw(seed=33, samples=6, images=2, text_only=1.0)
+
+
+def tower_rows(split_images: bool) -> int:
+    """The patches that this rank's tower runs on, of a batch that all tensor ranks have."""
+    config = Parallel(tensor=TensorParallel(split_images=split_images))
+    model = parallelize(cases.model(UNEVEN), Mesh(Layout(tp=2)), config)
+    rows: list[int] = []
+    model.model.visual.patch_embed.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    model.loss(cases.share(UNEVEN)).total.backward()
+    return sum(rows)
+
+
+def test_5_images_of_many_sizes_are_dealt_out_evenly(two_ranks):
+    """VeOmni#280, #1074: by their patches, not by their number; so that no tensor rank waits for long."""
+    images = cases.share(UNEVEN).images
+    assert images is not None
+    sizes = [math.prod(grid) for grid in images.grids]
+    at_most = (sum(sizes) + max(sizes)) / 2  # half of all, and half of an image that lies over the middle
+    for half in (len(sizes) // 2, -(-len(sizes) // 2)):
+        assert max(sum(sizes[:half]), sum(sizes[half:])) > at_most
+    dealt, whole = zip(*(found["tower"] for found in two_ranks), strict=True)
+    assert sum(dealt) == sum(sizes)
+    assert max(dealt) <= at_most
+    assert whole == (sum(sizes),) * 2  # without it
 
 
 def loads() -> dict[str, float]:
@@ -101,7 +127,8 @@ def loads() -> dict[str, float]:
 
 
 def test_5_uneven_images_are_reported():
-    """VeOmni#280: every rank waits for the one with most images. The most of a rank over the mean of all."""
+    """VeOmni#280: every rank waits for the one with most images. The most of a rank over the mean of all; that the loop
+    writes it down, tests/train/test_ranks.py sees."""
     batches = [cases.share(Draw(seed=3, text_only=0.5), rank, 4) for rank in range(4)]
     tokens = [batch.tokens for batch in batches]
     patches = [0 if batch.images is None else len(batch.images.pixel_values) for batch in batches]
@@ -121,11 +148,7 @@ class Convolutions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def convolutions(*labels: str) -> list[tuple[int, bool]]:
-    return [_convolutions(label) for label in labels]
-
-
-def _convolutions(label: str) -> tuple[int, bool]:
+def convolutions(label: str) -> tuple[int, bool]:
     draw, layout = Draw(seed=3), Layout.parse(label)
     mesh = Mesh(layout)
     model = parallelize(cases.model(draw), mesh)
@@ -135,6 +158,21 @@ def _convolutions(label: str) -> tuple[int, bool]:
     return mode.count, mode.products > 0
 
 
-def test_10_the_patch_embedding_is_a_matrix_product_under_fsdp_and_tp():
+def test_10_the_patch_embedding_is_a_matrix_product_under_fsdp_and_tp(two_ranks):
     """pytorch#174051, transformers#45750: the Conv3d is 10 to 50,000 times slower, and wrappers bring it back."""
-    assert ranks.run(convolutions, 2, "fsdp2", "tp2") == [[(0, True)] * 2] * 2
+    assert [found["convolutions"] for found in two_ranks] == [[(0, True)] * 2] * 2
+
+
+def all_of_two_ranks() -> dict[str, Any]:
+    return {
+        "experts": of_experts(),
+        "positions": positions("fsdp2") + positions("tp2"),
+        "tower": (tower_rows(True), tower_rows(False)),
+        "convolutions": [convolutions("fsdp2"), convolutions("tp2")],
+    }
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> list[dict[str, Any]]:
+    """What each rank found; started once for all of these tests."""
+    return ranks.run(all_of_two_ranks, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,8 +50,8 @@ def options() -> dict[str, float]:
     return found
 
 
-def test_options_do_not_change_the_gradients():
-    found = ranks.run(options, 2)[0]
+def test_options_do_not_change_the_gradients(two_ranks):
+    found = two_ranks[0]["options"]
     assert found.pop("whole tower") < 1e-10
     assert max(found.values()) < 1e-6, found  # the norm is float32
 
@@ -88,8 +89,8 @@ def narrow() -> tuple[float, set[torch.dtype], set[torch.dtype]]:
     return abs(loss - wanted) / wanted, seen, {parameter.grad.dtype for parameter in model.parameters()}
 
 
-def test_bf16_weights_with_float32_sums():
-    for difference, computed, reduced in ranks.run(narrow, 2):
+def test_bf16_weights_with_float32_sums(two_ranks):
+    for difference, computed, reduced in (found["narrow"] for found in two_ranks):
         assert 0 < difference < 2e-2
         assert (computed, reduced) == ({torch.bfloat16}, {torch.float32})
 
@@ -114,24 +115,30 @@ def _balanced(mesh: Mesh, kind: str) -> tuple[float, float]:
     return float(total), float(sum(each) / whole.tokens)
 
 
-def test_the_balance_loss_is_over_the_tokens_it_names():
-    for found in ranks.run(balanced, 2):
+def test_the_balance_loss_is_over_the_tokens_it_names(two_ranks):
+    for found in (one["balanced"] for one in two_ranks):
         assert found[0][1] != pytest.approx(found[1][1], rel=1e-4)
         for total, wanted in found:
             assert total == pytest.approx(wanted, rel=1e-9)
 
 
+def biases() -> float:
+    draw = Draw(seed=4, bias=True)
+    made = certificate.parallel(certificate.mesh_of(Layout(dp_shard=2, tp=2)), draw, train=1, dtype=torch.float64)
+    assert "model.language_model.layers.1.self_attn.o_proj.bias" in made.grads
+    return steps.compare(made, certificate.reference(draw, train=1, dtype=torch.float64)).largest
+
+
+def test_biases_in_the_attention_are_added_once():
+    assert max(ranks.run(biases, 4)) < 1e-10
+
+
 def refusals() -> list[str]:
     messages = []
-    for layout in (Layout(pp=2), Layout(cp=2), Layout(tp=2)):
-        model = cases.model(Draw())
-        if layout.tp == 2:
-            text = dataclasses.replace(model.config.text, attention_bias=True)
-            model.config = dataclasses.replace(model.config, text=text)
-        try:
-            parallelize(model, Mesh(layout))
-        except LayoutError as error:
-            messages.append(str(error))
+    for layout in (Layout(pp=2), Layout(cp=2)):
+        with pytest.raises(LayoutError) as refused:
+            parallelize(cases.model(Draw()), Mesh(layout))
+        messages.append(str(refused.value))
     partial = torch.nn.Parameter(torch.ones(2))
     mesh = Mesh(Layout(dp_shard=2))
     weight = torch.nn.Parameter(DTensor.from_local(torch.ones(2), mesh.data_mesh, [Partial()], run_check=False))
@@ -144,14 +151,23 @@ def refusals() -> list[str]:
     return messages
 
 
-def test_what_is_not_built_is_refused():
-    for messages in ranks.run(refusals, 2):
+def test_what_is_not_built_is_refused(two_ranks):
+    for messages in (found["refusals"] for found in two_ranks):
         assert [message.partition(";")[0] for message in messages] == [
             "layout pp2: pp 2: this axis is not built yet",
             "layout cp2: cp 2: this axis is not built yet",
-            "layout tp2: tp 2 is not built for biases in the attention",
             "grad_norm: a gradient [2] is not summed: (Partial(sum),)",
         ]
+
+
+def all_of_two_ranks() -> dict[str, Any]:
+    return {"options": options(), "narrow": narrow(), "balanced": balanced(), "refusals": refusals()}
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> list[dict[str, Any]]:
+    """What each rank found; started once for all of these tests."""
+    return ranks.run(all_of_two_ranks, 2)
 
 
 def test_options_that_do_not_exist_are_refused():

@@ -159,7 +159,7 @@ def train_small(
     return {name: tensor for name, tensor in full_tensors(found.weights, keep=True) if tensor is not None}
 
 
-def die_in_the_second_step(folder: Path) -> str:
+def die_in_the_second_step(folder: Path, sharded_over: tuple[int, ...] | None = None) -> str:
     def loss_of(model: nn.Module, batch: Row):
         if dist.get_rank() == 1 and (folder / "checkpoints" / "step-00000001").exists():
             os.kill(os.getpid(), signal.SIGKILL)
@@ -168,7 +168,7 @@ def die_in_the_second_step(folder: Path) -> str:
     global summed_loss
     original, summed_loss = summed_loss, loss_of
     try:
-        run(folder, world(), steps=200)
+        run(folder, world(), steps=200, model=None if sharded_over is None else sharded(sharded_over))
     except RankError as error:
         (folder / "error").write_text(str(error))
         raise

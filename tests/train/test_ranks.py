@@ -10,6 +10,7 @@ import pytest
 from m4ov import sft
 from m4ov.parallel import ranks
 from m4ov.parallel.checkpoint import checkpoints, read
+from m4ov.train import World
 from m4ov.train.metrics import read as read_metrics
 from tests.tiny_task import mixture_batch, quiet, tiny_config, tiny_task
 from tests.train import killing, small
@@ -36,6 +37,18 @@ def test_ranks_train_as_one_does(tmp_path, size, mesh):
     close(tmp_path / "one", tmp_path / "many", steps=8)
     rows = read_metrics(tmp_path / "many" / "metrics.jsonl")
     assert all(row["communication_seconds"] > 0 and row["peak_memory_mib"] > 50 for row in rows)
+    assert [row["imbalance"] for row in rows] == pytest.approx(imbalances(size, len(rows)))
+
+
+def imbalances(size: int, steps: int) -> list[float]:
+    """Of each step, the most tokens of a rank over the mean of all."""
+    loaders = [small.loader(World(rank, size)) for rank in range(size)]
+    found = []
+    for step in range(steps):
+        tokens = [sum(batch.tokens for batch in loader.batches(step)) for loader in loaders]
+        found.append(max(tokens) * size / sum(tokens))
+    assert max(found) > 1
+    return found
 
 
 def test_a_run_goes_on_on_other_layouts(tmp_path):
@@ -85,10 +98,14 @@ def contents(batch) -> list[tuple]:
     ]
 
 
-def test_a_rank_that_dies_is_named(tmp_path):
+@pytest.mark.parametrize("sharded_over", [None, (2,)])
+def test_a_rank_that_dies_is_named(tmp_path, sharded_over):
+    """In a collective of the loop, or of the model's forward."""
     with pytest.raises(ranks.RankError, match="rank 1 died: exit status -9"):
-        ranks.run(small.die_in_the_second_step, 2, tmp_path)
-    assert "ranks 1 did not come" in (tmp_path / "error").read_text()
+        ranks.run(small.die_in_the_second_step, 2, tmp_path, sharded_over)
+    error = (tmp_path / "error").read_text()
+    assert "ranks 1 did not come" in error
+    assert error.startswith("step ")
 
 
 def test_kill_9_of_ranks_at_random_moments(tmp_path):

@@ -14,7 +14,7 @@ from m4ov.models.qwen3_vl.weights import configuration, export, from_pretrained,
 from m4ov.models.sharded import WeightsError
 
 if TYPE_CHECKING:
-    from m4ov.models.qwen3_vl.hf_build import build, cast_parameters, qwen3_vl_config
+    from m4ov.models.qwen3_vl.hf_build import build, cast_parameters, config_of, qwen3_vl_config
     from m4ov.models.qwen3_vl.hf_packed import forward
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "WeightsError",
     "build",
     "cast_parameters",
+    "config_of",
     "configuration",
     "export",
     "forward",
@@ -43,7 +44,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("build", "cast_parameters", "qwen3_vl_config"):
+    if name in ("build", "cast_parameters", "config_of", "qwen3_vl_config"):
         from m4ov.models.qwen3_vl import hf_build
 
         return getattr(hf_build, name)

@@ -1,4 +1,4 @@
-"""A small Qwen3-VL with random weights: transformers' own class, sized by a recipe."""
+"""A small Qwen3-VL with random weights: transformers' own classes, dense or with experts, sized by a recipe."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
 
 from m4ov.recipe import ModelConfig
 
+Configuration = Qwen3VLConfig | Qwen3VLMoeConfig
 
-def qwen3_vl_config(model: ModelConfig, tokenizer: Tokenizer, *, grid: int) -> Qwen3VLConfig:
+
+def qwen3_vl_config(model: ModelConfig, tokenizer: Tokenizer, *, grid: int) -> Configuration:
     """transformers' configuration.
 
     Args:
@@ -31,8 +39,16 @@ def qwen3_vl_config(model: ModelConfig, tokenizer: Tokenizer, *, grid: int) -> Q
     text, vision = model.text, model.vision
     half = text.head_dim // 2
     side = half * 5 // 16  # the proportions of Qwen3-VL: 24, 20, 20 of 64
-    return Qwen3VLConfig(
+    experts: dict[str, Any] = {
+        "num_experts": text.num_experts,
+        "num_experts_per_tok": text.num_experts_per_tok,
+        "moe_intermediate_size": text.moe_intermediate_size,
+        "router_aux_loss_coef": text.router_aux_loss_coef,
+    }
+    kind = Qwen3VLMoeConfig if text.num_experts else Qwen3VLConfig
+    return kind(
         text_config={
+            **(experts if text.num_experts else {}),
             "vocab_size": math.ceil(tokenizer.get_vocab_size() / 32) * 32,
             "hidden_size": text.hidden_size,
             "intermediate_size": text.intermediate_size,
@@ -73,11 +89,23 @@ def qwen3_vl_config(model: ModelConfig, tokenizer: Tokenizer, *, grid: int) -> Q
     )
 
 
-def build(config: Qwen3VLConfig, seed: int) -> Qwen3VLForConditionalGeneration:
+def config_of(values: dict[str, Any]) -> Configuration:
+    """Of what its ``to_dict`` gave."""
+    found: Any = AutoConfig.for_model(**values)
+    return found  # type: ignore[no-any-return]
+
+
+def build(config: Configuration, seed: int) -> Any:
     """The model with float32 weights that depend on ``seed`` alone; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3VLForConditionalGeneration(copy.deepcopy(config))  # a patch changes the configuration it holds
+        config = copy.deepcopy(config)  # a patch changes the configuration that the model holds
+        kind: Any = (
+            Qwen3VLMoeForConditionalGeneration
+            if isinstance(config, Qwen3VLMoeConfig)
+            else Qwen3VLForConditionalGeneration
+        )
+        model = kind(config)
     generation: Any = model.generation_config
     text: Any = config.text_config
     generation.eos_token_id, generation.pad_token_id = text.eos_token_id, text.pad_token_id

@@ -15,8 +15,9 @@ KINDS = ("dense", "moe")
 IMAGE, VIDEO, WORDS = 156, 157, 150
 
 
-def config(kind: str, heads: tuple[int, int] = (8, 4)) -> Config:
-    """DeepStack after every block of the tower; tied embeddings in the dense model. ``heads``: of queries, of keys."""
+def config(kind: str, heads: tuple[int, int] = (8, 4), bias: bool = False) -> Config:
+    """DeepStack after every block of the tower; tied embeddings in the dense model. ``heads``: of queries, of keys;
+    ``bias``: in the attention, which no published Qwen3-VL has."""
     experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24} if kind == "moe" else {}
     text = TextConfig(
         vocab_size=160,
@@ -28,6 +29,7 @@ def config(kind: str, heads: tuple[int, int] = (8, 4)) -> Config:
         head_dim=16,
         rope_theta=10000.0,
         mrope_section=(4, 2, 2),
+        attention_bias=bias,
         pad_token_id=0,
         **experts,  # type: ignore[arg-type]
     )
@@ -72,6 +74,7 @@ class Draw:
         images: how many each sample has, at most.
         text_only: from which part of the samples on there are none: 0.5: the second half has none.
         longest: words of a sample, at most.
+        bias: whether the attention has biases.
     """
 
     kind: str = "dense"
@@ -81,10 +84,11 @@ class Draw:
     text_only: float = 0.5
     longest: int = 24
     seed: int = 0
+    bias: bool = False
 
     @property
     def config(self) -> Config:
-        return config(self.kind, self.heads)
+        return config(self.kind, self.heads, self.bias)
 
 
 def samples(draw: Draw) -> list[Sample]:

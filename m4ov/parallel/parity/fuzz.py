@@ -56,7 +56,7 @@ def pair(seed: int) -> Pair:
     )
     legal = [layout for layout in _layouts(rng.choice(WORLDS)) if _legal(layout, draw)]
     layout = rng.choice(legal)
-    return Pair(seed, layout, replace(draw, samples=max(draw.samples, layout.data)))
+    return Pair(seed, layout, replace(draw, samples=max(draw.samples, layout.data), bias=rng.random() < 0.2))
 
 
 @cache
