@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,10 @@ class Encoder:
         self.image_token, self.video_token = token_id(tokenizer, IMAGE), token_id(tokenizer, VIDEO)
         self.end_token = token_id(tokenizer, TURN_END)
         self._known: dict[tuple[str, str], Encoded] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what it remembers: another process would get a file descriptor for every tensor."""
+        return {**self.__dict__, "_known": {}}
 
     def __call__(self, question: str, answer: str) -> Encoded:
         """``input_ids``: the question, the answer and its end token; ``labels``: those at the answer and its end token,

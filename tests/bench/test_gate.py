@@ -137,12 +137,9 @@ def test_a_red_gate_has_no_speed(capsys, monkeypatch, tmp_path):
     assert "output: far off" in report.as_json(made)["rows"][0]["problem"]
     from m4ov_bench import runner
 
-    monkeypatch.setattr(runner, "stream", lambda *_: iter(made))
-    options = type(
-        "Options",
-        (),
-        {"family": [], "quick": True, "json": tmp_path / "a" / "b.json", "plot": None, "against": None, "case": ""},
-    )
+    monkeypatch.setattr(runner, "stream", lambda *_, **__: iter(made))
+    given = {"family": [], "quick": True, "plot": None, "against": None, "case": "", "seed": None}
+    options = type("Options", (), {**given, "json": tmp_path / "a" / "b.json"})
     assert execute(options) == 1
     assert "no speed" in capsys.readouterr().out
     assert (tmp_path / "a" / "b.json").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -21,6 +22,17 @@ def test_encoded_samples_have_labels_on_the_answer_only():
     assert (sample.input_ids == encoder.image_token).sum() == encoder.geometry.tokens
     assert torch.equal(sample.labels[sample.labels != -100], answered)
     assert encoder.tokenizer.decode(sample.input_ids.tolist()) == "what color is the circle?blue"
+
+
+def test_an_encoder_travels_without_its_memory():
+    """A tensor that is sent to a process costs a file descriptor, and a forkserver takes 256."""
+    encoder = tiny_task().encoder
+    for number in range(300):
+        encoder(f"what is {number}?", "blue")
+    packed = pickle.dumps(encoder)
+    assert len(packed) < len(pickle.dumps(encoder.tokenizer)) + 1000
+    there = pickle.loads(packed)
+    assert torch.equal(there("what is 7?", "blue").input_ids, encoder("what is 7?", "blue").input_ids)
 
 
 def test_the_encoding_is_what_the_chat_template_says():
