@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -155,20 +155,31 @@ def read_records(
     """
     seen: set[str] = set()
     for path in shards_of(source):
-        for where, value in read_values(path, limit=limit):
-            try:
-                if isinstance(value, RecordError):
-                    raise value
-                record = Record.from_json(value, where)
-                if record.id in seen:
-                    raise RecordError(where, "id", "duplicate id", f"{short(record.id)} was there before", record.id)
-            except RecordError as error:
-                if on_error is None:
-                    raise
-                on_error(error)
-                continue
-            seen.add(record.id)
+        for _, record in distinct(read_values(path, limit=limit), Record.from_json, seen, on_error):
             yield with_images(record, path.parent) if absolute else record
+
+
+def distinct(
+    rows: Iterable[tuple[Where, Any]],
+    convert: Callable[[Any, Where], Record],
+    seen: set[str],
+    on_error: Callable[[RecordError], None] | None,
+) -> Iterator[tuple[Where, Record]]:
+    """The records of rows; what is none, or has an id in ``seen``, goes to ``on_error``, or is raised without it."""
+    for where, value in rows:
+        try:
+            if isinstance(value, RecordError):
+                raise value
+            record = convert(value, where)
+            if record.id in seen:
+                raise RecordError(where, "id", "duplicate id", f"{short(record.id)} was there before", record.id)
+        except RecordError as error:
+            if on_error is None:
+                raise
+            on_error(error)
+            continue
+        seen.add(record.id)
+        yield where, record
 
 
 def image_path(reference: str, folder: Path) -> Path:
@@ -316,7 +327,8 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it is gone, or never was
+            temporary.unlink()
 
 
 def _unwritable(path: Path, error: OSError) -> WriteError:

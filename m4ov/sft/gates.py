@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from m4ov.data.shares import largest_remainder
 from m4ov.manifest import GuardConfig, StageConfig
 
 END, RAISE, CONTINUE, STOP = "end", "raise replay", "continue", "stop"
@@ -93,11 +94,4 @@ def shares(stage: StageConfig, replay: Mapping[str, float]) -> dict[str, float]:
 
 def counts(found: Mapping[str, float], images: int) -> dict[str, int]:
     """Shares as whole images, ``images`` in all: largest remainders; of equal ones the pool that comes first."""
-    exact = {pool: share * images for pool, share in found.items()}
-    whole = {pool: int(value + 1e-9) for pool, value in exact.items()}
-    left = images - sum(whole.values())
-    # Rounded, so that shares that differ in the last bit alone are equal.
-    order = sorted(exact, key=lambda pool: -round(exact[pool] - whole[pool], 9))
-    for pool in order[:left]:
-        whole[pool] += 1
-    return whole
+    return dict(zip(found, largest_remainder(list(found.values()), images).tolist(), strict=True))

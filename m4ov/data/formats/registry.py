@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from m4ov.data.formats import canonical, llama_factory, openai, swift, trl, turn
 from m4ov.data.formats.containers import files_of, rows_of
 from m4ov.data.pictures import relative_images, store_images
 from m4ov.data.records import Record, RecordError, Where, short
-from m4ov.data.shards import MAX_LINE_BYTES, write_shards
+from m4ov.data.shards import MAX_LINE_BYTES, distinct, write_shards
 
 _LOOKED_AT = 16  # rows
 
@@ -107,20 +108,7 @@ def read(
     seen: set[str] = set()
     for path in files_of(source):
         form = detect(path, limit=limit) if format is None else named(format)
-        for where, value in rows_of(path, limit):
-            try:
-                if isinstance(value, RecordError):
-                    raise value
-                record = convert_row(form, value, where)
-                if record.id in seen:
-                    raise RecordError(where, "id", "duplicate id", f"{short(record.id)} was there before", record.id)
-            except RecordError as error:
-                if on_error is None:
-                    raise
-                on_error(error)
-                continue
-            seen.add(record.id)
-            yield where, record
+        yield from distinct(rows_of(path, limit), partial(convert_row, form), seen, on_error)
 
 
 def convert(
