@@ -36,7 +36,7 @@ def run(config: QuickstartConfig) -> None:
         Interrupted: Ctrl-C during training; a checkpoint was written.
     """
     check(config.train.wandb)
-    sft.layout_of(config, ranks_started())
+    sft.layout_of(config.parallel, ranks_started(), sft.sizes_of(config.model.text), whole=sft.whole_of(config))
     world = World.start(config.train.timeout_seconds)
     console = Console(quiet=not world.first)
     transformers_logging.set_verbosity_error()

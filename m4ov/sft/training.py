@@ -33,7 +33,7 @@ from m4ov.parallel import data, expert
 from m4ov.parallel.checkpoint import full_tensors
 from m4ov.parallel.mesh import Mesh
 from m4ov.recipe import QuickstartConfig
-from m4ov.sft.layout import layout_of, spread
+from m4ov.sft.layout import layout_of, sizes_of, spread
 from m4ov.sft.task import Task
 from m4ov.train import CheckpointError, TrainingError, TrainResult, World, train
 from m4ov_kernels.integrations import transformer_engine
@@ -101,7 +101,7 @@ def run(
     if in_fp8 and (reason := transformer_engine.unavailable()) is not None:
         raise TrainingError(f"train.fp8: {reason}")
     world = world or World()
-    layout = layout_of(config, world.size)
+    layout = layout_of(config.parallel, world.size, sizes_of(config.model.text), whole=whole_of(config))
     model = model_of(config, task, config.run.seed)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     console.print(
@@ -109,8 +109,7 @@ def run(
         f"{config.train.precision}, {f'{world.size} ranks ({layout}), each ' * (world.size > 1)}"
         f"{torch.get_num_threads()} threads"
     )
-    with world.watched("the mesh"):
-        mesh = spread(model, layout, world, config) if isinstance(model, Qwen3VL) else None
+    mesh = spread(model, layout, world, config.train) if isinstance(model, Qwen3VL) else None
     mixture = task.mixture(
         config.data,
         config.run.seed,
@@ -137,6 +136,13 @@ def run(
         weights = dict(full_tensors(result.weights, keep=world.first))
     world.alone("saving the model", lambda: save_model(task, weights, folder / "model"))
     return result
+
+
+def whole_of(config: QuickstartConfig) -> list[str]:
+    """What of a recipe trains whole replicas only."""
+    found = {"model.implementation": config.model.implementation, "train.fp8": config.train.fp8}
+    plain = {"model.implementation": "m4ov", "train.fp8": "off"}
+    return [f"{name}={value}" for name, value in found.items() if value != plain[name]]
 
 
 def fingerprint(config: QuickstartConfig) -> dict[str, Any]:

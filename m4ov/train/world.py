@@ -38,6 +38,7 @@ class World:
         seconds: spent in the collectives of this object, waiting for others included; the loop sets it back. Those that
             a sharded model makes in its forward and backward are not in it.
         axes: names of process groups → what errors call them.
+        mesh: that the samples follow; ``None``: every rank has its own.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class World:
         self.data_rank = rank if data_rank is None else data_rank
         self.data_size = size if data_size is None else data_size
         self.axes: dict[str, str] = {}
+        self.mesh: Mesh | None = None
         self.seconds = 0.0
 
     @classmethod
@@ -78,7 +80,7 @@ class World:
 
     def follow(self, mesh: Mesh) -> None:
         """From here on the samples are those that a mesh gives this rank: the ranks of its other axes share them."""
-        self.data_rank, self.data_size = mesh.data_rank, mesh.layout.data
+        self.mesh, self.data_rank, self.data_size = mesh, mesh.data_rank, mesh.layout.data
         self.axes = mesh.axis_of_group()
 
     @property

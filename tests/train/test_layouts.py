@@ -81,7 +81,7 @@ def refuse_and_train(folder: Path, task: sft.Task, runs: Sequence[Run]) -> str:
     values = Config.from_dict(task.model_config.to_dict())
     model = new(replace(values, text=replace(values.text, vocab_size=333)))
     with pytest.raises(LayoutError) as refused:
-        spread(model, Layout(tp=2), small.world(), Run("tp2").config(folder))
+        spread(model, Layout(tp=2), small.world(), Run("tp2").config(folder).train)
     train(folder, task, runs)
     return str(refused.value)
 
@@ -176,6 +176,10 @@ def recipe(*overrides: str) -> QuickstartConfig:
     return config.load(QuickstartConfig, "quickstart", overrides)
 
 
+def layout_in(found: QuickstartConfig, started: int) -> Layout:
+    return sft.layout_of(found.parallel, started, sft.sizes_of(found.model.text), whole=sft.whole_of(found))
+
+
 EXPERTS = "model.text.num_experts=4"
 
 
@@ -192,7 +196,7 @@ EXPERTS = "model.text.num_experts=4"
     ],
 )
 def test_replicas_are_what_is_left(overrides, started, layout):
-    assert str(sft.layout_of(recipe(*overrides), started)) == layout
+    assert str(layout_in(recipe(*overrides), started)) == layout
 
 
 @pytest.mark.parametrize(
@@ -230,7 +234,7 @@ def test_a_layout_that_does_not_fit_is_refused_before_the_ranks_join(overrides, 
 )
 def test_what_is_only_replicated_is_refused_with_a_layout(overrides, problem):
     with pytest.raises(LayoutError) as refused:
-        sft.layout_of(recipe("parallel.dp_shard=2", *overrides), 2)
+        layout_in(recipe("parallel.dp_shard=2", *overrides), 2)
     assert problem in str(refused.value)
 
 
