@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from m4ov.data.images import ImageError, read_image
-from m4ov.data.production.sources import SOURCES, items
+from m4ov.data.production.sources import SOURCES, Origin, items
 from m4ov.data.production.steps import BuildError, Result, Task, digest_of, rejected
 from m4ov.data.records import RecordError, short
 from m4ov.data.shards import image_path, read_values
@@ -29,11 +29,13 @@ def plan(config: SourcesConfig, shard_images: int) -> list[dict[str, Any]]:
         BuildError: a file is missing.
     """
     shards: list[dict[str, Any]] = []
+    origin = Origin(config.easy_vqa_folder, config.held_out_digits, config.split_seed)
     for name, source in SOURCES.items():
         if asked := getattr(config, name):
-            count = min(asked, source.size())
+            count = min(asked, source.size(origin))
             starts = range(0, count, shard_images)
-            shards += [{"source": name, "start": at, "stop": min(at + shard_images, count)} for at in starts]
+            of = {"source": name, **_origin(name, origin)}
+            shards += [{**of, "start": at, "stop": min(at + shard_images, count)} for at in starts]
     for number, name in enumerate(config.files):
         file = Path(name)
         if not file.is_file():
@@ -44,6 +46,16 @@ def plan(config: SourcesConfig, shard_images: int) -> list[dict[str, Any]]:
             place = {"file": str(file.absolute()), "number": number, "sha256": digest}
             shards.append({**place, "first": part[0], "last": part[-1]})
     return shards
+
+
+def _origin(name: str, origin: Origin) -> dict[str, Any]:
+    """What of an origin the images of a source depend on."""
+    if name in ("digits", "sheets"):
+        return {"held_out_digits": origin.held_out_digits, "split_seed": origin.split_seed}
+    if name in ("easy_vqa", "scenes") and origin.easy_vqa:
+        folder = Path(origin.easy_vqa).absolute()
+        return {"easy_vqa": str(folder), "sha256": digest_of(folder / "train" / "questions.json")}
+    return {}
 
 
 def make(task: Task) -> Result:
@@ -57,7 +69,8 @@ def make(task: Task) -> Result:
 
 def _of_package(task: Task) -> Iterator[dict[str, Any]]:
     name, start, stop = task.settings["source"], task.settings["start"], task.settings["stop"]
-    for place, item in enumerate(items(name, start, stop), start):
+    origin = Origin(**{field: task.settings[field] for field in Origin._fields if field in task.settings})
+    for place, item in enumerate(items(name, start, stop, origin), start):
         if isinstance(item, ImageError):
             yield rejected("images", f"{name}-{place}", "image", str(item))
             continue

@@ -1,8 +1,8 @@
 """Images with ground truth: real ones that installed packages carry, and files of your own.
 
 What the truth of an image holds is said in :mod:`m4ov.data.teacher.templates`. Of easy-vqa and the digits only the
-training splits are used (the digits' held-out scans as the quickstart draws them), so that a model that is trained on
-what comes out can be judged on the rest.
+training splits are used (the digits' held-out scans are those that :class:`Origin` names), so that a model that is
+trained on what comes out can be judged on the rest.
 """
 
 from __future__ import annotations
@@ -35,7 +35,19 @@ _FIGURES = {
 }
 _DIGITS = {"digit": {str(digit): [str(digit), f"{digit}s"] for digit in range(10)}}
 _DIGIT_TOPICS = {**dict.fromkeys("0689", "round"), **dict.fromkeys("147", "straight"), **dict.fromkeys("235", "curved")}
-_HELD_OUT, _SPLIT_SEED = 360, 0  # as m4ov.recipe.DataConfig has them
+
+
+class Origin(NamedTuple):
+    """Where packaged data come from, and what of them stays held out.
+
+    Attributes:
+        easy_vqa: folder laid out as easy-vqa's data; empty: the installed package.
+        held_out_digits, split_seed: the scans that are not used; see :func:`m4ov.data.digits`.
+    """
+
+    easy_vqa: str = ""
+    held_out_digits: int = 360
+    split_seed: int = 0
 
 
 class Item(NamedTuple):
@@ -49,16 +61,16 @@ class Item(NamedTuple):
 class Source(NamedTuple):
     """A source of images: how many there are, and a function that makes one of them."""
 
-    size: Callable[[], int]
-    make: Callable[[int], Item]
+    size: Callable[[Origin], int]
+    make: Callable[[Origin, int], Item]
 
 
 # --- easy-vqa (MIT): one figure on a plain ground -------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
-def _easy_vqa() -> tuple[Path, dict[int, list[list[str]]]]:
-    root = _package("easy_vqa", "easy-vqa") / "data" / "train"
+def _easy_vqa(folder: str) -> tuple[Path, dict[int, list[list[str]]]]:
+    root = (Path(folder) if folder else _package("easy_vqa", "easy-vqa") / "data") / "train"
     try:
         rows = json.loads((root / "questions.json").read_text(encoding="utf-8"))
         of_image: dict[int, list[list[str]]] = {}
@@ -69,11 +81,11 @@ def _easy_vqa() -> tuple[Path, dict[int, list[list[str]]]]:
     return root / "images", dict(sorted(of_image.items()))
 
 
-def _figure(number: int) -> tuple[str, str, list[list[str]]]:
+def _figure(folder: str, number: int) -> tuple[str, str, list[list[str]]]:
     """(shape, colour, questions with kinds) of an image; a property that no question tells is empty."""
     shape = colour = ""
     asked = []
-    for question, answer in _easy_vqa()[1][number]:
+    for question, answer in _easy_vqa(folder)[1][number]:
         words = set(question.strip("?").split())
         yes_no = answer in ("yes", "no")
         negated = yes_no and ("not" in words or "no" in words)
@@ -86,11 +98,11 @@ def _figure(number: int) -> tuple[str, str, list[list[str]]]:
     return shape, colour, asked
 
 
-def _easy_vqa_item(index: int) -> Item:
-    folder, of_image = _easy_vqa()
+def _easy_vqa_item(origin: Origin, index: int) -> Item:
+    folder, of_image = _easy_vqa(origin.easy_vqa)
     number = list(of_image)[index]
     image = read_image(folder / f"{number}.png")
-    shape, colour, asked = _figure(number)
+    shape, colour, asked = _figure(origin.easy_vqa, number)
     known = {"colour": colour, "shape": shape}
     attributes = {name: value for name, value in known.items() if value}
     label = " ".join(value for value in (colour, shape or "shape") if value)
@@ -107,22 +119,22 @@ def _easy_vqa_item(index: int) -> Item:
 
 
 @lru_cache(maxsize=1)
-def _whole_figures() -> list[int]:
+def _whole_figures(folder: str) -> list[int]:
     """Images whose shape and colour are both known, the last ones first, so that scenes repeat no single figure."""
-    return [number for number in reversed(_easy_vqa()[1]) if all(_figure(number)[:2])]
+    return [number for number in reversed(_easy_vqa(folder)[1]) if all(_figure(folder, number)[:2])]
 
 
-def _scene_item(index: int) -> Item:
+def _scene_item(origin: Origin, index: int) -> Item:
     """Four easy-vqa images as one of twice the side."""
-    numbers = _whole_figures()[4 * index : 4 * index + 4]
+    numbers = _whole_figures(origin.easy_vqa)[4 * index : 4 * index + 4]
     canvas = Image.new("RGB", (2 * SIDE, 2 * SIDE))
     objects = []
     for place, number in enumerate(numbers):
-        image = read_image(_easy_vqa()[0] / f"{number}.png")
+        image = read_image(_easy_vqa(origin.easy_vqa)[0] / f"{number}.png")
         dx, dy = SIDE * (place % 2), SIDE * (place // 2)
         canvas.paste(image, (dx, dy))
         x0, y0, x1, y1 = _box(np.asarray(image))
-        shape, colour, _ = _figure(number)
+        shape, colour, _ = _figure(origin.easy_vqa, number)
         attributes = {"colour": colour, "shape": shape}
         objects.append(
             {"label": f"{colour} {shape}", "box": [x0 + dx, y0 + dy, x1 + dx, y1 + dy], "attributes": attributes}
@@ -153,20 +165,25 @@ def _box(pixels: np.ndarray) -> list[int]:
 
 
 @lru_cache(maxsize=1)
-def _scans() -> tuple[np.ndarray, list[str]]:
+def _scans(held_out: int, split_seed: int) -> tuple[np.ndarray, list[str]]:
     try:
-        split, _ = digits(8, held_out=_HELD_OUT, split_seed=_SPLIT_SEED)
+        split, _ = digits(8, held_out=held_out, split_seed=split_seed)
     except ImportError as error:
         raise DataError("digits need scikit-learn: pip install 'm4ov[data]'") from error
     return split.images, [sample.answer for sample in split.samples]
 
 
-def _scan(index: int, side: int) -> Image.Image:
-    return Image.fromarray(to_square(Image.fromarray(_scans()[0][index]), side))
+def _known_scans(origin: Origin) -> tuple[np.ndarray, list[str]]:
+    return _scans(origin.held_out_digits, origin.split_seed)
 
 
-def _digit_item(index: int) -> Item:
-    digit = _scans()[1][index]
+def _scan(scan: np.ndarray, side: int) -> Image.Image:
+    return Image.fromarray(to_square(Image.fromarray(scan), side))
+
+
+def _digit_item(origin: Origin, index: int) -> Item:
+    scans, labels = _known_scans(origin)
+    digit = labels[index]
     truth = {
         "topic": f"scans.digits.{_DIGIT_TOPICS[digit]}",
         "size": [SIDE, SIDE],
@@ -176,20 +193,20 @@ def _digit_item(index: int) -> Item:
         "vocabulary": _DIGITS,
         "questions": [[DIGIT_QUESTION, digit, "digit"]],
     }
-    return Item(f"{index:04d}", _scan(index, SIDE), truth)
+    return Item(f"{index:04d}", _scan(scans[index], SIDE), truth)
 
 
-def _sheet_item(index: int) -> Item:
+def _sheet_item(origin: Origin, index: int) -> Item:
     """Two to nine scans in rows; the last scans, so that sheets repeat no single digit."""
     rows, columns = 1 + rank("rows", index) % 3, 2 + rank("columns", index) % 2
-    labels = _scans()[1]
+    scans, labels = _known_scans(origin)
     pitch = _CELL + _MARGIN
     canvas = Image.new("RGB", (pitch * columns + _MARGIN, pitch * rows + _MARGIN), "white")
     objects = []
     for place in range(rows * columns):
         scan = len(labels) - 1 - 9 * index - place
         x, y = _MARGIN + pitch * (place % columns), _MARGIN + pitch * (place // columns)
-        canvas.paste(_scan(scan, _CELL), (x, y))
+        canvas.paste(_scan(scans[scan], _CELL), (x, y))
         attributes = {"digit": labels[scan]}
         objects.append({"label": labels[scan], "box": [x, y, x + _CELL, y + _CELL], "attributes": attributes})
     shown = [str(one["label"]) for one in objects]
@@ -241,7 +258,7 @@ def _mapping(file: Path, name: str) -> dict[str, Any]:
     raise DataError(f"django-countries: {file}: no dictionary {name} in it")
 
 
-def _flag_item(index: int) -> Item:
+def _flag_item(_: Origin, index: int) -> Item:
     flags = _flags()
     # In an order of their own, so that the first few are not those of one corner of the alphabet.
     code, code3, country, file = sorted(flags, key=lambda flag: rank("flag", flag[0]))[index]
@@ -264,31 +281,31 @@ def _flag_item(index: int) -> Item:
 # --- scikit-image's photos and scans ---------------------------------------------------------------------------------
 
 
-def _photo_item(index: int) -> Item:
+def _photo_item(_: Origin, index: int) -> Item:
     name = list(PHOTOS)[index]
     image = read_image(_package("skimage", "scikit-image") / "data" / name)
     return Item(Path(name).stem, image, {"size": list(image.size), **PHOTOS[name]})
 
 
 SOURCES: dict[str, Source] = {
-    "easy_vqa": Source(lambda: len(_easy_vqa()[1]), _easy_vqa_item),
-    "scenes": Source(lambda: len(_whole_figures()) // 4, _scene_item),
-    "digits": Source(lambda: len(_scans()[1]), _digit_item),
-    "sheets": Source(lambda: len(_scans()[1]) // 9, _sheet_item),
-    "flags": Source(lambda: len(_flags()), _flag_item),
-    "photos": Source(lambda: len(PHOTOS), _photo_item),
+    "easy_vqa": Source(lambda origin: len(_easy_vqa(origin.easy_vqa)[1]), _easy_vqa_item),
+    "scenes": Source(lambda origin: len(_whole_figures(origin.easy_vqa)) // 4, _scene_item),
+    "digits": Source(lambda origin: len(_known_scans(origin)[1]), _digit_item),
+    "sheets": Source(lambda origin: len(_known_scans(origin)[1]) // 9, _sheet_item),
+    "flags": Source(lambda _: len(_flags()), _flag_item),
+    "photos": Source(lambda _: len(PHOTOS), _photo_item),
 }
 
 
-def items(name: str, start: int, stop: int) -> Iterator[Item | ImageError]:
+def items(name: str, start: int, stop: int, origin: Origin) -> Iterator[Item | ImageError]:
     """Images of a source; one that cannot be read has the error in its place.
 
     Raises:
         DataError: the package is missing, or not as it should be.
     """
-    for index in islice(range(start, stop), SOURCES[name].size()):
+    for index in islice(range(start, stop), SOURCES[name].size(origin)):
         try:
-            yield SOURCES[name].make(index)
+            yield SOURCES[name].make(origin, index)
         except ImageError as error:  # noqa: PERF203 - each image by itself
             yield error
 
