@@ -21,10 +21,15 @@ class SourcesConfig:
     flags: int = 48  # django-countries, each flag that no other country has
     photos: int = 25  # scikit-image
     files: list[str] = field(default_factory=list)  # JSONL of your own: {"id", "image", "truth"}, paths beside the file
+    skip: dict[str, int] = field(default_factory=dict)  # source → images at its beginning that are left for other runs
 
     def __post_init__(self) -> None:
-        for name in ("easy_vqa", "scenes", "digits", "sheets", "flags", "photos"):
+        packaged = ("easy_vqa", "scenes", "digits", "sheets", "flags", "photos")
+        for name in packaged:
             _require(getattr(self, name) >= 0, f"sources.{name}", "at least 0", getattr(self, name))
+        for name, count in self.skip.items():
+            _require(name in packaged, "sources.skip", f"keys among {', '.join(packaged)}", name)
+            _require(count >= 0, f"sources.skip.{name}", "at least 0", count)
         counted = self.easy_vqa + self.scenes + self.digits + self.sheets + self.flags + self.photos
         _require(bool(counted or self.files), "sources", "at least one image", counted)
 

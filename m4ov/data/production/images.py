@@ -31,9 +31,10 @@ def plan(config: SourcesConfig, shard_images: int) -> list[dict[str, Any]]:
     shards: list[dict[str, Any]] = []
     for name, source in SOURCES.items():
         if asked := getattr(config, name):
-            count = min(asked, source.size())
-            starts = range(0, count, shard_images)
-            shards += [{"source": name, "start": at, "stop": min(at + shard_images, count)} for at in starts]
+            first = config.skip.get(name, 0)
+            stop = min(first + asked, source.size())
+            starts = range(first, stop, shard_images)
+            shards += [{"source": name, "start": at, "stop": min(at + shard_images, stop)} for at in starts]
     for number, name in enumerate(config.files):
         file = Path(name)
         if not file.is_file():
