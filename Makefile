@@ -7,8 +7,9 @@ FUZZ ?= 1000000
 SEEDS ?= 0,1,2
 PAIRS ?= 100
 EXPERIMENT := runs/experiments/curriculum
-PRODUCED := sources.easy_vqa=800 sources.scenes=200 sources.digits=400 sources.sheets=60 sources.flags=0 sources.photos=0
-HELD_OUT := sources.easy_vqa=600 sources.scenes=150 sources.digits=300 sources.sheets=40 sources.flags=0 sources.photos=0 \
+NO_MORE := sources.flags=0 sources.photos=0 sources.held_out_digits=540
+PRODUCED := sources.easy_vqa=800 sources.scenes=200 sources.digits=340 sources.sheets=60 $(NO_MORE)
+HELD_OUT := sources.easy_vqa=600 sources.scenes=150 sources.digits=300 sources.sheets=40 $(NO_MORE) \
   sources.skip.easy_vqa=800 sources.skip.scenes=200 sources.skip.digits=400 sources.skip.sheets=60
 # Processes of the test suite.
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
