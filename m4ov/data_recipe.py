@@ -21,14 +21,19 @@ class SourcesConfig:
     flags: int = 48  # django-countries, each flag that no other country has
     photos: int = 25  # scikit-image
     files: list[str] = field(default_factory=list)  # JSONL of your own: {"id", "image", "truth"}, paths beside the file
+    skip: dict[str, int] = field(default_factory=dict)  # source → images at its beginning that are left for other runs
+    held_out_digits: int = 360  # of 1,797, that no run has: the model that it is for is judged by them
+    split_seed: int = 0  # which digits these are
     easy_vqa_folder: str = ""  # laid out as easy-vqa's data, of which train/ is used; empty: the installed package
-    held_out_digits: int = 360  # of 1,797: these scans are not used, as data.held_out_digits of a training has them
-    split_seed: int = 0  # which digits are held out
 
     def __post_init__(self) -> None:
-        for name in ("easy_vqa", "scenes", "digits", "sheets", "flags", "photos"):
+        packaged = ("easy_vqa", "scenes", "digits", "sheets", "flags", "photos")
+        for name in packaged:
             _require(getattr(self, name) >= 0, f"sources.{name}", "at least 0", getattr(self, name))
         _require(0 < self.held_out_digits < 1797, "sources.held_out_digits", "1 to 1796", self.held_out_digits)
+        for name, count in self.skip.items():
+            _require(name in packaged, "sources.skip", f"keys among {', '.join(packaged)}", name)
+            _require(count >= 0, f"sources.skip.{name}", "at least 0", count)
         counted = self.easy_vqa + self.scenes + self.digits + self.sheets + self.flags + self.photos
         _require(bool(counted or self.files), "sources", "at least one image", counted)
 

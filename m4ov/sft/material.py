@@ -53,7 +53,9 @@ def gather(config: CurriculumConfig, console: Console) -> Material:
     sources = _Sources(config, console)
     pools = {name: sources.pool(name, source) for name, source in config.pools.items() if source}
     divided = {
-        name: divide(sources.held_out(name, source), config.gates.share) for name, source in config.skills.items()
+        name: divide(sources.held_out(name, source), config.gates.share)
+        for name, source in config.skills.items()
+        if source
     }
     gates, tests = ({name: parts[place] for name, parts in divided.items()} for place in (0, 1))
     return material_of(config, pools, gates, tests)

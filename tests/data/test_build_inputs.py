@@ -188,3 +188,14 @@ def test_a_teacher_that_fails_too_often_stops_the_run(tmp_path):
         assert not list(tmp_path.glob("steps/match/*"))
         server.reply = Oracle({})
         assert build(config).counts["select"]["accepted"] > 0
+
+
+def test_skipped_images_are_left_to_other_runs(tmp_path):
+    def images(folder, **counts):
+        build(recipe(folder, sources=sources(**counts), allot=AllotConfig(questions=16)))
+        return [row["id"] for row in rows(folder, "audit.jsonl")]
+
+    both = images(tmp_path / "both", flags=8)
+    assert both == images(tmp_path / "a", flags=4) + images(tmp_path / "b", flags=4, skip={"flags": 4})
+    with pytest.raises(ValueError, match=r"sources\.skip: expected keys among easy_vqa.*got 'flag'"):
+        sources(skip={"flag": 4})

@@ -275,7 +275,6 @@ def test_lora_under_a_layout_that_splits_the_model_is_refused_before_the_ranks_j
     config = small.config({"curriculum": arm})
     assert str(check(config, 2)) == "dp2"
     config.parallel = ParallelConfig(tp=2)
-    with pytest.raises(
-        LayoutError, match=r"layout tp2: arms\.curriculum\.stages\.second\.lora\.rank=2 is trained in whole"
-    ):
+    named = r"layout tp2: arms\.curriculum\.stages\.second\.lora\.rank=2 is trained in whole replicas only"
+    with pytest.raises(LayoutError, match=named):
         check(config, 2)

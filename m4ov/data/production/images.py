@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from m4ov.data.images import ImageError, read_image
-from m4ov.data.production.sources import SOURCES, Origin, items
+from m4ov.data.production.sources import SOURCES, items
 from m4ov.data.production.steps import BuildError, Result, Task, digest_of, rejected
 from m4ov.data.records import RecordError, short
 from m4ov.data.shards import image_path, read_values
@@ -29,13 +29,16 @@ def plan(config: SourcesConfig, shard_images: int) -> list[dict[str, Any]]:
         BuildError: a file is missing.
     """
     shards: list[dict[str, Any]] = []
-    origin = Origin(config.easy_vqa_folder, config.held_out_digits, config.split_seed)
     for name, source in SOURCES.items():
         if asked := getattr(config, name):
-            count = min(asked, source.size(origin))
-            starts = range(0, count, shard_images)
-            of = {"source": name, **_origin(name, origin)}
-            shards += [{**of, "start": at, "stop": min(at + shard_images, count)} for at in starts]
+            options = {option: getattr(config, option) for option in source.options}
+            first = config.skip.get(name, 0)
+            stop = min(first + asked, source.size(**options))
+            of_all: dict[str, Any] = {"source": name, "options": options}
+            if folder := options.get("easy_vqa_folder"):  # a folder may change
+                of_all["sha256"] = digest_of(Path(str(folder)) / "train" / "questions.json")
+            starts = range(first, stop, shard_images)
+            shards += [{**of_all, "start": at, "stop": min(at + shard_images, stop)} for at in starts]
     for number, name in enumerate(config.files):
         file = Path(name)
         if not file.is_file():
@@ -48,16 +51,6 @@ def plan(config: SourcesConfig, shard_images: int) -> list[dict[str, Any]]:
     return shards
 
 
-def _origin(name: str, origin: Origin) -> dict[str, Any]:
-    """What of an origin the images of a source depend on."""
-    if name in ("digits", "sheets"):
-        return {"held_out_digits": origin.held_out_digits, "split_seed": origin.split_seed}
-    if name in ("easy_vqa", "scenes") and origin.easy_vqa:
-        folder = Path(origin.easy_vqa).absolute()
-        return {"easy_vqa": str(folder), "sha256": digest_of(folder / "train" / "questions.json")}
-    return {}
-
-
 def make(task: Task) -> Result:
     """Write the images of a shard; rows: ``id``, ``image`` (relative to the run folder), ``source``, ``truth``."""
     kept: list[dict[str, Any]] = []
@@ -68,9 +61,8 @@ def make(task: Task) -> Result:
 
 
 def _of_package(task: Task) -> Iterator[dict[str, Any]]:
-    name, start, stop = task.settings["source"], task.settings["start"], task.settings["stop"]
-    origin = Origin(**{field: task.settings[field] for field in Origin._fields if field in task.settings})
-    for place, item in enumerate(items(name, start, stop, origin), start):
+    name, start, stop, options = (task.settings[key] for key in ("source", "start", "stop", "options"))
+    for place, item in enumerate(items(name, start, stop, options), start):
         if isinstance(item, ImageError):
             yield rejected("images", f"{name}-{place}", "image", str(item))
             continue

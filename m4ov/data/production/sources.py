@@ -1,8 +1,8 @@
 """Images with ground truth: real ones that installed packages carry, and files of your own.
 
 What the truth of an image holds is said in :mod:`m4ov.data.teacher.templates`. Of easy-vqa and the digits only the
-training splits are used (the digits' held-out scans are those that :class:`Origin` names), so that a model that is
-trained on what comes out can be judged on the rest.
+training splits are used (the digits' held-out scans as recipes draw them), so that a model that is trained on what
+comes out can be judged on the rest.
 """
 
 from __future__ import annotations
@@ -37,19 +37,6 @@ _DIGITS = {"digit": {str(digit): [str(digit), f"{digit}s"] for digit in range(10
 _DIGIT_TOPICS = {**dict.fromkeys("0689", "round"), **dict.fromkeys("147", "straight"), **dict.fromkeys("235", "curved")}
 
 
-class Origin(NamedTuple):
-    """Where packaged data come from, and what of them stays held out.
-
-    Attributes:
-        easy_vqa: folder laid out as easy-vqa's data; empty: the installed package.
-        held_out_digits, split_seed: the scans that are not used; see :func:`m4ov.data.digits`.
-    """
-
-    easy_vqa: str = ""
-    held_out_digits: int = 360
-    split_seed: int = 0
-
-
 class Item(NamedTuple):
     """An image and what is true of it; ``id`` is unique in its source."""
 
@@ -59,10 +46,12 @@ class Item(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A source of images: how many there are, and a function that makes one of them."""
+    """A source of images: how many there are, a function that makes one of them, and the fields of
+    :class:`m4ov.data_recipe.SourcesConfig` that both take."""
 
-    size: Callable[[Origin], int]
-    make: Callable[[Origin, int], Item]
+    size: Callable[..., int]
+    make: Callable[..., Item]
+    options: tuple[str, ...] = ()
 
 
 # --- easy-vqa (MIT): one figure on a plain ground -------------------------------------------------------------------
@@ -98,11 +87,11 @@ def _figure(folder: str, number: int) -> tuple[str, str, list[list[str]]]:
     return shape, colour, asked
 
 
-def _easy_vqa_item(origin: Origin, index: int) -> Item:
-    folder, of_image = _easy_vqa(origin.easy_vqa)
+def _easy_vqa_item(index: int, easy_vqa_folder: str) -> Item:
+    folder, of_image = _easy_vqa(easy_vqa_folder)
     number = list(of_image)[index]
     image = read_image(folder / f"{number}.png")
-    shape, colour, asked = _figure(origin.easy_vqa, number)
+    shape, colour, asked = _figure(easy_vqa_folder, number)
     known = {"colour": colour, "shape": shape}
     attributes = {name: value for name, value in known.items() if value}
     label = " ".join(value for value in (colour, shape or "shape") if value)
@@ -124,17 +113,17 @@ def _whole_figures(folder: str) -> list[int]:
     return [number for number in reversed(_easy_vqa(folder)[1]) if all(_figure(folder, number)[:2])]
 
 
-def _scene_item(origin: Origin, index: int) -> Item:
+def _scene_item(index: int, easy_vqa_folder: str) -> Item:
     """Four easy-vqa images as one of twice the side."""
-    numbers = _whole_figures(origin.easy_vqa)[4 * index : 4 * index + 4]
+    numbers = _whole_figures(easy_vqa_folder)[4 * index : 4 * index + 4]
     canvas = Image.new("RGB", (2 * SIDE, 2 * SIDE))
     objects = []
     for place, number in enumerate(numbers):
-        image = read_image(_easy_vqa(origin.easy_vqa)[0] / f"{number}.png")
+        image = read_image(_easy_vqa(easy_vqa_folder)[0] / f"{number}.png")
         dx, dy = SIDE * (place % 2), SIDE * (place // 2)
         canvas.paste(image, (dx, dy))
         x0, y0, x1, y1 = _box(np.asarray(image))
-        shape, colour, _ = _figure(origin.easy_vqa, number)
+        shape, colour, _ = _figure(easy_vqa_folder, number)
         attributes = {"colour": colour, "shape": shape}
         objects.append(
             {"label": f"{colour} {shape}", "box": [x0 + dx, y0 + dy, x1 + dx, y1 + dy], "attributes": attributes}
@@ -173,16 +162,12 @@ def _scans(held_out: int, split_seed: int) -> tuple[np.ndarray, list[str]]:
     return split.images, [sample.answer for sample in split.samples]
 
 
-def _known_scans(origin: Origin) -> tuple[np.ndarray, list[str]]:
-    return _scans(origin.held_out_digits, origin.split_seed)
-
-
 def _scan(scan: np.ndarray, side: int) -> Image.Image:
     return Image.fromarray(to_square(Image.fromarray(scan), side))
 
 
-def _digit_item(origin: Origin, index: int) -> Item:
-    scans, labels = _known_scans(origin)
+def _digit_item(index: int, held_out_digits: int, split_seed: int) -> Item:
+    scans, labels = _scans(held_out_digits, split_seed)
     digit = labels[index]
     truth = {
         "topic": f"scans.digits.{_DIGIT_TOPICS[digit]}",
@@ -196,10 +181,10 @@ def _digit_item(origin: Origin, index: int) -> Item:
     return Item(f"{index:04d}", _scan(scans[index], SIDE), truth)
 
 
-def _sheet_item(origin: Origin, index: int) -> Item:
+def _sheet_item(index: int, held_out_digits: int, split_seed: int) -> Item:
     """Two to nine scans in rows; the last scans, so that sheets repeat no single digit."""
     rows, columns = 1 + rank("rows", index) % 3, 2 + rank("columns", index) % 2
-    scans, labels = _known_scans(origin)
+    scans, labels = _scans(held_out_digits, split_seed)
     pitch = _CELL + _MARGIN
     canvas = Image.new("RGB", (pitch * columns + _MARGIN, pitch * rows + _MARGIN), "white")
     objects = []
@@ -258,7 +243,7 @@ def _mapping(file: Path, name: str) -> dict[str, Any]:
     raise DataError(f"django-countries: {file}: no dictionary {name} in it")
 
 
-def _flag_item(_: Origin, index: int) -> Item:
+def _flag_item(index: int) -> Item:
     flags = _flags()
     # In an order of their own, so that the first few are not those of one corner of the alphabet.
     code, code3, country, file = sorted(flags, key=lambda flag: rank("flag", flag[0]))[index]
@@ -281,31 +266,43 @@ def _flag_item(_: Origin, index: int) -> Item:
 # --- scikit-image's photos and scans ---------------------------------------------------------------------------------
 
 
-def _photo_item(_: Origin, index: int) -> Item:
+def _photo_item(index: int) -> Item:
     name = list(PHOTOS)[index]
     image = read_image(_package("skimage", "scikit-image") / "data" / name)
     return Item(Path(name).stem, image, {"size": list(image.size), **PHOTOS[name]})
 
 
+def _all_figures(easy_vqa_folder: str) -> int:
+    return len(_easy_vqa(easy_vqa_folder)[1])
+
+
+def _all_scans(held_out_digits: int, split_seed: int) -> int:
+    return len(_scans(held_out_digits, split_seed)[1])
+
+
+_FIGURES_OF, _SCANS_OF = ("easy_vqa_folder",), ("held_out_digits", "split_seed")
 SOURCES: dict[str, Source] = {
-    "easy_vqa": Source(lambda origin: len(_easy_vqa(origin.easy_vqa)[1]), _easy_vqa_item),
-    "scenes": Source(lambda origin: len(_whole_figures(origin.easy_vqa)) // 4, _scene_item),
-    "digits": Source(lambda origin: len(_known_scans(origin)[1]), _digit_item),
-    "sheets": Source(lambda origin: len(_known_scans(origin)[1]) // 9, _sheet_item),
-    "flags": Source(lambda _: len(_flags()), _flag_item),
-    "photos": Source(lambda _: len(PHOTOS), _photo_item),
+    "easy_vqa": Source(_all_figures, _easy_vqa_item, _FIGURES_OF),
+    "scenes": Source(lambda easy_vqa_folder: len(_whole_figures(easy_vqa_folder)) // 4, _scene_item, _FIGURES_OF),
+    "digits": Source(_all_scans, _digit_item, _SCANS_OF),
+    "sheets": Source(lambda **of: _all_scans(**of) // 9, _sheet_item, _SCANS_OF),
+    "flags": Source(lambda: len(_flags()), _flag_item),
+    "photos": Source(lambda: len(PHOTOS), _photo_item),
 }
 
 
-def items(name: str, start: int, stop: int, origin: Origin) -> Iterator[Item | ImageError]:
+def items(name: str, start: int, stop: int, options: dict[str, Any]) -> Iterator[Item | ImageError]:
     """Images of a source; one that cannot be read has the error in its place.
+
+    Args:
+        options: what the source's ``options`` name.
 
     Raises:
         DataError: the package is missing, or not as it should be.
     """
-    for index in islice(range(start, stop), SOURCES[name].size(origin)):
+    for index in islice(range(start, stop), SOURCES[name].size(**options)):
         try:
-            yield SOURCES[name].make(origin, index)
+            yield SOURCES[name].make(index, **options)
         except ImageError as error:  # noqa: PERF203 - each image by itself
             yield error
 
