@@ -44,7 +44,8 @@ def run(config: QuickstartConfig) -> None:
     def data() -> Produced:
         assert folder is not None
         produced = produce(config, console)
-        folder.claim(sft.digests([produced.production.folder / "records"]), "data.json")
+        [digest] = sft.digests([produced.production.folder / "records"]).values()
+        folder.claim({"records": digest}, "data.json")
         return produced
 
     try:

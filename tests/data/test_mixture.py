@@ -116,6 +116,27 @@ def test_shares_of_a_step_of_many_pools_are_its_samples():
         assert sorted(sample for part in parts for sample in asked(part)) == sorted(asked(whole.batch(1)))
 
 
+def test_an_image_that_is_asked_about_its_sides_is_not_mirrored():
+    """Dark on the left, light on the right, each image its own; half of those that may be are mirrored."""
+    pixels = np.zeros((20, 64, 64, 3), np.uint8)
+    pixels[:, :, 32:] = 200
+    texts = {0: "is it in the left or the right half?", 1: "is it bright?"}
+    samples = [Sample(image, texts[image % 2], "yes", "region") for image in range(20)]
+    found = mixture([Pool("p", Split("p", pixels, tuple(samples)), flip=True)], {"p": 20})
+    mirrored: Counter[bool] = Counter()
+    for step in range(5):
+        batch = found.batch(step)
+        for place in range(len(batch)):
+            one = batch[place]
+            text = tiny_task().encoder.tokenizer.decode(one.input_ids.tolist(), skip_special_tokens=True)
+            flipped = bool(one.images.pixel_values[0, 0] > 0)  # its first pixel
+            if "left" in text:
+                assert not flipped
+            else:
+                mirrored[flipped] += 1
+    assert mirrored[True] > 10 < mirrored[False]
+
+
 def test_what_is_wrong_with_a_mixture_is_named():
     pools = [pool("a", 3), pool("b", 3)]
     for counts in ({"a": 3}, {"a": 3, "b": -1}, {"a": 3, "b": 1, "c": 1}):

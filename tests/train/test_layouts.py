@@ -55,7 +55,7 @@ class Run(NamedTuple):
         # The balance loss is given weight, so that it is seen.
         text.num_experts, text.moe_intermediate_size, text.router_aux_loss_coef = self.experts, 24, 0.05
         stage = made.stages["all"]
-        stage.steps, stage.warmup = STOP, 2
+        stage.steps, stage.warmup = STOP, 50
         if not self.experts:  # these go on with all their weights
             stage.freeze, stage.average.kind, stage.average.decay = ["merger"], "ema", 0.5
         return made
