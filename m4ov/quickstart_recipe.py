@@ -34,7 +34,7 @@ class ProductionConfig:
     allot: AllotConfig = field(default_factory=lambda: AllotConfig(questions=44_000))
     # Two of the single figures are alike far more often than two photographs: only copies are near duplicates.
     quality: QualityConfig = field(default_factory=lambda: QualityConfig(near_image=0))
-    engine: EngineConfig = field(default_factory=lambda: EngineConfig(shard_images=256))
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(kind="processes", shard_images=128))
 
 
 @dataclass

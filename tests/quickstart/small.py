@@ -12,7 +12,7 @@ from m4ov.quickstart_recipe import QuickstartConfig
 RECIPE = """
 task: quickstart
 run: {threads: 1}
-production: {sources: {easy_vqa: 40, digits: 48}, allot: {questions: 360}, engine: {shard_images: 24}}
+production: {sources: {easy_vqa: 40, digits: 48}, allot: {questions: 360}, engine: {kind: local, shard_images: 24}}
 data: {images_per_step: 5, held_out_digits: 30, shift: 2}
 model:
   vision: {hidden_size: 32, intermediate_size: 64, layers: 2, heads: 2, deepstack_layers: [0]}
