@@ -18,7 +18,8 @@ from m4ov.data_command import Progress, require
 from m4ov.quickstart_recipe import QuickstartConfig
 from m4ov.train import RunFolder
 
-# Questions about one figure's shape or colour, which mixtures weigh by what they ask (m4ov.data.mixture).
+# Questions about one figure's shape or colour. Mixtures weigh kinds by that, and by whether the answer is yes or no
+# (m4ov.data.mixture).
 _WEIGHED = ("colour", "shape", "existence", "negation")
 
 
@@ -85,7 +86,10 @@ def gather(config: QuickstartConfig, console: Console) -> sft.Material:
             return None
         if source == "easy_vqa":  # which asks in small letters
             question = question[:1].lower() + question[1:]
-            kind = kind_of(question, record.answer.strip()) if kind in _WEIGHED else kind
+        if source == "easy_vqa" and kind in _WEIGHED:
+            kind = kind_of(question, record.answer)
+        elif record.answer in ("yes", "no"):
+            kind = f"yes/no, {kind}"
         return Asked(of_source[source], question, kind)
 
     splits = recorded_by(Path(config.build().run.folder) / "records", data.image_size, asked)

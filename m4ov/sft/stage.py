@@ -170,8 +170,9 @@ class Rounds:
         whole: dict[str, Tensor | None] = {}
         if self.plain is not None:
             averages = {} if self.average is None else self.average.averages
-            with self.world.watched("gathering the weights"):
-                whole = dict(full_tensors(dict(self.model.named_parameters()) | averages, keep=self.world.first))
+            held: dict[str, Tensor] = {**dict(self.model.named_parameters()), **averages}
+            with self.world.watched("gathering the weights"), torch.no_grad():
+                whole = dict(full_tensors(held, keep=self.world.first))
 
         def alone() -> dict[str, float]:
             if self.plain is not None:
