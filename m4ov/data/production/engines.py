@@ -44,8 +44,8 @@ class LocalEngine:
 
 
 class ProcessEngine:
-    """Processes of this machine; a step of one shard is this one's. Where one dies the run stops, and goes on when it is
-    begun again."""
+    """Processes of this machine; a step of one shard is this one's. Where one dies, the run stops; begun again, it goes
+    on from there."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.workers = config.workers or _usable_cpus()
