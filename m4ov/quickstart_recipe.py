@@ -53,7 +53,7 @@ class QuickstartConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    gates: GateConfig = field(default_factory=lambda: GateConfig(share=1 / 16, limit=256))  # of the produced images
+    gates: GateConfig = field(default_factory=lambda: GateConfig(share=1 / 20, limit=256))  # of the produced images
     stages: dict[str, StageConfig] = field(default_factory=dict)  # one after the other
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)

@@ -263,7 +263,8 @@ def test_two_ranks_decide_and_end_as_one_process(tmp_path, alone, parallel):
         assert {k: row[k] for k in ("action", "next_images")} == {k: expected[k] for k in ("action", "next_images")}
     assert found.keys() == weights.keys()
     for name, weight in weights.items():
-        far = 1e-1 if name.endswith("attn.qkv.bias") else 1e-5  # AdamW steps by the sign of gradients that are rounding
+        # AdamW divides gradients by their size, those of the keys' biases too, which are nothing but rounding.
+        far = 1e-1 if name.endswith("attn.qkv.bias") else 1e-4
         assert (found[name] - weight).norm() <= far * weight.norm(), name
     model = from_pretrained(tmp_path / "curriculum" / "model")
     assert equal_states(dict(model.named_parameters()), {name: found[name] for name, _ in model.named_parameters()})
