@@ -80,8 +80,13 @@ class LabelsConfig:
     capabilities: str = "capabilities"
     extend: int = 0  # labels at most that a teacher over HTTP may propose below each label of the second level
 
+    # Finer topics at most, from 2, that it may propose beside each that holds over twice an even share of the images
+    # (of the topics that have any), which are then asked about again; 0: no topic is parted.
+    balance: int = 0
+
     def __post_init__(self) -> None:
         _require(self.extend >= 0, "labels.extend", "at least 0", self.extend)
+        _require(self.balance == 0 or self.balance >= 2, "labels.balance", "0, or at least 2", self.balance)
 
 
 @dataclass
@@ -152,6 +157,8 @@ class DataBuildConfig:
 
     def __post_init__(self) -> None:
         if self.teacher.kind != "http":
-            _require(self.labels.extend == 0, "labels.extend", "0 with teacher.kind=embedded", self.labels.extend)
+            for name in ("extend", "balance"):
+                asked = getattr(self.labels, name)
+                _require(asked == 0, f"labels.{name}", "0 with teacher.kind=embedded", asked)
             _require(self.allot.scorer != "teacher", "allot.scorer", "no teacher with teacher.kind=embedded", "teacher")
         _require(self.gallery >= 0, "gallery", "at least 0", self.gallery)

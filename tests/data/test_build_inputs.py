@@ -18,7 +18,7 @@ from m4ov.data.shards import read_records
 from m4ov.data.teacher import Reply
 from m4ov.data.teacher.embedded import EmbeddedTeacher
 from m4ov.data.teacher.tasks import task_of
-from m4ov.data_recipe import AllotConfig, EngineConfig, TeacherConfig
+from m4ov.data_recipe import AllotConfig, EngineConfig, LabelsConfig, TeacherConfig
 from m4ov.recipe import RunConfig
 from tests.data import chat_server
 from tests.data.chat_server import ChatServer
@@ -199,6 +199,51 @@ def test_held_out_digits_are_in_no_image(held_out, split_seed):
     training, kept = digits(64, held_out=held_out, split_seed=split_seed)
     assert made == {image.tobytes() for image in training.images}
     assert not made & {image.tobytes() for image in kept.images}
+
+
+def test_a_topic_that_holds_too_much_is_parted_by_the_teacher(tmp_path):
+    pytest.importorskip("openai")
+    oracle = Oracle({})
+
+    def parted(seen):
+        task = task_of(seen.body["messages"])
+        if "holds too much" in seen.text:
+            proposals = [{"title": title, "about": f"{title}."} for title in ("Few digits", "Many digits", "Numbers")]
+            return json.dumps({"proposals": proposals})
+        if task and task["task"] == "match" and len(task["topics"]) == 3:
+            few, digits = task["topics"][1:], len(task["truth"]["objects"])
+            chosen = few[0] if digits < 4 else few[1] if digits > 4 else "scans.none"
+            return json.dumps({"topic": chosen, "capabilities": []})
+        return oracle(seen)
+
+    with ChatServer(parted) as server:
+        config = recipe(
+            tmp_path,
+            sources=sources(flags=4, sheets=8),
+            allot=AllotConfig(questions=48),
+            labels=LabelsConfig(balance=2),
+            teacher=TeacherConfig("http", server.url, "m", retries=2),
+        )
+        production = build(config)
+    audits = [row for row in rows(tmp_path, "audit.jsonl") if row["source"] == "sheets"]
+    by_id = {row["id"]: row["truth"] for row in rows(tmp_path, "steps/images/00000.images.jsonl")} | {
+        row["id"]: row["truth"] for row in rows(tmp_path, "steps/images/00001.images.jsonl")
+    }
+    counts = production.counts["rematch"]
+    for row in audits:
+        digits = len(by_id[row["id"]]["objects"])
+        wanted = "few-digits" if digits < 4 else "many-digits" if digits > 4 else "numbers"
+        assert row["topic"] == f"scans.digits.{wanted}"
+    assert counts["moved"] + counts["unmoved"] == len(audits) == 8
+    assert counts["moved"] > 0
+    assert production.counts["balance"]["topics_added"] == 2
+    refused = [row for row in rows(tmp_path, "rejected.jsonl") if row["stage"] == "labels"]
+    assert len(refused) == 1  # a title that is there
+    assert "few-digits" in (tmp_path / "labels" / "topics.yaml").read_text()
+    for record in read_records(production.records):
+        assert record.labels["topic"][-1] in {row["topic"] for row in rows(tmp_path, "audit.jsonl")}
+    with pytest.raises(ValueError, match=r"labels\.balance: expected 0 with teacher\.kind=embedded"):
+        recipe(tmp_path, labels=LabelsConfig(balance=2))
 
 
 def test_skipped_images_are_left_to_other_runs(tmp_path):
