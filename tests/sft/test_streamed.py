@@ -69,7 +69,7 @@ def test_a_new_model_is_trained_measured_and_written(whole, data):
     numbers = json.loads((whole / "results.json").read_text())
     metrics = read_metrics(whole / "metrics.jsonl")
     assert numbers["steps"] == len(metrics) == small.STEPS
-    assert 0.9 < numbers["fill"] <= 1
+    assert 0.8 < numbers["fill"] <= 1
     assert numbers["fill"] == numbers["tokens"] / (small.STEPS * 4 * 128)
     waited, took = (sum(row[name] for row in metrics) for name in ("data_wait_seconds", "step_seconds"))
     assert numbers["data_wait"] == pytest.approx(waited / took)
@@ -194,7 +194,7 @@ def test_a_checkpoint_is_written_in_the_dtype_of_its_files(data, tmp_path):
 
 def test_the_command(data, tmp_path, capsys):
     overrides = ["train.steps=1", "data.capacity=128", "data.rows=1", "data.max_pixels=4096", "evaluate.examples=0"]
-    sizes = ["model.text.layers=1", "model.vision.layers=2", "run.threads=1", "train.peak_tflops=1"]
+    sizes = ["model.text.layers=1", "model.vision.layers=2", "run.threads=1", "data.held_out_share=0.35"]
     command = ["run", "sft", f"data.train={data}", f"run.folder={tmp_path / 'run'}", *overrides, *sizes]
     assert cli.main(command) == 0
     assert "report: " in capsys.readouterr().out
@@ -286,7 +286,10 @@ def test_a_checkpoint_that_does_not_fit_itself(checkpoint, data, tmp_path, what,
     ("changes", "problem"),
     [
         ({"data__train": "{0}/none"}, r"data\.train: .*/none: no such file or folder"),
-        ({"data__train": "{0}/asked.jsonl"}, r"data\.train: .*none of its 20 can be used \(.*expected an answer"),
+        (
+            {"data__train": "{0}/asked.jsonl", "data__held_out_share": 0.0},
+            r"data\.train: .*none of its 20 can be used \(.*expected an answer",
+        ),
         ({"data__train": "{0}/empty.jsonl"}, r"data\.train: .*empty"),
         ({"data__held_out": "{0}/empty.jsonl"}, r"data\.held_out: .*empty"),
         ({"data__held_out": "{0}/asked.jsonl"}, r"data\.held_out: .*none of its 20 can be used"),

@@ -33,7 +33,8 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """Every run on one rank and on two, from the same checkpoints; one of two ranks is interrupted, and goes on on one."""
+    """Every run on one rank and on two, from the same checkpoints; one of two ranks is interrupted, and goes on on
+    one."""
     folder = tmp_path_factory.mktemp("ranks")
     data = small.write_data(folder / "records")
     sources = {count: small.write_checkpoint(folder / f"model-{count}", count) for count in (0, 4)}
