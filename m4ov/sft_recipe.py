@@ -103,9 +103,6 @@ class SftConfig:
     dtype: str = "auto"  # of the written model: fp32, bf16; auto: of a checkpoint's files, of a new model fp32
 
     def __post_init__(self) -> None:
-        _require(bool(self.data.train), "data.train", "a file or folder of records", self.data.train)
-        other = self.data.held_out != self.data.train
-        _require(other, "data.held_out", "other records than those of data.train", self.data.held_out)
         for part in self.freeze:
             _require(part in PARTS, "freeze", f"some of {', '.join(PARTS)}", part)
         lora, average = self.lora, self.average
@@ -130,7 +127,12 @@ class SftConfig:
 
 
 def resolved(config: SftConfig) -> SftConfig:
-    """The configuration with the learning rates that are chosen."""
+    """The configuration of a run, with the learning rates that are chosen.
+
+    Raises:
+        ValueError: it names no data; the recipe that comes with the package does not.
+    """
+    _require(bool(config.data.train), "data.train", "a file or folder of records", config.data.train)
     config = copy.deepcopy(config)
     muon, rest = (3e-4, 1e-5) if config.model.path else (0.012, 2e-3)
     if config.lora.rank:

@@ -139,6 +139,8 @@ def _report(
         "parameters": trained.parameters[0],
         "trained_parameters": trained.parameters[1],
         "records": trained.records,
+        "epochs": trained.epochs,
+        "stream": trained.stream,
         "quarantined": dict(bad),
         "held_out": {
             "records": len(material.held_out.made) if material.held_out else 0,
@@ -199,7 +201,8 @@ def _facts(
     return {
         "model": f"Qwen3-VL, {trained.parameters[0] / 1e6:.2f} M parameters: {what}",
         "trained": f"{kind}: {trained.parameters[1] / 1e6:.2f} M parameters",
-        "records": f"{trained.records:,} to train on ({config.data.train}), {sum(bad.values()):,} unusable; "
+        "records": f"{trained.records:,} to train on ({config.data.train}), read {trained.epochs:.2f} times; "
+        f"{sum(bad.values()):,} unusable; "
         f"{len(held_out.made) if held_out else 0:,} held out",
         "images": f"{pixels.min_pixels:,} to {pixels.max_pixels:,} pixels each",
         "a step": f"{config.data.rows} rows of {config.data.capacity:,} tokens",

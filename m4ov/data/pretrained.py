@@ -157,18 +157,16 @@ def _chat_of(folder: Path, tokenizer: Any, chat: str) -> ChatFormat:
         template = json.loads((folder / "chat_template.json").read_text(encoding="utf-8")).get("chat_template")
     if template is None:
         return CHATML
-    made = ""
-    for name, known in CHATS.items():
-        try:
-            found = [
-                tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
-                for turns in (_TURNS, [_SYSTEM, *_TURNS])
-            ]
-        except Exception as error:  # a template may raise anything
-            raise DataError(f"{folder}: its chat template fails ({_reason(error)}); {_hint()}") from error
-        if found == [rendered(known, _TURNS), rendered(known, [_SYSTEM, *_TURNS])]:
-            return CHATS[name]
-        made = found[0]
+    try:
+        made, other = (
+            tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+            for turns in (_TURNS, [_SYSTEM, *_TURNS])
+        )
+    except Exception as error:  # a template may raise anything
+        raise DataError(f"{folder}: its chat template fails ({error}); {_hint()}") from error
+    for known in CHATS.values():
+        if (made, other) == (rendered(known, _TURNS), rendered(known, [_SYSTEM, *_TURNS])):
+            return known
     raise DataError(f"{folder}: its chat template is none that is known; it makes {short(made, 300)}; {_hint()}")
 
 

@@ -59,6 +59,7 @@ class Trained:
         losses: (step, loss) on the held-out records.
         stream: :meth:`RecordStream.statistics` of rank 0, since the process began.
         records: to train on, usable or not.
+        epochs: how often they were read.
         parameters: of the model, and those that were trained.
     """
 
@@ -66,6 +67,7 @@ class Trained:
     losses: list[tuple[int, float]]
     stream: dict[str, float]
     records: int
+    epochs: float
     parameters: tuple[int, int]
 
 
@@ -157,11 +159,12 @@ def run(config: SftConfig, material: Material, layout: Layout, folder: Path, con
     along = Along(config, model, material.held_out, folder, world, console)
     ahead = Ahead(stream, depth=data.ahead)
     sized = config_of(material.config.to_dict())
+    loss: Any = loss_of if mesh is None else partial(loss_of, mesh=mesh)
     try:
         result = train(
             model,
             ahead,
-            loss_of if mesh is None else partial(loss_of, mesh=mesh),
+            loss,
             config=config.train,
             optim=config.optim,
             folder=folder,
@@ -178,7 +181,8 @@ def run(config: SftConfig, material: Material, layout: Layout, folder: Path, con
     with world.watched("gathering the weights"):
         weights = dict(full_tensors(found, keep=world.first))
     world.alone("saving the model", lambda: save(material.source, config, weights, folder / "model"))
-    return Trained(result, along.losses, stream.statistics(), len(stream.index), (parameters, trains))
+    count = len(stream.index)
+    return Trained(result, along.losses, stream.statistics(), count, stream.packed.read / count, (parameters, trains))
 
 
 def fingerprint_of(config: SftConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from m4ov.data.pretrained import FILES, reading_of
 from m4ov.data.rows import RecordRows
 from m4ov.evaluate.answers import answer_of, last_answers
 from m4ov.models.qwen3_vl import from_pretrained
+from m4ov.parallel.mesh import Layout
 from m4ov.sft import lora, streamed
 from m4ov.sft.parts import part_of
 from m4ov.train import RunFolderError, World
@@ -136,9 +137,7 @@ def test_exact_match_is_of_the_last_answer(whole, data):
 def test_the_same_command_finds_it_done(whole, data):
     before = weights_of(whole / "model")
     made = small.config(whole, data, average__kind="ema", average__decay=0.5)
-    found = streamed.run(
-        made, streamed.prepare(made, whole, World(), quiet()), streamed.Layout(), whole, quiet(), World()
-    )
+    found = streamed.run(made, streamed.prepare(made, whole, World(), quiet()), Layout(), whole, quiet(), World())
     assert found.result.resumed_at == small.STEPS
     assert equal_states(weights_of(whole / "model"), before)
     with pytest.raises(RunFolderError, match=r"data\.capacity \(128 there, 256 now\)"):
@@ -155,7 +154,7 @@ def test_a_checkpoint_keeps_what_is_frozen_and_its_own_files(checkpoint, data, t
         kept = part_of(name) in ("vision", "embeddings")
         assert torch.equal(weight, before[name]) == kept, name
         assert kept or torch.equal(weight, found.result.weights[name])
-    there = [name for name in FILES if (checkpoint / name).is_file() and name != "generation_config.json"]
+    there = [name for name in FILES if (checkpoint / name).is_file()]
     assert {"tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"} <= set(there)
     for name in there:
         assert (tmp_path / "run" / "model" / name).read_bytes() == (checkpoint / name).read_bytes()
@@ -235,7 +234,7 @@ def test_the_chat_format_is_that_of_the_template(checkpoint, tmp_path):
             (folder / name).write_bytes((checkpoint / name).read_bytes())
     (folder / "chat_template.jinja").write_text(QWEN)
     assert reading_of(folder).chat is CHATML
-    (folder / "chat_template.jinja").write_text(QWEN.replace("assistant", "model").replace("\n{%", "{%"))
+    (folder / "chat_template.jinja").write_text(QWEN.replace("<|im_end|>\n", "<|im_end|>"))
     with pytest.raises(DataError, match=r"its chat template is none that is known; it makes '<\|im_start\|>user"):
         reading_of(folder)
     assert reading_of(folder, "chatml").chat is CHATML
@@ -336,6 +335,10 @@ def test_a_recipe_that_cannot_be(changes, problem, tmp_path):
         small.config(tmp_path, tmp_path, **changes)
 
 
+#: All records are read before the first step.
+ALL = {"data__held_out_share": 0.0, "data__rows": 8, "data__window": 8.0}
+
+
 def test_broken_records_are_named_and_the_run_goes_on(data, checkpoint, tmp_path):
     folder = tmp_path / "spoilt"
     folder.mkdir()
@@ -357,7 +360,7 @@ def test_broken_records_are_named_and_the_run_goes_on(data, checkpoint, tmp_path
         ),
     )
     (folder / "records.jsonl").write_text("\n".join(lines) + "\n")
-    made = small.config(tmp_path / "run", folder, checkpoint, data__held_out_share=0.0, train__steps=2)
+    made = small.config(tmp_path / "run", folder, checkpoint, train__steps=1, **ALL)
     sft_run.run(made)
     named = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
     assert {(row["line"], row["kind"]) for row in named} == {(4, "not JSON"), (6, "image")}
