@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText
 from transformers import logging as transformers_logging
 
 from m4ov.allocator import status as allocator_status
+from m4ov.data.whole import write_whole
 from m4ov.evaluate import Accuracy, Example, Report, html, print_table
 from m4ov.evaluate.answers import answered, last_answers
 from m4ov.evaluate.report import Section
@@ -24,7 +25,7 @@ from m4ov.quickstart import usable_cpus
 from m4ov.sft import layout_of, streamed
 from m4ov.sft.source import sizes
 from m4ov.sft_recipe import SftConfig, resolved
-from m4ov.train import RunFolder, World, ranks_started, write_text
+from m4ov.train import RunFolder, World, ranks_started
 from m4ov.train.metrics import check, read
 from m4ov.train.progress import clock
 from m4ov_kernels.patches import patch
@@ -128,7 +129,7 @@ def _report(
         examples=examples,
         sections=sections,
     )
-    write_text(folder / "report.html", html(report))
+    write_whole(folder / "report.html", html(report))
     numbers = {
         "steps": trained.result.steps,
         "tokens": trained.result.tokens,
@@ -150,7 +151,7 @@ def _report(
             "kinds": {kind: list(pair) for kind, pair in accuracy.kinds.items()} if accuracy else {},
         },
     }
-    write_text(folder / "results.json", json.dumps(numbers, indent=1) + "\n")
+    write_whole(folder / "results.json", json.dumps(numbers, indent=1) + "\n")
     print_table(report, console)
     console.print(
         f"report: {folder / 'report.html'}\nmodel: {folder / 'model'}\n"

@@ -15,10 +15,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from m4ov.data import DataError
 from m4ov.data.rows import RecordRows
+from m4ov.data.whole import write_whole
 from m4ov.models.qwen3_vl import Qwen3VL
 from m4ov.sft.average import Average
 from m4ov.sft_recipe import SftConfig
-from m4ov.train import World, write_text
+from m4ov.train import World
 
 _TAIL = 5  # "tail" averages over one part of so many
 
@@ -88,7 +89,7 @@ class Along:
         self.console.print(f"step {step} · held-out loss {loss:.4f}")
         if self.world.first:
             lines = (json.dumps({"step": step, "loss": loss}) for step, loss in self.losses)
-            write_text(self.folder / "held_out.jsonl", "\n".join(lines) + "\n")
+            write_whole(self.folder / "held_out.jsonl", "\n".join(lines) + "\n")
 
     @torch.no_grad()
     def _loss(self, rows: RecordRows, step: int) -> float:
