@@ -10,7 +10,7 @@ import torch
 from m4ov.data import ImageError
 from m4ov.data.packing import IGNORE
 from m4ov.data.pictures import load_image
-from m4ov.data.pixels import patches_of
+from m4ov.data.pixels import Picture, patches_of
 from m4ov.data.rows import RecordRows
 from m4ov.evaluate.accuracy import Accuracy
 from m4ov.evaluate.examples import Example
@@ -64,7 +64,8 @@ def answered(model: Any, rows: RecordRows, count: int, *, short: int, seed: int)
     image and have an answer of at most ``short`` tokens, drawn by ``seed``; of different images, as far as there are.
     """
     order = np.random.default_rng(seed).permutation(len(rows.made)).tolist()
-    found, seen = [], set()
+    found: list[int] = []
+    seen: set[Picture] = set()
     for place in order:
         pictures = rows.made[place].pictures
         if len(found) < count and pictures and pictures[0] not in seen and _short(rows, place, short):

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from m4ov.parallel import ranks
-from m4ov.parallel.checkpoint import checkpoints
 from m4ov.train.metrics import read as read_metrics
 from tests.sft import streamed_small as small
 
@@ -21,20 +20,19 @@ AXES = {
 }
 #: name → (experts, changes of the recipe, layout on two ranks)
 RUNS = {
-    "dense": (0, {}, "dp2"),
-    "dense sharded": (0, {"average__kind": "ema", "average__decay": 0.5}, "fsdp2"),
-    "dense split": (0, {}, "tp2"),
-    "frozen": (0, {"freeze": ["vision", "embeddings"]}, "fsdp2"),
+    "new": (-1, {}, "dp2"),
+    "sharded": (0, {"average__kind": "ema", "average__decay": 0.5, "freeze": ["vision", "embeddings"]}, "fsdp2"),
+    "split": (0, {}, "tp2"),
     "adapters": (0, {"lora__rank": 2}, "fsdp2"),
     "experts": (4, {}, "fsdp2-ep2"),
-    "new": (-1, {}, "fsdp2"),
 }
+PAUSED = "sharded"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """Every run on one rank and on two, from the same checkpoints; one of two ranks is interrupted, and goes on on
-    one."""
+    """Every run on one rank and on two, from the same checkpoints. One of those on two ranks is interrupted, and goes
+    on on one."""
     folder = tmp_path_factory.mktemp("ranks")
     data = small.write_data(folder / "records")
     sources = {count: small.write_checkpoint(folder / f"model-{count}", count) for count in (0, 4)}
@@ -49,14 +47,12 @@ def trained(tmp_path_factory) -> Path:
     try:
         for name in RUNS:
             small.train(made(name, "one"))
-        many = [(made(name, "two", layout), None) for name, (_, _, layout) in RUNS.items()]
-        paused = made("dense sharded", "paused", "fsdp2")
-        said = ranks.run(small.train_all, 2, [*many, (paused, (2, 1))], timeout=150)
-        (folder / "said").write_text("\n".join(each[-1] for each in said))
-        assert [path.name for path in checkpoints(folder / "paused" / "dense sharded" / "checkpoints")][-1] == (
-            "step-00000003"
-        )
-        small.train(made("dense sharded", "paused"))
+        many = [
+            (made(name, "two", layout), (1, 1) if name == PAUSED else None) for name, (_, _, layout) in RUNS.items()
+        ]
+        said = ranks.run(small.train_all, 2, many, timeout=150)
+        (folder / "said").write_text("\n".join(each[list(RUNS).index(PAUSED)] for each in said))
+        small.train(made(PAUSED, "two"))
     finally:
         torch.set_num_threads(threads)
     return folder
@@ -83,8 +79,8 @@ def alike(one: Path, other: Path) -> None:
     for name, weight in first.items():
         # Of the keys' biases, whose gradients are zero but for rounding, AdamW makes steps of ±lr.
         limit = 1e-1 if name.endswith("attn.qkv.bias") else 1e-4
-        difference = (second[name] - weight).norm() / weight.norm()
-        assert difference <= limit, f"{name}: {difference:.1e}"
+        difference, size = (second[name] - weight).norm(), weight.norm()
+        assert difference <= limit * size, f"{name}: {difference:.1e} of {size:.1e}"
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -92,7 +88,6 @@ def test_two_ranks_train_as_one(trained, name):
     alike(trained / "one" / name, trained / "two" / name)
 
 
-def test_it_goes_on_at_the_exact_sample_on_another_number_of_ranks(trained):
+def test_one_was_interrupted_on_two_ranks_and_went_on_on_one(trained):
     said = (trained / "said").read_text().splitlines()
-    assert said == ["stopped after step 3; the same command goes on from there"] * 2
-    alike(trained / "one" / "dense sharded", trained / "paused" / "dense sharded")
+    assert said == ["stopped after step 2; the same command goes on from there"] * 2
