@@ -49,8 +49,8 @@ def write_data(folder: Path, count: int = 90) -> Path:
 
 
 def write_checkpoint(folder: Path, experts: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """A model as Hugging Face writes one, with its tokenizer and processor. Experts without their balance loss, which is
-    over the rows that ranks take at a time: it depends on their number."""
+    """A model as Hugging Face writes one, with its tokenizer and processor. Experts come without their balance loss: it
+    is over the rows that ranks take at a time, so it depends on their number."""
     text = replace(TEXT, num_experts=experts, moe_intermediate_size=24, router_aux_loss_coef=0.0)
     sizes = ModelConfig(vision=VISION, text=text, initializer_range=0.2)
     config = Config.from_dict(qwen3_vl_config(sizes, tokenizer(), grid=8).to_dict())
