@@ -15,16 +15,14 @@ from tests.sft import streamed_small as small
 AXES = {
     "dp2": {},
     "fsdp2": {"dp_shard": 2},
-    "tp2": {"tp": 2},
-    "fsdp2-ep2": {"dp_shard": 2, "ep": 2},
+    "tp2-ep2": {"tp": 2, "ep": 2},
 }
 #: name → (experts, changes of the recipe, layout on two ranks)
 RUNS = {
     "new": (-1, {}, "dp2"),
     "sharded": (0, {"average__kind": "ema", "average__decay": 0.5, "freeze": ["vision", "embeddings"]}, "fsdp2"),
-    "split": (0, {}, "tp2"),
     "adapters": (0, {"lora__rank": 2}, "fsdp2"),
-    "experts": (4, {}, "fsdp2-ep2"),
+    "experts": (4, {}, "tp2-ep2"),
 }
 PAUSED = "sharded"
 
