@@ -16,13 +16,14 @@ from transformers import logging as transformers_logging
 from m4ov import sft
 from m4ov.allocator import status as allocator_status
 from m4ov.data import Split
+from m4ov.data.whole import write_whole
 from m4ov.evaluate import Accuracy, Example, Report, exact_match, examples, html, print_table
 from m4ov.evaluate.arms import CURRICULUM, ArmRun, claims, sections
 from m4ov.manifest import CurriculumConfig, scaled
-from m4ov.models.qwen3_vl import Qwen3VL, cast_parameters, from_pretrained
+from m4ov.models.qwen3_vl import cast_parameters, from_pretrained
 from m4ov.quickstart import usable_cpus
 from m4ov.sft.decisions import read as read_decisions
-from m4ov.train import RunFolder, World, write_text
+from m4ov.train import RunFolder, World, ranks_started
 from m4ov.train.metrics import check
 from m4ov.train.metrics import read as read_metrics
 from m4ov.train.progress import clock
@@ -33,14 +34,17 @@ def run(config: CurriculumConfig) -> None:
     """Every arm with every seed, then ``report.html`` over all of them. What was done before, in the same folder, is
     not done again.
 
-    Started by torchrun, the ranks train together; rank 0 measures, and its figures decide for all.
+    Started by torchrun, the ranks train together, as the recipe's ``parallel`` says; rank 0 measures, and its figures
+    decide for all.
 
     Raises:
+        LayoutError: the recipe's ``parallel`` does not fit; before the ranks join.
         RunFolderError, DataError, CheckpointError, TrainingError, RankError, MetricsError: one line says what is wrong.
         Interrupted: Ctrl-C during training; a checkpoint was written.
     """
     config = scaled(config)
     check(config.train.wandb)
+    sft.check(config, ranks_started())
     world = World.start(config.train.timeout_seconds)
     console = Console(quiet=not world.first)
     transformers_logging.set_verbosity_error()
@@ -63,7 +67,7 @@ def _run_seed(
     folder = Path(config.run.folder) / f"seed-{seed}"
     claim = world.alone("the run folder", lambda: RunFolder(folder, sft.fingerprint_of(config, seed)))
 
-    def measure(model: Qwen3VL) -> dict[str, float]:
+    def measure(model: torch.nn.Module) -> dict[str, float]:
         found = _asked(model, config, material, material.gates, config.gates.limit)
         return {skill: accuracy.value for skill, accuracy in found.items()}
 
@@ -92,12 +96,12 @@ def _final(config: CurriculumConfig, material: sft.Material, folder: Path, conso
             skill: {"share": accuracy.value, "asked": len(accuracy.right), "kinds": accuracy.kinds}
             for skill, accuracy in found.items()
         }
-        write_text(file, json.dumps(numbers, indent=1))
+        write_whole(file, json.dumps(numbers, indent=1))
     return {skill: row["share"] for skill, row in json.loads(file.read_text(encoding="utf-8")).items()}
 
 
 def _asked(
-    model: Qwen3VL, config: CurriculumConfig, material: sft.Material, splits: dict[str, Split], limit: int
+    model: torch.nn.Module, config: CurriculumConfig, material: sft.Material, splits: dict[str, Split], limit: int
 ) -> dict[str, Accuracy]:
     capacity, dtype = config.evaluate.tokens_per_batch, material.task.dtype
     return {
@@ -123,14 +127,14 @@ def _report(config: CurriculumConfig, material: sft.Material, runs: list[ArmRun]
         sections=sections(runs, courses, decided.get(CURRICULUM, [])),
         examples=_examples(config, material, home / shown / "model"),
     )
-    write_text(folder / "report.html", html(report))
+    write_whole(folder / "report.html", html(report))
     numbers = {
         "facts": report.facts,
         "arms": [asdict(found) for found in runs],
         "claims": [dict(zip(("claim", "came out", "figures"), row, strict=True)) for row in claims(runs)],
         "decisions": decided.get(CURRICULUM, []),
     }
-    write_text(folder / "results.json", json.dumps(numbers, indent=1) + "\n")
+    write_whole(folder / "results.json", json.dumps(numbers, indent=1) + "\n")
     print_table(report, console)
     console.print(f"report: {folder / 'report.html'}\nmodels: {folder / 'seed-*' / '*' / 'model'}")
 

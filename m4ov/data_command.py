@@ -77,9 +77,7 @@ def run(config: DataBuildConfig) -> None:
 
     from m4ov.train.folder import RunFolder
 
-    missing = [package for module, package in _NEEDS.items() if not importlib.util.find_spec(module)]
-    if missing:
-        raise ValueError(f"m4ov data build needs {', '.join(missing)}: pip install 'm4ov[data]'")
+    require()
     folder = RunFolder(config.run.folder, {"task": "data"})
     try:
         _build(config, Console())
@@ -89,12 +87,19 @@ def run(config: DataBuildConfig) -> None:
         folder.close()
 
 
+def require() -> None:
+    """Raises ``ValueError`` where a package is missing that data production needs."""
+    missing = [package for module, package in _NEEDS.items() if not importlib.util.find_spec(module)]
+    if missing:
+        raise ValueError(f"data production needs {', '.join(missing)}: pip install 'm4ov[data]'")
+
+
 def _build(config: DataBuildConfig, console: Console) -> None:
     from m4ov.data import production
     from m4ov.data.production import report
 
     began = time.perf_counter()
-    with _Progress(console, production.STEPS) as progress:
+    with Progress(console, production.STEPS) as progress:
         found = production.build(config, progress.watch)
     seconds = time.perf_counter() - began
     covered = report.write(found, config, seconds)
@@ -103,15 +108,16 @@ def _build(config: DataBuildConfig, console: Console) -> None:
         console.print(f"records whose labels are in no tree: {sum(covered.refused.values())}")
 
 
-class _Progress:
+class Progress:
     """A bar for each step in a terminal, a line for each elsewhere."""
 
     def __init__(self, console: Console, steps: dict[str, str]) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bars
 
         self.console, self.steps = console, steps
         self._begun: dict[str, Any] = {}
-        self._bars = Progress(
+        self._bars = Bars(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -130,7 +136,7 @@ class _Progress:
                 self.console.print(f"{self.steps[step]} ({shards} {'shard' if shards == 1 else 'shards'}{there})")
         self._bars.update(self._begun[step], completed=done)
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> Progress:
         self._bars.start()
         return self
 

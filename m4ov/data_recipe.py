@@ -23,6 +23,8 @@ class SourcesConfig:
     files: list[str] = field(default_factory=list)  # JSONL of your own: {"id", "image", "truth"}, paths beside the file
     skip: dict[str, int] = field(default_factory=dict)  # source → images at its beginning that are left for other runs
     held_out_digits: int = 360  # of 1,797, that no run has: the model that it is for is judged by them
+    split_seed: int = 0  # which digits these are
+    easy_vqa_folder: str = ""  # laid out as easy-vqa's data, of which train/ is used; empty: the installed package
 
     def __post_init__(self) -> None:
         packaged = ("easy_vqa", "scenes", "digits", "sheets", "flags", "photos")
@@ -125,13 +127,14 @@ class QualityConfig:
 
 @dataclass
 class EngineConfig:
-    kind: str = "local"  # one process; or "ray": shards as tasks of a Ray cluster
-    workers: int = 0  # of ray; 0: one a core
+    kind: str = "local"  # this process; "processes": others on this machine; "ray": shards as tasks of a Ray cluster
+    workers: int = 0  # of processes and ray; 0: one a core
     shard_images: int = 32
     retries: int = 3  # of a shard whose worker died
 
     def __post_init__(self) -> None:
-        _require(self.kind in ("local", "ray"), "engine.kind", "local or ray", self.kind)
+        kinds = ("local", "processes", "ray")
+        _require(self.kind in kinds, "engine.kind", "local, processes or ray", self.kind)
         _require(self.workers >= 0, "engine.workers", "at least 0", self.workers)
         _require(self.shard_images > 0, "engine.shard_images", "at least 1", self.shard_images)
         _require(self.retries >= 0, "engine.retries", "at least 0", self.retries)

@@ -11,7 +11,7 @@ import copy
 import math
 from dataclasses import dataclass, field
 
-from m4ov.recipe import DataConfig, EvaluateConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from m4ov.recipe import DataConfig, EvaluateConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 
 #: Parts of a model that can be frozen: the tower without its mergers, the mergers, the layers of the language model
 #: with its last norm, the embeddings with the head.
@@ -113,6 +113,7 @@ class CurriculumConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     gates: GateConfig = field(default_factory=GateConfig)
     pools: dict[str, str] = field(default_factory=dict)  # easy-vqa, digits, a file of records; empty: none yet
@@ -145,13 +146,10 @@ class CurriculumConfig:
         _require(self.gates.limit >= 0, "gates.limit", "at least 0", self.gates.limit)
         for name in ("pools", "skills", "arms"):
             _require(bool(getattr(self, name)), name, "at least one", getattr(self, name))
-        # What the quickstart's trees have and arms say for themselves is refused, not passed over.
+        # What arms say for themselves is refused, not passed over.
         elsewhere = (
             ("train.steps", self.train.steps, TrainConfig().steps, "nothing: arms.NAME.steps"),
-            ("train.fp8", self.train.fp8, "off", "off"),
             ("run.seed", self.run.seed, 0, "nothing: seeds=[…]"),
-            ("data.digits_per_step", self.data.digits_per_step, DataConfig().digits_per_step, "nothing: mixtures"),
-            ("model.implementation", self.model.implementation, "m4ov", "m4ov"),
             ("optim.warmup_steps", self.optim.warmup_steps, OptimConfig().warmup_steps, "nothing: stages' warmup"),
         )
         for name, value, default, expected in elsewhere:
@@ -180,6 +178,8 @@ class CurriculumConfig:
         _require(average.kind in AVERAGES, f"{at}.average.kind", " or ".join(AVERAGES), average.kind)
         _require(0 < average.decay < 1, f"{at}.average.decay", "more than 0 and less than 1", average.decay)
         _require(lora.rank >= 0, f"{at}.lora.rank", "at least 0", lora.rank)
+        for name, value in whole_of(self).items():
+            _require(not lora.rank, f"{at}.lora.rank", f"0, as {name}={value} trains the weights themselves", lora.rank)
         _require(lora.alpha > 0, f"{at}.lora.alpha", "at least 1", lora.alpha)
         _require(0 <= lora.dropout < 1, f"{at}.lora.dropout", "at least 0 and less than 1", lora.dropout)
         _require(bool(lora.targets), f"{at}.lora.targets", "names of linear layers", lora.targets)
@@ -226,6 +226,13 @@ def scaled(config: CurriculumConfig) -> CurriculumConfig:
             stage.steps = max(1, round(stage.steps * config.scale))
     config.scale = 1.0
     return config
+
+
+def whole_of(config: CurriculumConfig) -> dict[str, str]:
+    """What of a recipe trains the weights themselves, in whole replicas: neither their parts nor adapters beside them;
+    key → value."""
+    found = {"model.implementation": config.model.implementation, "train.fp8": config.train.fp8}
+    return {name: value for name, value in found.items() if value not in ("m4ov", "off")}
 
 
 def pools_of(arm: ArmConfig) -> set[str]:

@@ -1,6 +1,6 @@
 """The configuration trees that recipes fill: plain dataclasses, checked when they are made. No torch here.
 
-The defaults are those of ``recipes/quickstart.yaml``; a recipe names what it changes.
+A recipe names what it changes.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ class DataConfig:
     held_out_digits: int = 360  # of 1,797
     split_seed: int = 0  # which digits are held out; apart from run.seed, so that runs can be compared
     vocabulary: int = 512  # at most; byte-level BPE
-    images_per_step: int = 48
+    images_per_step: int = 60  # of all pools
     questions_per_image: int = 2  # asked of one image in one step; they share its features and do not see each other
-    digits_per_step: int = 12
-    flip: bool = True  # mirror half of the shape images; no question is about left or right
+    flip: bool = True  # mirror half of the shape images; never one that is asked about its left or right
     shift: int = 6  # move digits by up to so many pixels
 
     def __post_init__(self) -> None:
@@ -43,7 +42,6 @@ class DataConfig:
         for name in ("image_size", "images_per_step", "questions_per_image"):
             _require(getattr(self, name) > 0, f"data.{name}", "at least 1", getattr(self, name))
         _require(0 < self.held_out_digits < 1797, "data.held_out_digits", "1 to 1796", self.held_out_digits)
-        _require(self.digits_per_step >= 0, "data.digits_per_step", "at least 0", self.digits_per_step)
         _require(self.vocabulary >= 300, "data.vocabulary", "at least 300 (256 bytes, 8 special)", self.vocabulary)
         _require(0 <= self.shift < self.image_size, "data.shift", "0 to image_size - 1", self.shift)
 
@@ -122,7 +120,7 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    steps: int = 900
+    steps: int = 900  # of all stages
     precision: str = "bf16"  # of weights in use, activations and gradients; the optimizer keeps float32 weights
     checkpoint_seconds: float = 30.0  # whichever comes first; 0: never by time
     checkpoint_steps: int = 0  # 0: never by steps
@@ -186,21 +184,8 @@ class CompareConfig:
     """Patched against unpatched on the same batches."""
 
     steps: int = 20
-    images_per_step: int = 6
-    digits_per_step: int = 2
+    images_per_step: int = 8  # mixed as the first stage's
 
-
-@dataclass
-class QuickstartConfig:
-    """Everything `m4ov run quickstart` reads."""
-
-    task: str = "quickstart"
-    run: RunConfig = field(default_factory=RunConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    compare: CompareConfig = field(default_factory=CompareConfig)
-    operators: bool = True  # a short benchmark of the operators, for the report
+    def __post_init__(self) -> None:
+        for name in ("steps", "images_per_step"):
+            _require(getattr(self, name) > 0, f"compare.{name}", "at least 1", getattr(self, name))

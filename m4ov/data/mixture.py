@@ -3,6 +3,7 @@ anywhere."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +22,7 @@ from m4ov_kernels.packing import PackedBatch
 # colours; but colours are learnt in a few hundred steps, and shapes, above all yes/no questions about them, take time:
 # asked equally often, these stayed at the prior (69%) for 900 steps; so, they reach 99%.
 _WEIGHTS = {(False, False): 1.0, (True, False): 2.0, (False, True): 2.0, (True, True): 3.0}
+_SIDES = re.compile(r"\b(left|right)\b")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Pool:
         name: of the pool.
         split: its images and questions.
         questions: asked of an image at a visit, at most.
-        flip: mirror half of the images left to right.
+        flip: mirror half of the images left to right; never one that is asked about its left or right.
         shift: move images by up to so many pixels.
         by_sample: a visit is one question with its image, so that an image is seen as often as it has questions; else
             a visit is an image, with ``questions`` of those it has.
@@ -143,17 +145,20 @@ class Mixture:
             for stream, (begin, count) in enumerate(zip(self._begins(step), self.counts, strict=True))
         ]
         questions: list[list[Encoded]] = []  # of each visit
+        sided: list[bool] = []
         for pool, visits, chosen, places in zip(self.pools, self._visits, self._chosen, visited, strict=True):
             for place in places:
                 known = visits[place][1]
                 asked = self._asked(known, pool.questions, random) if chosen else known
                 questions.append([self.encoder(sample.question, sample.answer) for sample in asked])
+                sided.append(pool.flip and any(_SIDES.search(sample.question) for sample in asked))
         pixels, offset = [], 0
         for pool, visits, places in zip(self.pools, self._visits, visited, strict=True):
             ours = slice((share - offset) % shares, None, shares)
             images = pool.split.images[[visits[place][0] for place in places[ours]]]
             if pool.flip:
-                images = mirror(images, (random.random(len(places)) < 0.5)[ours])
+                flipped = (random.random(len(places)) < 0.5) & ~np.array(sided[offset : offset + len(places)], bool)
+                images = mirror(images, flipped[ours])
             if pool.shift:
                 images = shift(images, random.integers(-pool.shift, pool.shift + 1, (len(places), 2))[ours])
             pixels.append(images)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -29,24 +31,50 @@ def recorded(name: str, path: str | Path, size: int) -> Split:
         DataError: a record is none, or is not one image, one question and its answer; an image cannot be read; there is
             no record. Names the file, and where there is one the line or the record.
     """
-    images: list[np.ndarray] = []
-    index: dict[str, int] = {}
-    of_image: list[list[Sample]] = []
+    found = recorded_by(path, size, lambda record: Asked(name, record.question.strip(), record.kind or "record"))
+    if not found:
+        raise DataError(f"{path}: no record")
+    return found[name]
+
+
+class Asked(NamedTuple):
+    """How a record is asked: in which split, in which words, as which kind of question."""
+
+    split: str
+    question: str
+    kind: str
+
+
+def recorded_by(path: str | Path, size: int, asked: Callable[[Record], Asked | None]) -> dict[str, Split]:
+    """The records of a file or folder as splits, read once; see :func:`recorded`.
+
+    Args:
+        asked: says in which split a record is; ``None``: in none.
+
+    Returns:
+        Split by name, in the order in which their first records come.
+    """
+    images: dict[str, list[np.ndarray]] = {}
+    index: dict[tuple[str, str], int] = {}
+    of_image: dict[str, list[list[Sample]]] = {}
     try:
         for record in read_records(path, absolute=True):
-            reference = _only_image(path, record)
-            if reference not in index:
-                index[reference] = len(images)
-                images.append(to_square(_image(path, record, reference), size))
-                of_image.append([])
-            place = index[reference]
-            question, answer = record.question.strip(), record.answer.strip()
-            of_image[place].append(Sample(place, question, answer, record.kind or "record"))
+            reference, found = _only_image(path, record), asked(record)
+            if found is None:
+                continue
+            name = found.split
+            if (name, reference) not in index:
+                index[name, reference] = len(images.setdefault(name, []))
+                images[name].append(to_square(_image(path, record, reference), size))
+                of_image.setdefault(name, []).append([])
+            place = index[name, reference]
+            of_image[name][place].append(Sample(place, found.question, record.answer.strip(), found.kind))
     except RecordError as error:
         raise DataError(str(error)) from error
-    if not images:
-        raise DataError(f"{path}: no record")
-    return Split(name, stack(images, size), tuple(sample for samples in of_image for sample in samples))
+    return {
+        name: Split(name, stack(found, size), tuple(sample for samples in of_image[name] for sample in samples))
+        for name, found in images.items()
+    }
 
 
 def divide(split: Split, share: float) -> tuple[Split, Split]:

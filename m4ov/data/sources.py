@@ -86,7 +86,7 @@ def easy_vqa(split: str, size: int, *, folder: str = "", on_bad_image: str = "re
                 images.append(to_square(image, size))
         place = index[number]
         if place is not None:
-            samples.append(Sample(place, question, answer, _kind(question, answer)))
+            samples.append(Sample(place, question, answer, kind_of(question, answer)))
     if not samples:
         raise DataError(f"easy-vqa: {root}: no question is left")
     return Split("general", stack(images, size), tuple(samples), tuple(left_out))
@@ -125,7 +125,8 @@ def _package_folder(module: str, distribution: str) -> Path:
     return Path(next(iter(found.submodule_search_locations)))
 
 
-def _kind(question: str, answer: str) -> str:
+def kind_of(question: str, answer: str) -> str:
+    """The type of a question about one shape of one colour, in whatever words."""
     if answer not in ("yes", "no"):
         return "shape" if answer in _SHAPES else "colour"
     what = "shape" if any(shape in question for shape in _SHAPES) else "colour"

@@ -90,7 +90,7 @@ def sections(
         note = f"Seed {seeds[0]}; measured on the gates' records, after each round."
         found.append(Section("Skills along the training", figure=plots.courses(courses), note=note))
     if decisions:
-        found.append(_of_decisions(decisions, seeds[0]))
+        found.append(decided(decisions, "Decisions of the curriculum", f"Seed {seeds[0]}."))
     return found
 
 
@@ -145,7 +145,8 @@ def claims(runs: Sequence[ArmRun]) -> list[list[str]]:
     return rows
 
 
-def _of_decisions(decisions: Sequence[Mapping[str, Any]], seed: int) -> Section:
+def decided(decisions: Sequence[Mapping[str, Any]], title: str, note: str = "") -> Section:
+    """The rows of an arm's ``decisions.jsonl`` as a table."""
     rows = []
     for row in decisions:
         conditions = [
@@ -165,7 +166,7 @@ def _of_decisions(decisions: Sequence[Mapping[str, Any]], seed: int) -> Section:
             ]
         )
     columns = ["stage", "round", "step", "measured", "targets and guards", "decision", "images of a step from here"]
-    return Section("Decisions of the curriculum", columns, rows, note=f"Seed {seed}.", printed=False)
+    return Section(title, columns, rows, note=note, printed=False)
 
 
 def _by_skill(runs: Sequence[ArmRun], arm: str, skills: Sequence[str]) -> dict[str, list[float]]:

@@ -14,6 +14,7 @@ from m4ov.quantize.jsonl import Lines
 from m4ov.recipe import DataConfig
 
 QUICKSTART = "quickstart"
+_IMAGES, _DIGITS = 48, 12  # of a batch
 
 
 class Calibration:
@@ -65,10 +66,10 @@ class Calibration:
         except DataError as error:
             raise ValueError(f"--calibrate: {error}") from error
         domain, _ = digits(size, held_out=options.held_out_digits, split_seed=options.split_seed)
-        images = min(options.images_per_step, len(general.images))
+        images = min(_IMAGES, len(general.images))
         return {
             "pools": [Pool("general", general, options.questions_per_image), Pool("domain", domain)],
-            "counts": {"general": images, "domain": options.digits_per_step},
+            "counts": {"general": images, "domain": _DIGITS},
             "encoder": encoder,
         }
 

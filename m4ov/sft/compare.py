@@ -6,13 +6,15 @@ import multiprocessing
 import pickle
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-from m4ov.recipe import QuickstartConfig
+from m4ov.data import Mixture, Pool
+from m4ov.quickstart_recipe import QuickstartConfig
 from m4ov.sft.task import DTYPES, Task
 from m4ov_kernels.packing import PackedBatch
 
@@ -60,17 +62,21 @@ class Comparison:
         return tuple(ours - theirs for ours, theirs in zip(self.patched.losses, self.unpatched.losses, strict=True))
 
 
-def compare(config: QuickstartConfig, task: Task) -> Comparison:
+def compare(config: QuickstartConfig, task: Task, pools: Mapping[str, Pool], images: Mapping[str, int]) -> Comparison:
     """Train two copies of the same random model for ``config.compare.steps`` steps, one patched, step about.
 
     Two processes, so that each has its own peak of memory; while one works the other waits, so that both meet the same
     machine. Both get the packed batch as it is.
 
+    Args:
+        pools: by name.
+        images: pool → how many of its images a step has.
+
     Raises:
         RuntimeError: one of the processes failed; with its error.
     """
-    options = config.compare
-    mixture = task.mixture(config.data, config.run.seed, images=options.images_per_step, digits=options.digits_per_step)
+    options, mixed = config.compare, [pools[name] for name in images]
+    mixture = Mixture(mixed, images, task.encoder, seed=config.run.seed, dtype=task.dtype)
     context = multiprocessing.get_context("spawn")
     sides = []
     for patched in (True, False):

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from m4ov.train import write_text
+from m4ov.data.whole import write_whole
 
 
 class DecisionLog:
@@ -29,8 +29,7 @@ class DecisionLog:
         if not self.writes:
             return
         kept = [row for row in self.rows() if (row["stage"], row["step"]) <= (stage, step)]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.path, "".join(f"{json.dumps(row)}\n" for row in kept))
+        write_whole(self.path, "".join(f"{json.dumps(row)}\n" for row in kept))
 
     def write(self, row: dict[str, Any]) -> None:
         """One line more, on the disk when this returns."""

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from m4ov.manifest import LoraConfig
-from m4ov.models.qwen3_vl import Qwen3VL
 from m4ov.sft.parts import part_of
 
 
-def targets(model: Qwen3VL, config: LoraConfig, frozen: Collection[str]) -> list[str]:
+def targets(model: nn.Module, config: LoraConfig, frozen: Collection[str]) -> list[str]:
     """Full names of the linears that get adapters: named by ``config.targets``, outside the frozen parts, not the head.
 
     Raises:
@@ -34,7 +33,7 @@ def targets(model: Qwen3VL, config: LoraConfig, frozen: Collection[str]) -> list
     return [name for name in linears if f".{name}".endswith(wanted)]
 
 
-def attach(model: Qwen3VL, config: LoraConfig, frozen: Collection[str], *, seed: int) -> None:
+def attach(model: nn.Module, config: LoraConfig, frozen: Collection[str], *, seed: int) -> None:
     """Put adapters beside the linears, in place; they alone require gradients then.
 
     Args:
@@ -57,7 +56,7 @@ def attach(model: Qwen3VL, config: LoraConfig, frozen: Collection[str], *, seed:
 
 
 @torch.no_grad()
-def merged(model: Qwen3VL, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def merged(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The float32 weights of a model without adapters: W + alpha / rank · B A.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from m4ov.models.qwen3_vl import Qwen3VL
+from torch import nn
 
 _PREFIXES = {
     "model.visual.merger.": "merger",
@@ -28,7 +28,7 @@ def part_of(name: str) -> str:
     raise ValueError(f"{name} belongs to no part of a Qwen3-VL")
 
 
-def freeze(model: Qwen3VL, parts: Collection[str]) -> None:
+def freeze(model: nn.Module, parts: Collection[str]) -> None:
     """Parameters of these parts get no gradients, all others do."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) not in parts)

@@ -6,28 +6,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
-from m4ov.data import Mixture
-from m4ov.manifest import StageConfig
-from m4ov.models.qwen3_vl import Config, Qwen3VL, new
+from m4ov.data import DataError, Mixture, Pool
+from m4ov.manifest import CurriculumConfig, StageConfig
+from m4ov.models.qwen3_vl import Qwen3VL, new, training_flops
 from m4ov.parallel.checkpoint import full_tensors
-from m4ov.recipe import OptimConfig, TrainConfig
+from m4ov.parallel.mesh import Layout
 from m4ov.sft import gates, lora
 from m4ov.sft.average import Average
 from m4ov.sft.decisions import DecisionLog
+from m4ov.sft.layout import is_split, spread
 from m4ov.sft.parts import freeze
-from m4ov.sft.training import loss_of
+from m4ov.sft.task import Task
+from m4ov.sft.training import fill, loss_in_fp8, loss_of, model_of
 from m4ov.train import TrainResult, World, train
 from m4ov.train.optim import learning_rate_scale
+from m4ov_kernels.integrations import transformer_engine
 
-#: Skill → share of right answers of a model, on records that no pool has. Rank 0 alone measures.
-Measure = Callable[[Qwen3VL], dict[str, float]]
+#: Skill → share of right answers of a model, on records that no pool has. Rank 0 alone measures, a model that is whole
+#: and on the CPU, or the one that is trained, where that is so.
+Measure = Callable[[nn.Module], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -77,20 +82,25 @@ class Rounds:
     """The loop's callback: averages weights, measures skills behind every round, decides, changes the mixture.
 
     Its state is in the loop's checkpoints, and a decision follows from the weights: a run that goes on decides alike.
+
+    Args:
+        plain: makes the same model in whole, which is measured in the place of one that cannot be: ranks have parts of
+            it, or it computes in fp8. ``None``: ``model`` can.
     """
 
     def __init__(
         self,
         stage: StageConfig,
         place: Place,
-        model: Qwen3VL,
+        model: nn.Module,
         mixture: Mixture,
         measure: Measure,
         log: DecisionLog,
         world: World,
+        plain: Callable[[], Qwen3VL] | None = None,
     ) -> None:
         self.stage, self.place, self.model, self.mixture = stage, place, model, mixture
-        self.measure, self.log, self.world = measure, log, world
+        self.measure, self.log, self.world, self.plain = measure, log, world, plain
         self.ended, self.done, self.action = False, 0, "begin"
         self.replay = first_replay(stage)
         self.figures: dict[str, float] = {}
@@ -157,7 +167,18 @@ class Rounds:
     def _measured(self) -> dict[str, float]:
         """Rank 0's figures, on every rank."""
 
+        whole: dict[str, Tensor | None] = {}
+        if self.plain is not None:
+            averages = {} if self.average is None else self.average.averages
+            held: dict[str, Tensor] = {**dict(self.model.named_parameters()), **averages}
+            with self.world.watched("gathering the weights"), torch.no_grad():
+                whole = dict(full_tensors(held, keep=self.world.first))
+
         def alone() -> dict[str, float]:
+            if self.plain is not None:
+                model = self.plain()
+                fill(model, whole)
+                return self.measure(model)
             with self._averaged():
                 return self.measure(self.model)
 
@@ -217,13 +238,12 @@ def images_of(stage: StageConfig, replay: Mapping[str, float], images: int) -> d
 def run_stage(
     stage: StageConfig,
     place: Place,
-    mixture: Mixture,
+    pools: Mapping[str, Pool],
     start: Mapping[str, Tensor],
     *,
-    model_config: Config,
-    dtype: torch.dtype,
-    train_config: TrainConfig,
-    optim: OptimConfig,
+    config: CurriculumConfig,
+    task: Task,
+    layout: Layout,
     measure: Measure,
     log: DecisionLog,
     folder: Path,
@@ -233,53 +253,80 @@ def run_stage(
     """Train a stage, or go on with it. Collective.
 
     Args:
-        mixture: of the stage's pools, with the counts of :func:`images_of` at :func:`first_replay`.
+        pools: by name; those of the stage are taken, in this order.
         start: the float32 weights of the whole model, by name.
-        dtype: that the model computes in.
+        config: its ``data``, ``model``, ``optim`` and ``train`` count here.
+        layout: of the ranks, which :func:`m4ov.sft.layout.layout_of` has found to fit.
         folder: of the stage: checkpoints and metrics.
 
     Raises:
         Interrupted, CheckpointError, TrainingError, RankError: see :func:`m4ov.train.train`.
+        LayoutError: ``tp`` does not divide the vocabulary.
+        DataError: a pool is empty, or a step is too small for the ranks.
         ValueError: there is nothing that LoRA could be put on; see :func:`m4ov.sft.lora.targets`.
     """
-    model = _loaded(model_config, start, dtype)
-    model.always_vision = world.size > 1
+    in_fp8, split = config.train.fp8 != "off", is_split(layout)
+    model = model_of(config, task, seed=0)
+    if split:
+        model.float()  # its parts keep float32 weights
+    fill(model, start)
+    if in_fp8:
+        nn.Module.to(model, "cuda")
+        console.print(f"fp8: {len(transformer_engine.install(model))} linear layers of transformer-engine")
     freeze(model, stage.freeze)
     if stage.lora.rank:
         lora.attach(model, stage.lora, stage.freeze, seed=place.seed)
-    torch.manual_seed(place.seed)  # LoRA's dropout
-    rounds = Rounds(stage, place, model, mixture, measure, log, world)
+    mesh = spread(model, layout, world, config.train) if isinstance(model, Qwen3VL) else None
+    mixture = _mixture(stage, place, pools, config, task, world)
+    plain = partial(new, task.config, dtype=task.dtype) if split or in_fp8 else None
+    rounds = Rounds(stage, place, model, mixture, measure, log, world, plain)
 
     def schedule(step: int) -> float:
         cosine = learning_rate_scale(place.offset + step, place.budget, 0)
         return stage.learning_rate * cosine * min(1.0, (step + 1) / max(1, stage.warmup))
 
+    torch.manual_seed(place.seed)  # LoRA's dropout
     result = train(
         model,
         mixture,
-        loss_of,
-        config=replace(train_config, steps=place.most),
-        optim=optim,
+        partial(loss_in_fp8 if in_fp8 else loss_of, mesh=mesh),
+        config=replace(config.train, steps=place.most),
+        optim=config.optim,
         folder=folder,
         console=console,
         world=world,
-        start=start,
+        flops_of=lambda batch: training_flops(task.model_config, batch),
+        start=None if split else start,
         schedule=schedule,
         callback=rounds,
     )
     trained = result.weights if rounds.average is None else rounds.average.averages
-    whole = {name: weight for name, weight in full_tensors(trained, keep=True) if weight is not None}
+    with world.watched("gathering the weights"):
+        whole = {name: weight for name, weight in full_tensors(trained, keep=True) if weight is not None}
     weights = dict(start) | whole
     if stage.lora.rank:
-        plain = _loaded(model_config, start, torch.float32)
-        lora.attach(plain, stage.lora, stage.freeze, seed=place.seed)
-        weights = lora.merged(plain, whole)
+        base = new(task.config)
+        fill(base, start)
+        lora.attach(base, stage.lora, stage.freeze, seed=place.seed)
+        weights = lora.merged(base, whole)
     return StageEnd(weights, result, rounds.figures, rounds.arm_start, rounds.action)
 
 
-def _loaded(config: Config, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Qwen3VL:
-    model = new(config, dtype=dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
-    return model
+def _mixture(
+    stage: StageConfig, place: Place, pools: Mapping[str, Pool], config: CurriculumConfig, task: Task, world: World
+) -> Mixture:
+    """This rank's batches, once it is known which samples are this rank's."""
+    images = images_of(stage, first_replay(stage), place.images)
+    try:
+        return Mixture(
+            [pool for name, pool in pools.items() if name in images],
+            images,
+            task.encoder,
+            seed=place.seed,
+            dtype=task.dtype,
+            rank=world.data_rank,
+            ranks=world.data_size,
+            accumulate=config.train.accumulate,
+        )
+    except ValueError as error:
+        raise DataError(f"stage {place.name}: {error}") from error

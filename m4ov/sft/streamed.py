@@ -21,9 +21,10 @@ from m4ov.models.qwen3_vl import Config, config_of, training_flops
 from m4ov.parallel.checkpoint import checkpoints, full_tensors
 from m4ov.parallel.mesh import Layout
 from m4ov.sft.along import Along
+from m4ov.sft.material import flat
 from m4ov.sft.source import Source, build, checkpoint, fresh, save
 from m4ov.sft.task import DTYPES
-from m4ov.sft.training import flat, loss_of
+from m4ov.sft.training import loss_of
 from m4ov.sft_recipe import SftConfig
 from m4ov.train import TrainResult, World, train
 

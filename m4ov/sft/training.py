@@ -1,23 +1,19 @@
-"""A supervised run: a model from scratch, trained on packed batches, saved as Hugging Face saves one."""
+"""What a supervised step is made of: the model, its loss, and the folder that it is saved in."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from m4ov.data import image_processor, to_hugging_face
+from m4ov.manifest import CurriculumConfig
 from m4ov.models.qwen3_vl import (
-    Config,
     Qwen3VL,
     TokenLoss,
     WeightsError,
@@ -27,29 +23,35 @@ from m4ov.models.qwen3_vl import (
     forward,
     new,
     shapes,
-    training_flops,
 )
 from m4ov.parallel import data, expert
-from m4ov.parallel.checkpoint import full_tensors
 from m4ov.parallel.mesh import Mesh
-from m4ov.recipe import QuickstartConfig
-from m4ov.sft.layout import layout_of, sizes_of, spread
+from m4ov.quickstart_recipe import QuickstartConfig
 from m4ov.sft.task import Task
-from m4ov.train import CheckpointError, TrainingError, TrainResult, World, train
+from m4ov.train import CheckpointError
 from m4ov_kernels.integrations import transformer_engine
 from m4ov_kernels.nn import load_balancing_loss
 from m4ov_kernels.packing import PackedBatch
 from m4ov_kernels.patches import patch
 
 
-def model_of(config: QuickstartConfig, task: Task, seed: int) -> torch.nn.Module:
+def model_of(config: CurriculumConfig | QuickstartConfig, task: Task, seed: int) -> torch.nn.Module:
     """What is trained, with random weights that depend on ``seed`` alone, in the dtype that it computes in."""
     if config.model.implementation == "m4ov":
-        return new(Config.from_dict(task.model_config.to_dict()), seed=seed, dtype=task.dtype)
+        return new(task.config, seed=seed, dtype=task.dtype)
     model = build(task.model_config, seed)
     if config.train.patch:
         patch(model)
     return cast_parameters(model, task.dtype)
+
+
+@torch.no_grad()
+def fill(model: torch.nn.Module, weights: Mapping[str, Tensor | None]) -> None:
+    """Put weights, by name, into a model's parameters, rounded to their dtype; all of them must be there."""
+    for name, parameter in model.named_parameters():
+        value = weights[name]
+        assert value is not None, name
+        parameter.copy_(value)
 
 
 def loss_of(model: torch.nn.Module, batch: PackedBatch, mesh: Mesh | None = None) -> tuple[Tensor, int]:
@@ -83,91 +85,13 @@ def loss_in_fp8(model: torch.nn.Module, batch: PackedBatch, mesh: Mesh | None = 
         return loss_of(model, batch.to("cuda"), mesh)
 
 
-def run(
-    config: QuickstartConfig, task: Task, folder: Path, console: Console, world: World | None = None
-) -> TrainResult:
-    """Train, or go on training, and write ``folder/model`` when done. Collective.
-
-    Args:
-        folder: of the run, claimed by the caller (:class:`m4ov.train.RunFolder`).
-        world: the ranks, over which the model and a step's images are spread as ``parallel`` says.
-
-    Raises:
-        LayoutError: ``parallel`` does not fit the ranks, the model or the recipe; before anything is built.
-        Interrupted, CheckpointError, TrainingError, RankError: see :func:`m4ov.train.train`. TrainingError also where
-            ``train.fp8`` asks for what this machine has not.
-    """
-    in_fp8 = config.train.fp8 == "transformer_engine"
-    if in_fp8 and (reason := transformer_engine.unavailable()) is not None:
-        raise TrainingError(f"train.fp8: {reason}")
-    world = world or World()
-    layout = layout_of(config.parallel, world.size, sizes_of(config.model.text), whole=whole_of(config))
-    model = model_of(config, task, config.run.seed)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    console.print(
-        f"Qwen3-VL, {parameters / 1e6:.2f} M parameters, {task.tokenizer.get_vocab_size()} tokens in the vocabulary, "
-        f"{config.train.precision}, {f'{world.size} ranks ({layout}), each ' * (world.size > 1)}"
-        f"{torch.get_num_threads()} threads"
-    )
-    mesh = spread(model, layout, world, config.train) if isinstance(model, Qwen3VL) else None
-    mixture = task.mixture(
-        config.data,
-        config.run.seed,
-        rank=world.data_rank,
-        ranks=world.data_size,
-        accumulate=config.train.accumulate,
-    )
-    if in_fp8:
-        torch.nn.Module.to(model, "cuda")
-        console.print(f"fp8: {len(transformer_engine.install(model))} linear layers of transformer-engine")
-    loss: Any = loss_in_fp8 if in_fp8 else loss_of
-    result = train(
-        model,
-        mixture,
-        loss if mesh is None else partial(loss, mesh=mesh),
-        config=config.train,
-        optim=config.optim,
-        folder=folder,
-        console=console,
-        world=world,
-        flops_of=lambda batch: training_flops(task.model_config, batch),
-    )
-    with world.watched("gathering the weights"):
-        weights = dict(full_tensors(result.weights, keep=world.first))
-    world.alone("saving the model", lambda: save_model(task, weights, folder / "model"))
-    return result
-
-
-def whole_of(config: QuickstartConfig) -> list[str]:
-    """What of a recipe trains whole replicas only."""
-    found = {"model.implementation": config.model.implementation, "train.fp8": config.train.fp8}
-    plain = {"model.implementation": "m4ov", "train.fp8": "off"}
-    return [f"{name}={value}" for name, value in found.items() if value != plain[name]]
-
-
-def fingerprint(config: QuickstartConfig) -> dict[str, Any]:
-    """What the training depends on, flat: key → value. Another folder and other ways of looking at it are not in it."""
-    tree = dataclasses.asdict(config)
-    trained = {name: tree["train"][name] for name in ("steps", "precision", "patch", "fp8")}
-    parts = {name: tree[name] for name in ("data", "model", "optim")}
-    return flat({**parts, "run": {"seed": config.run.seed}, "train": trained})
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of dicts as one: dotted key → value."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
-
-
 def save_model(task: Task, weights: Mapping[str, Tensor | None], folder: Path) -> None:
     """A folder that ``from_pretrained`` loads: weights (float32), configuration, tokenizer, processor.
 
     Raises:
         CheckpointError: it cannot be written. What was there before stays.
     """
-    config = Config.from_dict(task.model_config.to_dict())
+    config = task.config
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in shapes(config):

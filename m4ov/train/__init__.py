@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from m4ov.parallel.checkpoint import CheckpointError
-from m4ov.train.folder import RunFolder, RunFolderError, write_text
+from m4ov.train.folder import RunFolder, RunFolderError
 from m4ov.train.loop import Callback, Data, Interrupted, TrainingError, TrainResult, train
 from m4ov.train.metrics import MetricsError
 from m4ov.train.optim import Optimizer
@@ -24,5 +24,4 @@ __all__ = [
     "World",
     "ranks_started",
     "train",
-    "write_text",
 ]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from m4ov.data.whole import write_whole
 
 
 class RunFolderError(OSError):
@@ -41,16 +42,26 @@ class RunFolder:
         except OSError:
             self._lock.close()
             raise RunFolderError(f"run folder {self.path}: another process is running in it") from None
-        self._claim(json.loads(json.dumps(fingerprint)))
+        try:
+            self.claim(fingerprint)
+        except OSError:
+            self._lock.close()
+            raise
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def _claim(self, fingerprint: dict[str, Any]) -> None:
-        file = self.path / "run.json"
+    def claim(self, fingerprint: dict[str, Any], name: str = "run.json") -> None:
+        """What the training depends on, or what is known of that later, in a file of its own (``name``).
+
+        Raises:
+            RunFolderError: the folder holds a run of which this is another; says of what, there and now.
+        """
+        fingerprint = json.loads(json.dumps(fingerprint))
+        file = self.path / name
         if not file.exists():
-            write_text(file, json.dumps(fingerprint, indent=1))
+            write_whole(file, json.dumps(fingerprint, indent=1))
             return
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
@@ -67,18 +78,3 @@ class RunFolder:
     def close(self) -> None:
         """Let another process use the folder."""
         self._lock.close()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file at once, so that no reader and no crash sees half of it.
-
-    Raises:
-        RunFolderError: it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunFolderError(f"{path}: cannot be written ({error.strerror})") from error

@@ -26,7 +26,8 @@ def peak_flops(dtype: torch.dtype, declared_tflops: float = 0.0) -> tuple[float,
             if model in name:
                 return rate, f"data sheet of {model}"
     size = 8192 if device == "cuda" else 1024
-    one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)  # what a training draws must not depend on this
+    one, other = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(6):  # the first sets up
         began = time.perf_counter()

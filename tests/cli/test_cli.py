@@ -96,7 +96,7 @@ def recipe(tmp_path, monkeypatch):
 
     def make(function):
         path = tmp_path / "r.yaml"
-        path.write_text("task: quickstart\n")
+        path.write_text("task: quickstart\nstages: {all: {mixture: {general: 1}}}\n")
         monkeypatch.setattr(
             cli, "_resolve", lambda place, real=cli._resolve: function if place.endswith(":run") else real(place)
         )

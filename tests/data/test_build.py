@@ -18,7 +18,7 @@ from PIL import Image
 
 from m4ov.data.labels import check_labels
 from m4ov.data.production import STEPS, BuildError, build, report
-from m4ov.data.production.engines import RayEngine
+from m4ov.data.production.engines import ProcessEngine, RayEngine
 from m4ov.data.production.steps import Result, Task, run
 from m4ov.data.shards import WriteError, image_path, read_records
 from m4ov.data_recipe import AllotConfig, EngineConfig
@@ -194,6 +194,27 @@ def test_a_disk_that_is_full_stops_the_run_and_leaves_nothing_half_written(tmp_p
             assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == sha
     build(recipe(tmp_path))
     assert digest(tmp_path) == digest(made[0])
+
+
+# --- in other processes -----------------------------------------------------------------------------------------------
+
+
+def test_processes_make_the_same_bytes(made, tmp_path):
+    production = build(recipe(tmp_path, engine=EngineConfig(kind="processes", workers=2, shard_images=8)))
+    assert production.to_json() == made[1].to_json()
+    assert digest(tmp_path) == digest(made[0])
+
+
+def test_a_process_that_dies_stops_the_run_and_its_shard_is_made_then(tmp_path):
+    engine = ProcessEngine(EngineConfig(kind="processes", workers=2))
+    tasks = [Task(str(tmp_path), "rows", index, _dies_once) for index in range(4)]
+    try:
+        with pytest.raises(BuildError, match="rows: a worker process died"):
+            list(engine.map(tasks))
+    finally:
+        engine.close()
+    done = [run(task) for task in tasks]
+    assert [rows(tmp_path, name) for one in done for name in one.outputs] == [[{"index": index}] for index in range(4)]
 
 
 # --- on Ray ----------------------------------------------------------------------------------------------------------

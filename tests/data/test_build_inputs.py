@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m4ov.data import digits
 from m4ov.data.production import BuildError, build
+from m4ov.data.production.sources import items
 from m4ov.data.shards import read_records
 from m4ov.data.teacher import Reply
 from m4ov.data.teacher.embedded import EmbeddedTeacher
@@ -188,6 +190,15 @@ def test_a_teacher_that_fails_too_often_stops_the_run(tmp_path):
         assert not list(tmp_path.glob("steps/match/*"))
         server.reply = Oracle({})
         assert build(config).counts["select"]["accepted"] > 0
+
+
+@pytest.mark.parametrize(("held_out", "split_seed"), [(360, 0), (540, 0), (30, 1)])
+def test_held_out_digits_are_in_no_image(held_out, split_seed):
+    options = {"held_out_digits": held_out, "split_seed": split_seed}
+    made = {item.image.tobytes() for item in items("digits", 0, 1797, options)}
+    training, kept = digits(64, held_out=held_out, split_seed=split_seed)
+    assert made == {image.tobytes() for image in training.images}
+    assert not made & {image.tobytes() for image in kept.images}
 
 
 def test_a_topic_that_holds_too_much_is_parted_by_the_teacher(tmp_path):

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from m4ov.data import Mixture, Pool, Sample, Split
-from m4ov.recipe import DataConfig
-from tests.tiny_task import tiny_task
+from tests.tiny_task import tiny_mixture, tiny_task
 
 
 def digest(batch) -> str:
@@ -28,9 +27,9 @@ def digest(batch) -> str:
 
 def test_the_quickstarts_batches_are_what_they_were():
     """What the README's figures were trained on."""
-    found = {step: digest(tiny_task().mixture(DataConfig(), 0).batch(step)) for step in (0, 83, 300, 899)}
+    found = {step: digest(tiny_mixture(images=48, digits=12).batch(step)) for step in (0, 83, 300, 899)}
     assert found == GOLDEN
-    assert tiny_task().mixture(DataConfig(), 0).state_dict() == {}
+    assert tiny_mixture(images=48, digits=12).state_dict() == {}
 
 
 GOLDEN = {0: "6cdb8c1bb67562c3", 83: "ce310beff43b80d6", 300: "65ddf90bc8a7531c", 899: "978d903b1212c3b5"}
@@ -115,6 +114,27 @@ def test_shares_of_a_step_of_many_pools_are_its_samples():
     for shares in (2, 3, 7):
         parts = [whole.batch(1, share, shares) for share in range(shares)]
         assert sorted(sample for part in parts for sample in asked(part)) == sorted(asked(whole.batch(1)))
+
+
+def test_an_image_that_is_asked_about_its_sides_is_not_mirrored():
+    """Dark on the left, light on the right, each image its own; half of those that may be are mirrored."""
+    pixels = np.zeros((20, 64, 64, 3), np.uint8)
+    pixels[:, :, 32:] = 200
+    texts = {0: "is it in the left or the right half?", 1: "is it bright?"}
+    samples = [Sample(image, texts[image % 2], "yes", "region") for image in range(20)]
+    found = mixture([Pool("p", Split("p", pixels, tuple(samples)), flip=True)], {"p": 20})
+    mirrored: Counter[bool] = Counter()
+    for step in range(5):
+        batch = found.batch(step)
+        for place in range(len(batch)):
+            one = batch[place]
+            text = tiny_task().encoder.tokenizer.decode(one.input_ids.tolist(), skip_special_tokens=True)
+            flipped = bool(one.images.pixel_values[0, 0] > 0)  # its first pixel
+            if "left" in text:
+                assert not flipped
+            else:
+                mirrored[flipped] += 1
+    assert mirrored[True] > 10 < mirrored[False]
 
 
 def test_what_is_wrong_with_a_mixture_is_named():

@@ -11,7 +11,7 @@ import torch
 from m4ov.data import patchify
 from m4ov.models.qwen3_vl import build, cast_parameters, forward
 from m4ov_kernels.patches import patch
-from tests.tiny_task import mixture_batch, tiny_task
+from tests.tiny_task import mixture_batch, tiny_splits, tiny_task
 
 
 def test_encoded_samples_have_labels_on_the_answer_only():
@@ -89,7 +89,7 @@ def test_packed_logits_and_loss_equal_unpacked_hugging_face(patched):
 def test_a_sample_does_not_feel_its_neighbours(patched, precision):
     """Other questions and other images beside a sample leave its logits alone: to the bit when patched."""
     task = tiny_task(precision)
-    geometry, split = task.geometry, task.training[0]
+    geometry, split = task.geometry, tiny_splits()[0][0]
     model = build(task.model_config, 2).eval()
     if patched:
         patch(model)
@@ -129,7 +129,7 @@ def test_gradients_reach_an_image_from_all_its_questions():
 def test_pack_refuses_an_image_that_is_not_there():
     task = tiny_task()
     sample = task.encoder("is there a circle?", "no")
-    pixels = patchify(task.training[0].images[:2], task.geometry)
+    pixels = patchify(tiny_splits()[0][0].images[:2], task.geometry)
     with pytest.raises(ValueError, match="0 to 1; got 2 to 2"):
         task.encoder.pack([sample], [2], pixels)
     with pytest.raises(ValueError, match="needs samples"):

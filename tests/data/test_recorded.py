@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from m4ov.data import DataError, Sample, Split
-from m4ov.data.recorded import divide, recorded
+from m4ov.data.recorded import Asked, divide, recorded, recorded_by
 from m4ov.data.records import Record, assistant, image, user
 from m4ov.data.shards import write_records
 
@@ -47,6 +47,22 @@ def test_records_of_one_image_share_it(folder):
     assert split.images.shape == (3, 64, 64, 3)
     assert np.array_equal(split.images[0], np.asarray(Image.open(folder / "a.png")))
     assert np.array_equal(split.images[1], split.images[2])  # the same picture, in a file and in the record
+
+
+def test_records_are_parted_and_asked_as_one_likes(folder):
+    records = [record("1", "a.png", "One?"), record("2", "b.png", "Two?"), record("3", "a.png", "Three?")]
+    write_records(records, folder / "records.jsonl")
+
+    def asked(one: Record) -> Asked | None:
+        return None if one.id == "3" else Asked(f"split {one.id}", one.question.lower(), "kind")
+
+    found = recorded_by(folder / "records.jsonl", 64, asked)
+    assert {name: split.samples for name, split in found.items()} == {
+        "split 1": (Sample(0, "one?", "that", "kind"),),
+        "split 2": (Sample(0, "two?", "that", "kind"),),
+    }
+    assert all(split.name == name and len(split.images) == 1 for name, split in found.items())
+    assert recorded_by(folder / "records.jsonl", 64, lambda _: None) == {}
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from m4ov.data import digits
-from tests.tiny_task import mixture_batch, tiny_config, tiny_task
+from tests.tiny_task import mixture_batch, tiny_mixture, tiny_splits
 
 
 def test_easy_vqa_is_whole():
-    (general, _), (held_out, _) = tiny_task().training, tiny_task().held_out
+    (general, _), (held_out, _) = tiny_splits()
     assert (len(general.images), len(general.samples)) == (4000, 38575)
     assert (len(held_out.images), len(held_out.samples)) == (1000, 9673)
     assert len({sample.answer for sample in general.samples}) == 13
@@ -55,12 +55,12 @@ def test_batches_are_a_function_of_seed_and_step():
     assert torch.equal(first.input_ids, again.input_ids)
     other = mixture_batch(6)
     assert not torch.equal(first.images.pixel_values, other.images.pixel_values)
-    other_seed = tiny_task().mixture(tiny_config().data, 1).batch(5)
+    other_seed = tiny_mixture(1).batch(5)
     assert not torch.equal(first.images.pixel_values, other_seed.images.pixel_values)
 
 
 def test_every_image_is_visited_once_an_epoch():
-    mixture = tiny_task().mixture(tiny_config().data, 0, images=7)
+    mixture = tiny_mixture(images=7)
     visits: Counter[int] = Counter()
     steps = 2 * 4000 // 7
     for step in range(steps):
@@ -70,7 +70,7 @@ def test_every_image_is_visited_once_an_epoch():
 
 
 def test_each_group_of_questions_has_its_share():
-    mixture = tiny_task().mixture(tiny_config().data, 0)
+    mixture = tiny_mixture()
     random = np.random.default_rng(int(os.environ["M4OV_TEST_SEED"]))
     kinds: Counter[tuple[bool, bool]] = Counter()
     images = [known for _, known in mixture.pools[0].visits()[:1000]]

@@ -11,12 +11,12 @@ from m4ov.data.tokenizer import prompt
 from m4ov.evaluate import accuracy, exact_match, examples
 from m4ov.models.qwen3_vl import Config, build, forward, new
 from m4ov_kernels.patches import patch
-from tests.tiny_task import tiny_task
+from tests.tiny_task import tiny_mixture, tiny_splits, tiny_task
 
 
 def few(count: int) -> Split:
     """Some held-out questions on several images, with the number of questions of an image as it comes."""
-    split = tiny_task().held_out[0]
+    split = tiny_splits()[1][0]
     return Split(split.name, split.images, split.samples[5 : 5 + count])
 
 
@@ -26,18 +26,12 @@ def model():
     task = tiny_task()
     made = build(task.model_config, 0)
     optimizer = torch.optim.AdamW(made.parameters(), lr=3e-3)
-    mixture = task.mixture(_data(), 0, images=8)
+    mixture = tiny_mixture(images=8)
     for step in range(25):
         forward(made, mixture.batch(step)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return made.eval()
-
-
-def _data():
-    from tests.tiny_task import tiny_config
-
-    return tiny_config().data
 
 
 def greedy(model, sample, split) -> list[int]:
@@ -83,7 +77,7 @@ def test_accuracy_does_not_depend_on_the_batch(model):
 
 
 def test_rows_are_full_and_an_image_is_seen_once(model, monkeypatch):
-    split, encoder = tiny_task().held_out[0], tiny_task().encoder
+    split, encoder = tiny_splits()[1][0], tiny_task().encoder
     rows = []
 
     def counted(model, batch, **options):
@@ -98,14 +92,14 @@ def test_rows_are_full_and_an_image_is_seen_once(model, monkeypatch):
 
 
 def test_a_limit_spreads_over_the_split(model):
-    split, encoder = tiny_task().held_out[0], tiny_task().encoder
+    split, encoder = tiny_splits()[1][0], tiny_task().encoder
     result = exact_match(model, split, encoder, tokens_per_batch=2000, limit=20)
     assert len(result.right) == 20
     assert sum(asked for _, asked in result.kinds.values()) == 20
 
 
 def test_examples_are_of_different_images_and_kinds(model):
-    shown = examples(model, tiny_task().held_out[0], tiny_task().encoder, 6, seed=1)
+    shown = examples(model, tiny_splits()[1][0], tiny_task().encoder, 6, seed=1)
     assert len({example.kind for example in shown}) == 6
     assert len({example.image.tobytes() for example in shown}) == 6
     assert all(isinstance(example.said, str) and example.image.dtype == np.uint8 for example in shown)

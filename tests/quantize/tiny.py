@@ -12,7 +12,7 @@ from PIL import Image
 from m4ov.data import Split
 from m4ov.models.qwen3_vl import build, forward
 from m4ov.sft.training import save_model
-from tests.tiny_task import tiny_config, tiny_task
+from tests.tiny_task import tiny_mixture, tiny_splits, tiny_task
 
 
 @cache
@@ -21,7 +21,7 @@ def weights() -> dict[str, torch.Tensor]:
     task = tiny_task()
     model = build(task.model_config, 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    mixture = task.mixture(tiny_config().data, 0, images=8)
+    mixture = tiny_mixture(images=8)
     for step in range(40):
         forward(model, mixture.batch(step)).loss.backward()
         optimizer.step()
@@ -37,7 +37,7 @@ def trained(folder: Path) -> Path:
 
 def questions(folder: Path, images: int = 24) -> Path:
     """A folder laid out as easy-vqa's data, with its first images' questions."""
-    split = tiny_task().training[0]
+    split = tiny_splits()[0][0]
     (folder / "data/train/images").mkdir(parents=True)
     for place in range(images):
         Image.fromarray(split.images[place]).save(folder / f"data/train/images/{place}.png")
@@ -48,5 +48,5 @@ def questions(folder: Path, images: int = 24) -> Path:
 
 def held_out(count: int = 300) -> Split:
     """Some questions that training has not seen."""
-    split = tiny_task().held_out[0]
+    split = tiny_splits()[1][0]
     return Split(split.name, split.images, split.samples[:count])

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from m4ov.data import Encoder, ImageGeometry, Pool, Split, digits, train_tokenizer
+from m4ov.data import Pool, Split, digits
 from m4ov.data.recorded import divide
 from m4ov.evaluate import exact_match
 from m4ov.manifest import ArmConfig, CurriculumConfig, GuardConfig, StageConfig, TargetConfig
-from m4ov.models.qwen3_vl import Qwen3VL, qwen3_vl_config
-from m4ov.recipe import DataConfig, ModelConfig, OptimConfig, TextConfig, TrainConfig, VisionConfig
-from m4ov.sft import ArmEnd, Material, Task, curriculum, run_arm, stage
+from m4ov.models.qwen3_vl import Qwen3VL
+from m4ov.recipe import DataConfig, ModelConfig, OptimConfig, ParallelConfig, TextConfig, TrainConfig, VisionConfig
+from m4ov.sft import ArmEnd, Material, curriculum, material_of, run_arm, stage
 from m4ov.sft.decisions import DecisionLog
 from m4ov.train import World
 
@@ -36,7 +36,7 @@ def config(arms: dict[str, ArmConfig], precision: str = "fp32", **train: Any) ->
     """Arms over the pools ``general`` and ``domain``; a checkpoint behind every step."""
     options = {"checkpoint_seconds": 0.0, "checkpoint_steps": 1, "log_every": 1, "precision": precision, **train}
     return CurriculumConfig(
-        data=DataConfig(image_size=32, images_per_step=6, questions_per_image=1, shift=2),
+        data=DataConfig(image_size=32, images_per_step=6, questions_per_image=1, shift=2, vocabulary=320),
         model=MODEL,
         optim=OptimConfig(muon_lr=0.005, lr=1e-3),
         train=TrainConfig(**options),
@@ -76,20 +76,10 @@ def material(precision: str = "fp32") -> Material:
         for part in parts
     ]
     splits = {"general": even, "domain": parts}
-    texts = [text for part in (even[0], training) for s in part.samples for text in (s.question, s.answer)]
-    tokenizer = train_tokenizer(texts, 320)
-    geometry = ImageGeometry(32, MODEL.vision.patch_size, MODEL.vision.merge_size)
     divided = {name: divide(found[1], 0.5) for name, found in splits.items()}
-    task = Task(
-        training=(even[0], training),
-        held_out=(even[1], held_out),
-        tokenizer=tokenizer,
-        encoder=Encoder(tokenizer, geometry),
-        model_config=qwen3_vl_config(MODEL, tokenizer, grid=geometry.grid_thw[1]),
-        dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision],
-    )
     pools = {name: Pool(name, found[0], shift=2) for name, found in splits.items()}
-    return Material(task, pools, {n: d[0] for n, d in divided.items()}, {n: d[1] for n, d in divided.items()})
+    gates, tests = ({name: parts[place] for name, parts in divided.items()} for place in (0, 1))
+    return material_of(config({"curriculum": two_stages()}, precision), pools, gates, tests)
 
 
 def _even(digit: str) -> str:
@@ -113,9 +103,16 @@ def world() -> World:
     return World(dist.get_rank(), dist.get_world_size(), patience=0.5) if dist.is_initialized() else World()
 
 
-def train_arm(folder: Path, arm: ArmConfig | None = None, precision: str = "fp32", measured: Any = measure) -> ArmEnd:
+def train_arm(
+    folder: Path,
+    arm: ArmConfig | None = None,
+    precision: str = "fp32",
+    measured: Any = measure,
+    parallel: ParallelConfig | None = None,
+) -> ArmEnd:
     """The arm ``curriculum``, from random weights, or on from where it was left."""
     found = config({"curriculum": arm or two_stages()}, precision)
+    found.parallel = parallel or ParallelConfig()
     return run_arm(
         found,
         material(precision),
@@ -153,7 +150,7 @@ def train_and_wait(folder: Path, event: str, number: int) -> None:
 
     stage.loss_of = wrap("loss", stage.loss_of)
     DecisionLog.write = wrap("decided", DecisionLog.write, after=True)  # type: ignore[method-assign]
-    curriculum.write_text = wrap("saved", curriculum.write_text, only="stage.json")
+    curriculum.write_whole = wrap("saved", curriculum.write_whole, only="stage.json")
     train_arm(folder, measured=wrap("measured", measure))
 
 

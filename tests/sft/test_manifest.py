@@ -112,7 +112,9 @@ TUNED = "arms.tuned.stages.knowledge"
         (["gates.share=1"], "gates.share: expected more than 0 and less than 1"),
         (["train.steps=300"], "train.steps: expected nothing: arms.NAME.steps, got 300"),
         (["run.seed=1"], "run.seed: expected nothing: seeds=[…], got 1"),
-        (["model.implementation=transformers"], "model.implementation: expected m4ov"),
+        (["model.implementation=transformers", f"{TUNED}.lora.rank=2"], f"{TUNED}.lora.rank: expected 0, as model.imp"),
+        (["train.fp8=transformer_engine", f"{TUNED}.lora.rank=2"], f"{TUNED}.lora.rank: expected 0, as train.fp8"),
+        (["parallel.tp=0"], "parallel.tp: expected at least 1, got 0"),
     ],
 )
 def test_what_is_wrong_is_named(load, overrides, message):

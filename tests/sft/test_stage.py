@@ -14,16 +14,18 @@ from m4ov.manifest import PARTS, AverageConfig, LoraConfig, StageConfig
 from m4ov.models.qwen3_vl import from_pretrained, new
 from m4ov.parallel import ranks
 from m4ov.parallel.checkpoint import checkpoints, read
-from m4ov.sft import lora
+from m4ov.parallel.mesh import Layout, LayoutError
+from m4ov.recipe import ParallelConfig
+from m4ov.sft import check, lora
 from m4ov.sft.average import Average
 from m4ov.sft.decisions import DecisionLog
 from m4ov.sft.decisions import read as read_decisions
 from m4ov.sft.parts import freeze, part_of
-from m4ov.sft.stage import Place, first_replay, images_of, run_stage
+from m4ov.sft.stage import Place, run_stage
 from m4ov.train import World
 from m4ov.train.metrics import read as read_metrics
 from tests.sft import small
-from tests.tiny_task import equal_states, quiet
+from tests.tiny_task import equal_states, quiet, weights_of
 
 
 @pytest.fixture(autouse=True)
@@ -38,21 +40,16 @@ def run(folder, stage: StageConfig, precision: str = "fp32", start=None, most: i
     """A stage of its own; the weights that it began with, and its end."""
     material = small.material(precision)
     if start is None:
-        start = {name: p.detach() for name, p in new(material.config, seed=3).named_parameters()}
-    images = images_of(stage, first_replay(stage), 6)
+        start = weights_of(material.task, 3)
+    at = {"number": 1, "name": "stage", "offset": 0, "most": most, "budget": 8, "images": 6, "seed": 5, **place}
     end = run_stage(
         stage,
-        Place(
-            **{"number": 1, "name": "stage", "offset": 0, "most": most, "budget": 8, "images": 6, "seed": 5, **place}
-        ),
-        Mixture(
-            [material.pools[name] for name in images], images, material.task.encoder, seed=5, dtype=material.task.dtype
-        ),
+        Place(**at),
+        material.pools,
         start,
-        model_config=material.config,
-        dtype=material.task.dtype,
-        train_config=small.config({"only": small.two_stages()}, precision).train,
-        optim=small.config({"only": small.two_stages()}).optim,
+        config=small.config({"only": small.two_stages()}, precision),
+        task=material.task,
+        layout=Layout(),
         measure=small.measure,
         log=DecisionLog(folder / "decisions.jsonl"),
         folder=folder,
@@ -80,7 +77,7 @@ def test_what_is_frozen_keeps_its_bits(tmp_path, frozen, precision):
 
 
 def test_every_parameter_has_a_part():
-    model = new(small.material().config, seed=0)
+    model = new(small.material().task.config, seed=0)
     found = {part_of(name) for name, _ in model.named_parameters()}
     assert found == set(PARTS)
     freeze(model, ["vision", "language"])
@@ -121,7 +118,7 @@ def test_a_stage_hands_on_its_average_and_is_measured_by_it(tmp_path):
     different = [name for name, weight in averaged.weights.items() if not torch.equal(weight, plain.weights[name])]
     assert len(different) > 0.9 * len(averaged.weights)
     assert equal_states({name: averaged.weights[name] for name in states}, states)
-    model = new(small.material().config, seed=0)
+    model = new(small.material().task.config, seed=0)
     for name, parameter in model.named_parameters():
         parameter.data.copy_(averaged.weights[name])
     assert small.measure(model) == averaged.figures != plain.figures
@@ -165,7 +162,7 @@ def test_lora_trains_and_keeps_its_factors_alone_and_is_merged(tmp_path, precisi
     batch = Mixture(
         list(material.pools.values()), {"general": 3, "domain": 3}, material.task.encoder, seed=1, dtype=torch.float32
     ).batch(0)
-    with_adapters, merged = new(material.config, seed=0), new(material.config, seed=0)
+    with_adapters, merged = new(material.task.config, seed=0), new(material.task.config, seed=0)
     for model, weights in ((with_adapters, start), (merged, end.weights)):
         for name, parameter in model.named_parameters():
             parameter.data.copy_(weights[name])
@@ -181,7 +178,7 @@ def test_lora_trains_and_keeps_its_factors_alone_and_is_merged(tmp_path, precisi
 
 
 def test_lora_on_what_is_not_there(tmp_path):
-    model = new(small.material().config, seed=0)
+    model = new(small.material().task.config, seed=0)
     for name, near in (("q_porj", "did you mean q_proj"), ("lm_head", "linears: "), ("qkv", "linears: ")):
         with pytest.raises(ValueError, match=rf"lora\.targets: no linear that is trained is named '{name}'; {near}"):
             lora.attach(model, LoraConfig(rank=2, targets=[name]), ["vision"], seed=0)
@@ -227,17 +224,58 @@ def test_replay_rises_and_changes_the_steps(tmp_path):
     ]
 
 
-def train_on_ranks(folder) -> tuple:
-    end = small.train_arm(folder)
-    return end.steps, end.figures
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The arm on one process: its end, its decisions and its weights."""
+    folder, threads = tmp_path_factory.mktemp("alone"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        end = small.train_arm(folder)
+    finally:
+        torch.set_num_threads(threads)
+    return end, *left(folder)
 
 
-def test_ranks_decide_alike(tmp_path):
-    (steps, figures), other = ranks.run(train_on_ranks, 2, tmp_path)
-    assert other == (steps, figures)
-    assert steps == 10
-    rows = read_decisions(tmp_path / "curriculum" / "decisions.jsonl")
+def left(folder) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    home = folder / "curriculum"
+    return read_decisions(home / "decisions.jsonl"), load_file(home / "model" / "model.safetensors")
+
+
+def train_on_ranks(folder, parallel: ParallelConfig):
+    return small.train_arm(folder, parallel=parallel)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [ParallelConfig(), ParallelConfig(dp_shard=2), ParallelConfig(tp=2)],
+    ids=["dp2", "fsdp2", "tp2"],
+)
+def test_two_ranks_decide_and_end_as_one_process(tmp_path, alone, parallel):
+    """Through two stages, of which one raises replay, and the other hands on its average."""
+    reference, decisions, weights = alone
+    end, other = ranks.run(train_on_ranks, 2, tmp_path, parallel)
+    assert (end.steps, end.figures) == (other.steps, other.figures)
+    assert (end.steps, end.tokens) == (reference.steps, reference.tokens)
+    rows, found = left(tmp_path)
     assert [(row["stage"], row["round"]) for row in rows] == [(1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2)]
-    saved = load_file(tmp_path / "curriculum" / "model" / "model.safetensors")
+    for row, expected in zip(rows, decisions, strict=True):
+        assert row["figures"] == pytest.approx(expected["figures"], rel=1e-6)
+        assert {k: row[k] for k in ("action", "next_images")} == {k: expected[k] for k in ("action", "next_images")}
+    assert found.keys() == weights.keys()
+    for name, weight in weights.items():
+        # AdamW divides gradients by their size, those of the keys' biases too, which are nothing but rounding.
+        far = 1e-1 if name.endswith("attn.qkv.bias") else 1e-4
+        assert (found[name] - weight).norm() <= far * weight.norm(), name
     model = from_pretrained(tmp_path / "curriculum" / "model")
-    assert equal_states(dict(model.named_parameters()), {name: saved[name] for name, _ in model.named_parameters()})
+    assert equal_states(dict(model.named_parameters()), {name: found[name] for name, _ in model.named_parameters()})
+
+
+def test_lora_under_a_layout_that_splits_the_model_is_refused_before_the_ranks_join():
+    arm = small.two_stages()
+    arm.stages["second"].lora.rank = 2
+    config = small.config({"curriculum": arm})
+    assert str(check(config, 2)) == "dp2"
+    config.parallel = ParallelConfig(tp=2)
+    named = r"layout tp2: arms\.curriculum\.stages\.second\.lora\.rank=2 is trained in whole replicas only"
+    with pytest.raises(LayoutError, match=named):
+        check(config, 2)

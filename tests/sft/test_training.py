@@ -21,7 +21,7 @@ from m4ov.sft.training import loss_of, model_of, save_model
 from m4ov.train import CheckpointError, TrainingError
 from m4ov_kernels.integrations import transformer_engine
 from tests.kernels.steps import assert_same_step
-from tests.tiny_task import mixture_batch, quiet, tiny_config, tiny_task
+from tests.tiny_task import mixture_batch, tiny_config, tiny_material, tiny_splits, tiny_task, train_stage
 
 
 @pytest.mark.parametrize("implementation", ["m4ov", "transformers"])
@@ -29,15 +29,15 @@ def test_the_saved_model_is_the_trained_one(implementation, tmp_path):
     """A folder for transformers and for us, whichever was trained."""
     task, config = tiny_task(), tiny_config(tmp_path, precision="fp32")
     config.model.implementation = implementation
-    result = sft.run(config, task, tmp_path, quiet())
-    assert (result.steps, result.resumed_at) == (6, 0)
+    end = train_stage(config, tmp_path)
+    assert (end.result.steps, end.result.resumed_at) == (6, 0)
     saved = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "model")
     ours = from_pretrained(tmp_path / "model")
-    assert dict(saved.named_parameters()).keys() == dict(ours.named_parameters()).keys() == result.weights.keys()
+    assert dict(saved.named_parameters()).keys() == dict(ours.named_parameters()).keys() == end.result.weights.keys()
     for model in (saved, ours):
         for name, parameter in model.named_parameters():
             assert parameter.dtype == torch.float32
-            assert torch.equal(parameter, result.weights[name]), name
+            assert torch.equal(parameter, end.weights[name]), name
     first = model_of(config, task, 0)
     assert type(first).__module__.split(".")[0] == implementation
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), saved.parameters(), strict=True))
@@ -81,7 +81,7 @@ def test_the_saved_tokenizer_and_processor_encode_as_training_did(tmp_path):
     text = text.replace("<|image_pad|>", "<|image_pad|>" * task.geometry.tokens)
     assert tokenizer(text)["input_ids"] == sample.input_ids.tolist()
     processor = Qwen2VLImageProcessorPil.from_pretrained(tmp_path / "model")
-    images = task.training[0].images[:2]
+    images = tiny_splits()[0][0].images[:2]
     made = processor(list(images), return_tensors="np")
     assert np.array_equal(made["pixel_values"], patchify(images, task.geometry))
     for name in ("processor_config.json", "video_preprocessor_config.json"):
@@ -99,14 +99,13 @@ def test_a_model_that_cannot_be_written_is_named(tmp_path):
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from m4ov import sft
 from m4ov.train import CheckpointError
-from tests.tiny_task import quiet, tiny_config, tiny_task
+from tests.tiny_task import tiny_config, tiny_task, train_stage
 folder = Path(sys.argv[1])
-task = tiny_task()
+tiny_task()
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 try:
-    sft.run(tiny_config(folder, precision="fp32", checkpoint_steps=2), task, folder, quiet())
+    train_stage(tiny_config(folder, precision="fp32", checkpoint_steps=2), folder)
 except CheckpointError as error:
     print(error)
 """
@@ -129,11 +128,11 @@ def _root():
 
 def test_the_comparison_runs_both_sides_on_the_same_batches():
     config = tiny_config()
-    config.compare.steps, config.compare.images_per_step, config.compare.digits_per_step = 3, 2, 1
+    config.compare.steps = 3
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        found = sft.compare(config, tiny_task("bf16"))
+        found = sft.compare(config, tiny_task("bf16"), tiny_material().pools, {"domain": 1, "general": 2})
     finally:
         torch.set_num_threads(threads)
     assert found.steps == len(found.patched.losses) == len(found.unpatched.losses) == 3
@@ -150,7 +149,7 @@ def test_a_side_that_fails_says_why():
     config.compare.steps = 1
     config.train.precision = "fp16"  # no such precision
     with pytest.raises(RuntimeError, match="patched side: KeyError: 'fp16'"):
-        sft.compare(config, tiny_task())
+        sft.compare(config, tiny_task(), tiny_material().pools, {"general": 2})
 
 
 def test_fp8_where_there_is_none(tmp_path):
@@ -160,7 +159,7 @@ def test_fp8_where_there_is_none(tmp_path):
     if transformer_engine.unavailable() is None:
         pytest.skip("transformer-engine and a GPU are here")
     with pytest.raises(TrainingError, match=r"train\.fp8: transformer-engine(?:'s fp8 linears need| is not installed)"):
-        sft.run(config, tiny_task(), tmp_path, quiet())
+        train_stage(config, tmp_path)
     assert not list(tmp_path.iterdir())
     model = build(tiny_task().model_config, 0)
     chosen = set(transformer_engine.eligible(model))

@@ -1,9 +1,9 @@
 """What the loop costs over a bare step (forward, backward, the same optimizer's update), on one rank.
 
-``python -m tests.train.overhead`` takes the two by turns on the quickstart's batches, in one process, each with a model
-of its own that learns; making the batches counts for neither. Reductions, checks, metrics, TensorBoard, the progress
-bar and the requests to stop count for the loop; the quickstart's checkpoint, once in 30 s, is timed apart. Give it
-the machine alone.
+``python -m tests.train.overhead`` takes the two by turns on batches like the quickstart's, in one process, each with a
+model of its own that learns; making the batches counts for neither. Reductions, checks, metrics, TensorBoard, the
+progress bar and the requests to stop count for the loop; the quickstart's checkpoint, once in 30 s, is timed apart.
+Give it the machine alone.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ if __name__ == "__main__":
 import torch
 from rich.console import Console
 
+from m4ov import config as recipes
 from m4ov import quickstart, sft
+from m4ov.data import Mixture
 from m4ov.models.qwen3_vl import training_flops
 from m4ov.parallel.checkpoint import Checkpoints
-from m4ov.recipe import OptimConfig, QuickstartConfig, TrainConfig
+from m4ov.quickstart_recipe import QuickstartConfig
+from m4ov.sft.stage import first_replay, images_of
 from m4ov.sft.training import loss_of, model_of
 from m4ov.train import Optimizer, train
 from m4ov_kernels.packing import PackedBatch
+from tests.tiny_task import tiny_material
 
 WARM = 3  # steps that set up
 
@@ -41,8 +45,10 @@ class Turns:
         bare, loop: seconds of the steps.
     """
 
-    def __init__(self, task: sft.Task, config: QuickstartConfig) -> None:
-        self.mixture = task.mixture(config.data, config.run.seed)
+    def __init__(self, material: sft.Material, config: QuickstartConfig) -> None:
+        stage, task = next(iter(config.stages.values())), material.task
+        counts = images_of(stage, first_replay(stage), config.data.images_per_step)
+        self.mixture = Mixture(list(material.pools.values()), counts, task.encoder, seed=0, dtype=task.dtype)
         self.model = model_of(config, task, config.run.seed).train()
         self.optimizer = Optimizer(self.model, config.optim, config.train.steps, muon_dtype=task.dtype)
         self.bare: list[float] = []
@@ -81,9 +87,11 @@ class Turns:
 
 def measure(steps: int, threads: int) -> str:
     torch.set_num_threads(threads or quickstart.usable_cpus())
-    config = QuickstartConfig(train=TrainConfig(steps=steps + WARM + 1), optim=OptimConfig())
-    task = sft.prepare(config, Console(quiet=True))
-    turns = Turns(task, config)
+    config = recipes.load(QuickstartConfig, "quickstart", [f"train.steps={steps + WARM + 1}"])
+    pools = tiny_material().pools  # the packaged questions, about as many as are produced, on the same images
+    material = sft.material_of(config.manifest(), pools, {}, {})
+    task = material.task
+    turns = Turns(material, config)
     with tempfile.TemporaryDirectory() as name:
         train(
             model_of(config, task, config.run.seed),

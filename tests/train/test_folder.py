@@ -7,7 +7,9 @@ import os
 
 import pytest
 
-from m4ov.train import MetricsError, RunFolder, RunFolderError, write_text
+from m4ov.data import WriteError
+from m4ov.data.whole import write_whole
+from m4ov.train import MetricsError, RunFolder, RunFolderError
 from m4ov.train.metrics import Metrics, read
 
 
@@ -34,14 +36,31 @@ def test_a_run_folder_belongs_to_one_run_and_one_process(tmp_path):
         RunFolder(tmp_path / "run", {"optim.lr": 0.2, "model.betas": [1, 2]})
 
 
-def test_a_text_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "report.html"
-    write_text(path, "one")
-    write_text(path, "two")
+def test_what_is_known_later_belongs_to_the_run_too(tmp_path):
+    folder = RunFolder(tmp_path, {"optim.lr": 0.1})
+    folder.claim({"records": "abc"}, "data.json")
+    folder.claim({"records": "abc"}, "data.json")
+    with pytest.raises(RunFolderError, match=r"holds a run with another records \(abc there, abd now\)"):
+        folder.claim({"records": "abd"}, "data.json")
+    folder.close()
+    RunFolder(tmp_path, {"optim.lr": 0.1}).close()
+
+
+def test_a_refused_folder_is_let_go(tmp_path):
+    RunFolder(tmp_path, {"optim.lr": 0.1}).close()
+    with pytest.raises(RunFolderError, match="another optim"):
+        RunFolder(tmp_path, {"optim.lr": 0.2})
+    RunFolder(tmp_path, {"optim.lr": 0.1}).close()
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "below" / "report.html"
+    write_whole(path, "one")
+    write_whole(path, "two")
     assert path.read_text() == "two"
-    with pytest.raises(RunFolderError, match="cannot be written"):
-        write_text(tmp_path / "no" / "report.html", "x")
-    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+    with pytest.raises(WriteError, match="cannot be written"):
+        write_whole(path / "report.html", "x")
+    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
 
 
 def test_metrics_forget_what_is_trained_again(tmp_path):

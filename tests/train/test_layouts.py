@@ -1,4 +1,5 @@
-"""The recipe's layouts: each trains as one process does, goes on where another stopped, and writes the same model."""
+"""The recipe's layouts: a stage on each trains and measures as on one process, goes on where another stopped, and
+writes the same model."""
 
 from __future__ import annotations
 
@@ -15,15 +16,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from m4ov import config, quickstart, sft
-from m4ov.models.qwen3_vl import Config, forward, from_pretrained, new, qwen3_vl_config
+from m4ov.data import Split
+from m4ov.models.qwen3_vl import forward, from_pretrained, new, qwen3_vl_config
 from m4ov.parallel import ranks
 from m4ov.parallel.mesh import Layout, LayoutError
-from m4ov.recipe import ParallelConfig, QuickstartConfig
+from m4ov.quickstart_recipe import QuickstartConfig
+from m4ov.recipe import ParallelConfig
+from m4ov.sft.decisions import read as read_decisions
 from m4ov.sft.layout import spread
 from m4ov.sft.task import DTYPES
 from m4ov.sft.training import loss_of
 from m4ov.train.metrics import read as read_metrics
-from tests.tiny_task import mixture_batch, quiet, tiny_config, tiny_task
+from tests.tiny_task import mixture_batch, tiny_config, tiny_material, train_stage
 from tests.train import small
 
 STEPS, STOP = 4, 2
@@ -50,6 +54,10 @@ class Run(NamedTuple):
         text = made.model.text
         # The balance loss is given weight, so that it is seen.
         text.num_experts, text.moe_intermediate_size, text.router_aux_loss_coef = self.experts, 24, 0.05
+        stage = made.stages["all"]
+        stage.steps, stage.warmup = STOP, 50
+        if not self.experts:  # these go on with all their weights
+            stage.freeze, stage.average.kind, stage.average.decay = ["merger"], "ema", 0.5
         return made
 
 
@@ -64,36 +72,38 @@ FOUR = [
 BACK = Run("1", source=TWO[1].name)
 
 
-def train(folder: Path, task: sft.Task, runs: Sequence[Run]) -> None:
+def train(folder: Path, material: sft.Material, runs: Sequence[Run]) -> None:
     """One after the other, on all ranks that there are."""
     torch.set_num_threads(1)
     for run in runs:
-        made = run.config(folder)
+        made, task = run.config(folder), material.task
         model_config = qwen3_vl_config(made.model, task.tokenizer, grid=task.geometry.grid_thw[1])
         own = replace(task, model_config=model_config, dtype=DTYPES[run.precision])
-        sft.run(made, own, folder / run.name, quiet(), small.world())
+        train_stage(made, folder / run.name, replace(material, task=own), small.world())
         if dist.is_initialized():
             dist.barrier()
 
 
-def refuse_and_train(folder: Path, task: sft.Task, runs: Sequence[Run]) -> str:
+def refuse_and_train(folder: Path, material: sft.Material, runs: Sequence[Run]) -> str:
     """How two tensor ranks refuse an odd vocabulary; then as :func:`train`."""
-    values = Config.from_dict(task.model_config.to_dict())
+    values = material.task.config
     model = new(replace(values, text=replace(values.text, vocab_size=333)))
     with pytest.raises(LayoutError) as refused:
         spread(model, Layout(tp=2), small.world(), Run("tp2").config(folder).train)
-    train(folder, task, runs)
+    train(folder, material, runs)
     return str(refused.value)
 
 
-def few_images() -> sft.Task:
-    """A task that is small enough to be sent to each rank."""
-    task = tiny_task()
-    general, domain = (
-        replace(split, images=split.images[:48], samples=tuple(one for one in split.samples if one.image < 48))
-        for split in task.training
-    )
-    return replace(task, training=(general, domain), held_out=(general, domain))
+def few_images() -> sft.Material:
+    """Material that is small enough to be sent to each rank."""
+
+    def few(split: Split) -> Split:
+        return replace(split, images=split.images[:48], samples=tuple(one for one in split.samples if one.image < 48))
+
+    whole = tiny_material()
+    pools = {name: replace(pool, split=few(pool.split)) for name, pool in whole.pools.items()}
+    gates = {name: few(split) for name, split in whole.gates.items()}
+    return replace(whole, pools=pools, gates=gates, tests={})
 
 
 def move(folder: Path, runs: Sequence[Run]) -> None:
@@ -107,14 +117,14 @@ def move(folder: Path, runs: Sequence[Run]) -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, list[str]]:
     """The folder of all runs, and how an odd vocabulary was refused."""
-    folder, task = tmp_path_factory.mktemp("layouts"), few_images()
+    folder, material = tmp_path_factory.mktemp("layouts"), few_images()
     threads = torch.get_num_threads()
     try:
-        train(folder, task, ONE)
-        refused = ranks.run(refuse_and_train, 2, folder, task, [*TWO, ROUNDED], timeout=120)
+        train(folder, material, ONE)
+        refused = ranks.run(refuse_and_train, 2, folder, material, [*TWO, ROUNDED], timeout=120)
         move(folder, [*FOUR, BACK])
-        ranks.run(train, 4, folder, task, FOUR, timeout=120)
-        train(folder, task, [BACK])
+        ranks.run(train, 4, folder, material, FOUR, timeout=120)
+        train(folder, material, [BACK])
     finally:
         torch.set_num_threads(threads)
     return folder, refused
@@ -129,17 +139,25 @@ def losses(folder: Path, run: Run) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in read_metrics(folder / run.name / "metrics.jsonl")}
 
 
+def measured(folder: Path, run: Run) -> list[dict]:
+    return read_decisions(folder / run.name / "decisions.jsonl")
+
+
 @pytest.mark.parametrize("run", [*TWO, *FOUR, BACK], ids=lambda run: run.name)
 def test_every_layout_trains_as_one_process_does(folder, run):
     reference = Run("1", experts=run.experts)
     wanted, found = losses(folder, reference), losses(folder, run)
     assert list(found) == list(range(STOP + 1 if run.source else 1, STEPS + 1))
     assert found == pytest.approx({step: wanted[step] for step in found}, rel=1e-6)
+    one, other = ({row["step"]: row["figures"] for row in measured(folder, each)} for each in (reference, run))
+    assert list(other) == [step for step in (0, STOP, STEPS) if step > (STOP if run.source else -1)]
+    for step, figures in other.items():
+        assert figures == pytest.approx(one[step], rel=1e-6)
     one, other = (load_file(folder / each.name / "model" / "model.safetensors") for each in (reference, run))
     assert one.keys() == other.keys()
     for name, weight in one.items():
-        difference = (other[name] - weight).norm() / weight.norm()
-        assert difference <= tolerance(name), f"{name}: {difference:.1e}"
+        difference = (other[name] - weight).norm()
+        assert difference <= tolerance(name) * weight.norm(), f"{name}: {difference / weight.norm():.1e}"
 
 
 def tolerance(name: str) -> float:
@@ -177,7 +195,7 @@ def recipe(*overrides: str) -> QuickstartConfig:
 
 
 def layout_in(found: QuickstartConfig, started: int) -> Layout:
-    return sft.layout_of(found.parallel, started, sft.sizes_of(found.model.text), whole=sft.whole_of(found))
+    return sft.check(found.manifest(), started)
 
 
 EXPERTS = "model.text.num_experts=4"
@@ -259,9 +277,12 @@ def test_a_recipe_that_cannot_be_is_refused(override, problem):
         recipe(EXPERTS, override)
 
 
-def test_the_layout_is_not_what_a_run_is(tmp_path):
-    assert sft.fingerprint(recipe("parallel.dp_shard=2")) == sft.fingerprint(recipe())
-    assert sft.fingerprint(recipe(EXPERTS)) != sft.fingerprint(recipe())
+def test_the_layout_is_not_what_a_run_is():
+    known = quickstart.fingerprint(recipe())
+    for same in ("parallel.dp_shard=2", "run.folder=elsewhere", "train.checkpoint_seconds=5", "evaluate.limit=3"):
+        assert quickstart.fingerprint(recipe(same)) == known
+    for other in (EXPERTS, "optim.lr=0.5", "stages.restore.rounds=1", "production.allot.questions=9", "scale=0.5"):
+        assert quickstart.fingerprint(recipe(other)) != known
 
 
 def test_a_vocabulary_that_does_not_divide_is_refused_before_the_mesh_is_made(trained):

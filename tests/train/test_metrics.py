@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from m4ov import sft
 from m4ov.models.qwen3_vl import build, forward, training_flops
 from m4ov.train.machine import peak_flops, peak_mib
 from m4ov.train.metrics import read
-from tests.tiny_task import mixture_batch, quiet, tiny_config, tiny_task
+from tests.tiny_task import mixture_batch, tiny_config, tiny_task, train_stage
 
 
 def test_model_flops_are_the_products_of_the_forward():
@@ -33,7 +32,7 @@ def test_model_flops_are_the_products_of_the_forward():
 
 def test_a_run_logs_its_rates(tmp_path):
     config = tiny_config(tmp_path, precision="fp32", steps=3, peak_tflops=0.05)
-    sft.run(config, tiny_task(), tmp_path, quiet())
+    train_stage(config, tmp_path)
     rows = read(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
     for step, row in enumerate(rows):

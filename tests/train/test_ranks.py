@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from m4ov import sft
 from m4ov.parallel import ranks
 from m4ov.parallel.checkpoint import checkpoints, read
 from m4ov.train import World
 from m4ov.train.metrics import read as read_metrics
-from tests.tiny_task import mixture_batch, quiet, tiny_config, tiny_task
+from tests.tiny_task import mixture_batch, tiny_config, tiny_mixture, train_stage
 from tests.train import killing, small
 
 
@@ -65,29 +64,29 @@ def test_a_run_goes_on_on_other_layouts(tmp_path):
 
 
 def test_what_is_accumulated_is_the_same_step(tmp_path):
-    """Parts of a step of the quickstart, one after the other, and spread over ranks as well."""
-    train_quickstart(tmp_path / "whole", 1)
-    train_quickstart(tmp_path / "parts", 2)
-    ranks.run(train_quickstart, 2, tmp_path / "ranks", 2)
+    """Parts of a step of a stage, one after the other, and spread over ranks as well."""
+    train_shares(tmp_path / "whole", 1)
+    train_shares(tmp_path / "parts", 2)
+    ranks.run(train_shares, 2, tmp_path / "ranks", 2)
     for name in ("parts", "ranks"):
         close(tmp_path / "whole", tmp_path / name, steps=3, of="Muon.")
 
 
-def train_quickstart(folder: Path, accumulate: int) -> None:
+def train_shares(folder: Path, accumulate: int) -> None:
     config = tiny_config(folder, precision="fp32", steps=3, accumulate=accumulate)
-    sft.run(config, tiny_task(), folder, quiet(), small.world())
+    train_stage(config, folder, world=small.world())
 
 
 def test_shares_of_a_step_are_its_samples():
     """The same questions and the same pixels, moved and mirrored alike, whichever share they come in."""
     whole = mixture_batch(3)
-    mixture = tiny_task().mixture(tiny_config().data, 0)
+    mixture = tiny_mixture()
     for shares in (2, 3, 5):
         parts = [mixture.batch(3, share, shares) for share in range(shares)]
         assert sum(part.tokens for part in parts) == whole.tokens
         assert sorted(sample for part in parts for sample in contents(part)) == sorted(contents(whole))
     with pytest.raises(ValueError, match=r"a step has 3 \+ 2 images .* fewer than 3 ranks x 2 parts"):
-        tiny_task().mixture(tiny_config().data, 0, ranks=3, accumulate=2)
+        tiny_mixture(ranks=3, accumulate=2)
 
 
 def contents(batch) -> list[tuple]:

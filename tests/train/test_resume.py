@@ -14,28 +14,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from m4ov import sft
 from m4ov.parallel.checkpoint import checkpoints, read
 from m4ov.recipe import OptimConfig, TrainConfig
 from m4ov.train import Interrupted, TrainingError, train
 from m4ov.train.metrics import read as read_metrics
-from tests.tiny_task import equal_states, quiet, tiny_config, tiny_task
+from tests.tiny_task import equal_states, quiet, tiny_config, train_stage
 
-# Trains as `m4ov run` does, and stops for ever behind a step, so that the kill comes at a known place.
+# Trains a stage, and stops for ever behind a step, so that the kill comes at a known place.
 WORKER = """
 import sys, time
 from pathlib import Path
 import torch
-from m4ov import sft
-from m4ov.sft import training as module
-from tests.tiny_task import quiet, tiny_config, tiny_task
+from m4ov.sft import stage as module
+from tests.tiny_task import tiny_config, train_stage
 
 torch.set_num_threads(1)
 folder, stop_at = Path(sys.argv[1]), int(sys.argv[2])
-task = tiny_task("bf16")
 steps = 0
 
-def loss_of(model, batch):
+def loss_of(model, batch, mesh=None):
     global steps
     steps += 1
     if steps == stop_at:
@@ -46,7 +43,7 @@ def loss_of(model, batch):
     return original(model, batch)
 
 original, module.loss_of = module.loss_of, loss_of
-module.run(tiny_config(folder, precision="bf16", checkpoint_steps=2), task, folder, quiet())
+train_stage(tiny_config(folder, precision="bf16", checkpoint_steps=2), folder)
 print("done", flush=True)
 """
 
@@ -65,7 +62,7 @@ def whole_run(folder: Path) -> None:
     torch.set_num_threads(1)
     try:
         config = tiny_config(folder, precision="bf16", checkpoint_steps=2)
-        sft.run(config, tiny_task("bf16"), folder, quiet())
+        train_stage(config, folder)
     finally:
         torch.set_num_threads(threads)
 
@@ -168,10 +165,3 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     for bad in (float("nan"), float("inf")):
         with pytest.raises(TrainingError, match="step 3: loss"):
             train_counter(tmp_path / str(bad), bad=bad)
-
-
-def test_a_run_folder_with_another_configuration_is_known(tmp_path):
-    same, other = tiny_config(tmp_path), tiny_config("elsewhere", checkpoint_seconds=5.0)
-    assert sft.fingerprint(same) == sft.fingerprint(other)
-    other.optim.lr = 0.5
-    assert sft.fingerprint(same) != sft.fingerprint(other)

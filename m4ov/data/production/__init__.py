@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from m4ov.data.production.flow import STEPS, Production, build
+from m4ov.data.production.flow import STEPS, Production, build, finished
 from m4ov.data.production.steps import BuildError
 
-__all__ = ["STEPS", "BuildError", "Production", "build"]
+__all__ = ["STEPS", "BuildError", "Production", "build", "finished"]

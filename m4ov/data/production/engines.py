@@ -1,9 +1,15 @@
-"""Who runs the shards of a step: this process, or the workers of a Ray cluster. The result is the same."""
+"""Who runs the shards of a step: this process, others on this machine, or the workers of a Ray cluster. The result is
+the same."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
 
 from m4ov.data.production.steps import BuildError, Done, Task, run
@@ -35,6 +41,54 @@ class LocalEngine:
 
     def close(self) -> None:
         """Nothing to close."""
+
+
+class ProcessEngine:
+    """Processes of this machine; a step of one shard is this one's. Where one dies, the run stops; begun again, it goes
+    on from there."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.workers = config.workers or _usable_cpus()
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=_belong_to_parent)
+
+    def map(self, tasks: Sequence[Task]) -> Iterator[Done]:
+        if len(tasks) < 2:
+            yield from LocalEngine().map(tasks)
+            return
+        running = [self._pool.submit(run, task) for task in tasks]
+        try:
+            for one in as_completed(running):
+                yield one.result()
+        except BrokenProcessPool as error:
+            raise BuildError(f"{tasks[0].step}: a worker process died (killed, or out of memory?)") from error
+        finally:
+            for one in running:
+                one.cancel()
+
+    def close(self) -> None:
+        """End the processes; shards that they work on are finished."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _belong_to_parent() -> None:
+    """Ctrl-C is the parent's to answer; and whoever outlives it has nothing to do."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _usable_cpus() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1
 
 
 class RayEngine:
@@ -97,4 +151,6 @@ class RayEngine:
 
 def engine_of(config: EngineConfig) -> Engine:
     """The engine that a recipe names."""
-    return RayEngine(config) if config.kind == "ray" else LocalEngine()
+    if config.kind == "ray":
+        return RayEngine(config)
+    return ProcessEngine(config) if config.kind == "processes" else LocalEngine()

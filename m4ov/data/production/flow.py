@@ -177,6 +177,23 @@ def build(config: DataBuildConfig, watch: Watch = lambda *_: None) -> Production
         sweep(Path(config.run.folder))
 
 
+def finished(config: DataBuildConfig) -> Production | None:
+    """What :func:`build` has made in the run folder, at a look: ``None``, unless an equal recipe was run to its end and
+    its records are as it wrote them. Files of one's own are not looked at: with these there is always a run."""
+    root = Path(config.run.folder)
+    try:
+        results = json.loads((root / "results.json").read_text(encoding="utf-8"))
+        reasons = {(row["stage"], row["reason"]): row["count"] for row in results["rejected"]}
+        records = [root / row["file"] for row in results["records"]]
+        same = all(_file(path, root) == row for path, row in zip(records, results["records"], strict=True))
+        if config.sources.files or results["recipe"] != json.loads(json.dumps(_recipe(config))) or not same:
+            return None
+        before = len(list(root.glob("steps/*/*.manifest.json")))
+        return Production(root, records, results["counts"], reasons, {}, 0, before)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _tree_text(name: str) -> str:
     """A tree as a file has it, so that what depends on it changes with it and not with its name."""
     return LabelTree.load(name).to_yaml()

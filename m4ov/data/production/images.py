@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from m4ov.data_recipe import SourcesConfig
 
 _KEPT_AS_THEY_ARE = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 _FIELDS = ("id", "image", "source", "truth")
+_WRITERS = 8  # files that are on their way to the disk at once: it takes as long for one as for all of them
+
+Write = Callable[[Path, bytes], None]
 
 
 def plan(config: SourcesConfig, shard_images: int) -> list[dict[str, Any]]:
@@ -34,7 +38,9 @@ def plan(config: SourcesConfig, shard_images: int) -> list[dict[str, Any]]:
             options = {option: getattr(config, option) for option in source.options}
             first = config.skip.get(name, 0)
             stop = min(first + asked, source.size(**options))
-            of_all = {"source": name, "options": options}
+            of_all: dict[str, Any] = {"source": name, "options": options}
+            if folder := options.get("easy_vqa_folder"):  # a folder may change
+                of_all["sha256"] = digest_of(Path(str(folder)) / "train" / "questions.json")
             starts = range(first, stop, shard_images)
             shards += [{**of_all, "start": at, "stop": min(at + shard_images, stop)} for at in starts]
     for number, name in enumerate(config.files):
@@ -53,23 +59,31 @@ def make(task: Task) -> Result:
     """Write the images of a shard; rows: ``id``, ``image`` (relative to the run folder), ``source``, ``truth``."""
     kept: list[dict[str, Any]] = []
     turned_away: list[dict[str, Any]] = []
-    for row in _of_file(task) if "file" in task.settings else _of_package(task):
-        (turned_away if "reason" in row else kept).append(row)
+    writing: list[Future[None]] = []
+    with ThreadPoolExecutor(_WRITERS) as writers:
+
+        def write(path: Path, content: bytes) -> None:
+            writing.append(writers.submit(write_whole, path, content))
+
+        for row in _of_file(task, write) if "file" in task.settings else _of_package(task, write):
+            (turned_away if "reason" in row else kept).append(row)
+    for one in writing:
+        one.result()  # or why it could not be written
     return Result({"images": kept, "rejected": turned_away}, {"images": len(kept), "rejected": len(turned_away)})
 
 
-def _of_package(task: Task) -> Iterator[dict[str, Any]]:
+def _of_package(task: Task, write: Write) -> Iterator[dict[str, Any]]:
     name, start, stop, options = (task.settings[key] for key in ("source", "start", "stop", "options"))
     for place, item in enumerate(items(name, start, stop, options), start):
         if isinstance(item, ImageError):
             yield rejected("images", f"{name}-{place}", "image", str(item))
             continue
         file = f"images/{name}/{item.id}.png"
-        write_whole(task.path(file), _png(item.image))
+        write(task.path(file), _png(item.image))
         yield {"id": f"{name}-{item.id}", "image": file, "source": name, "truth": item.truth}
 
 
-def _of_file(task: Task) -> Iterator[dict[str, Any]]:
+def _of_file(task: Task, write: Write) -> Iterator[dict[str, Any]]:
     """Lines of a file that is not ours: what is wrong is named and left out."""
     file = Path(task.settings["file"])
     for where, value in read_values(file, start=task.settings["first"] - 1):
@@ -86,7 +100,7 @@ def _of_file(task: Task) -> Iterator[dict[str, Any]]:
             as_it_is = path.suffix.lower() in _KEPT_AS_THEY_ARE
             suffix = path.suffix.lower() if as_it_is else ".png"
             target = f"images/files/{task.settings['number']:03d}-{where.line:08d}{suffix}"
-            write_whole(task.path(target), path.read_bytes() if as_it_is else _png(image))
+            write(task.path(target), path.read_bytes() if as_it_is else _png(image))
         except RecordError as error:
             yield rejected("images", shown, error.kind, error.problem, file=str(file), line=where.line)
         except ImageError as error:

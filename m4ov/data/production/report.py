@@ -103,9 +103,9 @@ def facts(production: Production, config: DataBuildConfig, seconds: float) -> di
     """Name → value: the first table."""
     counts = production.counts
     made, accepted = counts["questions"]["candidates"], counts["select"]["accepted"]
-    where = (
-        "this process" if config.engine.kind == "local" else f"Ray, {config.engine.workers or os.cpu_count()} workers"
-    )
+    several = f"{config.engine.workers or os.cpu_count()} {'workers' if config.engine.kind == 'ray' else 'processes'}"
+    where = "this process" if config.engine.kind == "local" else several
+    where = f"Ray, {where}" if config.engine.kind == "ray" else where
     found = {
         "records": f"{accepted:,} of {made:,} questions",
         "images": f"{counts['allot']['images']:,} of {counts['images']['images']:,}",

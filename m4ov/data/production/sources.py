@@ -35,7 +35,6 @@ _FIGURES = {
 }
 _DIGITS = {"digit": {str(digit): [str(digit), f"{digit}s"] for digit in range(10)}}
 _DIGIT_TOPICS = {**dict.fromkeys("0689", "round"), **dict.fromkeys("147", "straight"), **dict.fromkeys("235", "curved")}
-_SPLIT_SEED = 0  # as m4ov.recipe.DataConfig has it
 
 
 class Item(NamedTuple):
@@ -59,8 +58,8 @@ class Source(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def _easy_vqa() -> tuple[Path, dict[int, list[list[str]]]]:
-    root = _package("easy_vqa", "easy-vqa") / "data" / "train"
+def _easy_vqa(folder: str) -> tuple[Path, dict[int, list[list[str]]]]:
+    root = (Path(folder) if folder else _package("easy_vqa", "easy-vqa") / "data") / "train"
     try:
         rows = json.loads((root / "questions.json").read_text(encoding="utf-8"))
         of_image: dict[int, list[list[str]]] = {}
@@ -71,11 +70,11 @@ def _easy_vqa() -> tuple[Path, dict[int, list[list[str]]]]:
     return root / "images", dict(sorted(of_image.items()))
 
 
-def _figure(number: int) -> tuple[str, str, list[list[str]]]:
+def _figure(folder: str, number: int) -> tuple[str, str, list[list[str]]]:
     """(shape, colour, questions with kinds) of an image; a property that no question tells is empty."""
     shape = colour = ""
     asked = []
-    for question, answer in _easy_vqa()[1][number]:
+    for question, answer in _easy_vqa(folder)[1][number]:
         words = set(question.strip("?").split())
         yes_no = answer in ("yes", "no")
         negated = yes_no and ("not" in words or "no" in words)
@@ -88,11 +87,11 @@ def _figure(number: int) -> tuple[str, str, list[list[str]]]:
     return shape, colour, asked
 
 
-def _easy_vqa_item(index: int) -> Item:
-    folder, of_image = _easy_vqa()
+def _easy_vqa_item(index: int, easy_vqa_folder: str) -> Item:
+    folder, of_image = _easy_vqa(easy_vqa_folder)
     number = list(of_image)[index]
     image = read_image(folder / f"{number}.png")
-    shape, colour, asked = _figure(number)
+    shape, colour, asked = _figure(easy_vqa_folder, number)
     known = {"colour": colour, "shape": shape}
     attributes = {name: value for name, value in known.items() if value}
     label = " ".join(value for value in (colour, shape or "shape") if value)
@@ -109,22 +108,22 @@ def _easy_vqa_item(index: int) -> Item:
 
 
 @lru_cache(maxsize=1)
-def _whole_figures() -> list[int]:
+def _whole_figures(folder: str) -> list[int]:
     """Images whose shape and colour are both known, the last ones first, so that scenes repeat no single figure."""
-    return [number for number in reversed(_easy_vqa()[1]) if all(_figure(number)[:2])]
+    return [number for number in reversed(_easy_vqa(folder)[1]) if all(_figure(folder, number)[:2])]
 
 
-def _scene_item(index: int) -> Item:
+def _scene_item(index: int, easy_vqa_folder: str) -> Item:
     """Four easy-vqa images as one of twice the side."""
-    numbers = _whole_figures()[4 * index : 4 * index + 4]
+    numbers = _whole_figures(easy_vqa_folder)[4 * index : 4 * index + 4]
     canvas = Image.new("RGB", (2 * SIDE, 2 * SIDE))
     objects = []
     for place, number in enumerate(numbers):
-        image = read_image(_easy_vqa()[0] / f"{number}.png")
+        image = read_image(_easy_vqa(easy_vqa_folder)[0] / f"{number}.png")
         dx, dy = SIDE * (place % 2), SIDE * (place // 2)
         canvas.paste(image, (dx, dy))
         x0, y0, x1, y1 = _box(np.asarray(image))
-        shape, colour, _ = _figure(number)
+        shape, colour, _ = _figure(easy_vqa_folder, number)
         attributes = {"colour": colour, "shape": shape}
         objects.append(
             {"label": f"{colour} {shape}", "box": [x0 + dx, y0 + dy, x1 + dx, y1 + dy], "attributes": attributes}
@@ -155,20 +154,21 @@ def _box(pixels: np.ndarray) -> list[int]:
 
 
 @lru_cache(maxsize=1)
-def _scans(held_out: int) -> tuple[np.ndarray, list[str]]:
+def _scans(held_out: int, split_seed: int) -> tuple[np.ndarray, list[str]]:
     try:
-        split, _ = digits(8, held_out=held_out, split_seed=_SPLIT_SEED)
+        split, _ = digits(8, held_out=held_out, split_seed=split_seed)
     except ImportError as error:
         raise DataError("digits need scikit-learn: pip install 'm4ov[data]'") from error
     return split.images, [sample.answer for sample in split.samples]
 
 
-def _scan(index: int, side: int, held_out: int) -> Image.Image:
-    return Image.fromarray(to_square(Image.fromarray(_scans(held_out)[0][index]), side))
+def _scan(scan: np.ndarray, side: int) -> Image.Image:
+    return Image.fromarray(to_square(Image.fromarray(scan), side))
 
 
-def _digit_item(index: int, held_out_digits: int) -> Item:
-    digit = _scans(held_out_digits)[1][index]
+def _digit_item(index: int, held_out_digits: int, split_seed: int) -> Item:
+    scans, labels = _scans(held_out_digits, split_seed)
+    digit = labels[index]
     truth = {
         "topic": f"scans.digits.{_DIGIT_TOPICS[digit]}",
         "size": [SIDE, SIDE],
@@ -178,20 +178,20 @@ def _digit_item(index: int, held_out_digits: int) -> Item:
         "vocabulary": _DIGITS,
         "questions": [[DIGIT_QUESTION, digit, "digit"]],
     }
-    return Item(f"{index:04d}", _scan(index, SIDE, held_out_digits), truth)
+    return Item(f"{index:04d}", _scan(scans[index], SIDE), truth)
 
 
-def _sheet_item(index: int, held_out_digits: int) -> Item:
+def _sheet_item(index: int, held_out_digits: int, split_seed: int) -> Item:
     """Two to nine scans in rows; the last scans, so that sheets repeat no single digit."""
     rows, columns = 1 + rank("rows", index) % 3, 2 + rank("columns", index) % 2
-    labels = _scans(held_out_digits)[1]
+    scans, labels = _scans(held_out_digits, split_seed)
     pitch = _CELL + _MARGIN
     canvas = Image.new("RGB", (pitch * columns + _MARGIN, pitch * rows + _MARGIN), "white")
     objects = []
     for place in range(rows * columns):
         scan = len(labels) - 1 - 9 * index - place
         x, y = _MARGIN + pitch * (place % columns), _MARGIN + pitch * (place // columns)
-        canvas.paste(_scan(scan, _CELL, held_out_digits), (x, y))
+        canvas.paste(_scan(scans[scan], _CELL), (x, y))
         attributes = {"digit": labels[scan]}
         objects.append({"label": labels[scan], "box": [x, y, x + _CELL, y + _CELL], "attributes": attributes})
     shown = [str(one["label"]) for one in objects]
@@ -272,11 +272,20 @@ def _photo_item(index: int) -> Item:
     return Item(Path(name).stem, image, {"size": list(image.size), **PHOTOS[name]})
 
 
+def _all_figures(easy_vqa_folder: str) -> int:
+    return len(_easy_vqa(easy_vqa_folder)[1])
+
+
+def _all_scans(held_out_digits: int, split_seed: int) -> int:
+    return len(_scans(held_out_digits, split_seed)[1])
+
+
+_FIGURES_OF, _SCANS_OF = ("easy_vqa_folder",), ("held_out_digits", "split_seed")
 SOURCES: dict[str, Source] = {
-    "easy_vqa": Source(lambda: len(_easy_vqa()[1]), _easy_vqa_item),
-    "scenes": Source(lambda: len(_whole_figures()) // 4, _scene_item),
-    "digits": Source(lambda held_out_digits: len(_scans(held_out_digits)[1]), _digit_item, ("held_out_digits",)),
-    "sheets": Source(lambda held_out_digits: len(_scans(held_out_digits)[1]) // 9, _sheet_item, ("held_out_digits",)),
+    "easy_vqa": Source(_all_figures, _easy_vqa_item, _FIGURES_OF),
+    "scenes": Source(lambda easy_vqa_folder: len(_whole_figures(easy_vqa_folder)) // 4, _scene_item, _FIGURES_OF),
+    "digits": Source(_all_scans, _digit_item, _SCANS_OF),
+    "sheets": Source(lambda **of: _all_scans(**of) // 9, _sheet_item, _SCANS_OF),
     "flags": Source(lambda: len(_flags()), _flag_item),
     "photos": Source(lambda: len(PHOTOS), _photo_item),
 }
