@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +88,9 @@ class ChatEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, pixels: PixelOptions, chat: ChatFormat = CHATML) -> None:
-        self.tokenizer = Tokenizer.from_str(tokenizer.to_str())  # whose settings are ours
+        text = tokenizer.to_str()
+        self.tokenizer = Tokenizer.from_str(text)  # whose settings are ours
+        self._digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.tokenizer.encode_special_tokens = True  # as text
@@ -178,7 +181,7 @@ class ChatEncoder:
     def settings(self) -> dict[str, Any]:
         """What the tokens of a record depend on, as JSON has it."""
         return {
-            "vocabulary": self.tokenizer.get_vocab_size(),
+            "tokenizer": self._digest,
             "chat": [*self.chat.roles.values(), self.chat.after],
             "patch_size": self.pixels.patch_size,
             "merge_size": self.pixels.merge_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from bisect import bisect_right
 from collections import OrderedDict
@@ -20,6 +21,7 @@ _BLOCK = 1024  # lines of JSONL that are shuffled together; in Parquet a group o
 _BLOCKS = 8  # blocks that a sample is drawn from, and groups of rows in memory
 _CHUNK = 4 * 2**20
 _FILES = 64  # open at a time
+_SAMPLES, _SAMPLE = 256, 4096  # parts of a file that is not read whole, and their bytes
 
 
 class Block(NamedTuple):
@@ -36,6 +38,11 @@ class RecordIndex:
 
     JSONL is scanned once for the ends of lines (8 bytes of memory a record); Parquet is asked for its groups of rows.
 
+    Attributes:
+        bytes: of all files.
+        fingerprint: of what is in them, in hex: of every byte of JSONL, which is read anyway; of Parquet as
+            :func:`sampled` says. Names and times are not in it.
+
     Raises:
         RecordError: a file cannot be read, or none is there.
     """
@@ -47,10 +54,15 @@ class RecordIndex:
         self._bounds: dict[Path, np.ndarray] = {}  # of a JSONL file: int64 [lines + 1], where lines begin
         self._open: OrderedDict[Path, int] = OrderedDict()
         self._groups: OrderedDict[tuple[Path, int], list[Any]] = OrderedDict()
+        digest = hashlib.blake2b(digest_size=16)
         for path in shards_of(source):
             try:
                 self.bytes += path.stat().st_size
-                counts = self._groups_of(path) if path.suffix == ".parquet" else self._lines_of(path)
+                if path.suffix == ".parquet":
+                    counts, found = self._groups_of(path), sampled(path)
+                else:
+                    counts, found = self._lines_of(path)
+                digest.update(found)
             except OSError as error:
                 raise RecordError(Where(str(path)), "", "file", f"cannot be read ({error.strerror or error})") from None
             first = 0
@@ -59,6 +71,7 @@ class RecordIndex:
                     self.blocks.append(Block(path, group, first, count))
                 first += count
         self._begins = [0, *accumulate(block.size for block in self.blocks)]
+        self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
         return self._begins[-1]
@@ -115,10 +128,13 @@ class RecordIndex:
         number = bisect_right(self._begins, index) - 1
         return self.blocks[number], index - self._begins[number]
 
-    def _lines_of(self, path: Path) -> list[int]:
+    def _lines_of(self, path: Path) -> tuple[list[int], bytes]:
+        """Lines of each block, and the digest of the file."""
         ends, offset = [np.zeros(1, dtype=np.int64)], 0
+        digest = hashlib.blake2b(digest_size=16)
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK):
+                digest.update(chunk)
                 ends.append(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n")) + (offset + 1))
                 offset += len(chunk)
         bounds = np.concatenate(ends)
@@ -126,7 +142,7 @@ class RecordIndex:
             bounds = np.append(bounds, offset)
         self._bounds[path] = bounds
         lines = len(bounds) - 1
-        return [min(_BLOCK, lines - first) for first in range(0, lines, _BLOCK)]
+        return [min(_BLOCK, lines - first) for first in range(0, lines, _BLOCK)], digest.digest()
 
     def _groups_of(self, path: Path) -> list[int]:
         arrow, tables = parquet.libraries()
@@ -153,3 +169,21 @@ class RecordIndex:
                 os.close(self._open.popitem(last=False)[1])
         self._open.move_to_end(path)
         return self._open[path]
+
+
+def sampled(path: Path) -> bytes:
+    """A digest of a file's size and of 256 parts of 4 KiB, evenly spread, its beginning and its end among them: of a
+    file of up to a MiB, all of it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(size.to_bytes(8, "little"))
+        last = max(0, size - _SAMPLE)
+        begins = range(0, size, _SAMPLE) if size <= _SAMPLES * _SAMPLE else np.linspace(0, last, _SAMPLES).astype(int)
+        for begin in begins:
+            digest.update(os.pread(file.fileno(), _SAMPLE, int(begin)))
+    return digest.digest()

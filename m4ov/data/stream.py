@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +16,10 @@ from m4ov.data.chat import ChatEncoder, Conversation
 from m4ov.data.images import ImageError
 from m4ov.data.index import RecordIndex
 from m4ov.data.loader import LazyLengths, NoUsableSampleError, PackedLoader, Visit
-from m4ov.data.pictures import named
 from m4ov.data.pixels import Picture, patches_of
 from m4ov.data.quarantine import Quarantine
 from m4ov.data.records import RecordError
+from m4ov.data.rows import pack, sample_of
 from m4ov.data.shards import MAX_LINE_BYTES
 from m4ov.data.sources import DataError
 from m4ov_kernels.packing import PackedBatch, Patches, Sample
@@ -169,9 +168,10 @@ class RecordStream:
             self._pool.shutdown()
 
     def _settings(self) -> dict[str, Any]:
-        size = {"records": len(self.index), "bytes": self.index.bytes, "capacity": self.capacity, "rows": self.rows}
+        data = {"records": len(self.index), "bytes": self.index.bytes, "file contents": self.index.fingerprint}
+        size = {"capacity": self.capacity, "rows": self.rows}
         order = {"seed": self.packed.seed, "shuffle": self.shuffle, "window": self.packed.window}
-        return {**size, **order, "too_long": self.too_long, **self.encoder.settings()}
+        return {**data, **size, **order, "too_long": self.too_long, **self.encoder.settings()}
 
     def _make(self, row: Sequence[Visit]) -> PackedBatch:
         planned = [(index, made) for _, index in row if (made := self._conversation(index)) is not None]
@@ -181,13 +181,7 @@ class RecordStream:
         self.counts["rows"] += 1
         self.counts["tokens"] += sum(len(sample.input_ids) for sample in samples)
         self.counts["images"] += sum(len(sample.images) for sample in samples)
-        return PackedBatch.from_samples(
-            samples or [Sample(torch.tensor([self.encoder.end_token]))],
-            image_token_id=self.encoder.image_token,
-            video_token_id=self.encoder.video_token,
-            merge_size=self.encoder.pixels.merge_size,
-            dtype=self.dtype,
-        )
+        return pack(samples, self.encoder, self.dtype)
 
     def _conversation(self, index: int) -> Conversation | None:
         try:
@@ -197,18 +191,11 @@ class RecordStream:
             return None
 
     def _sample(self, made: Conversation, index: int, patches: Mapping[Picture, Patches | ImageError]) -> Sample | None:
-        where, images = self.index.where(index), []
-        for place, picture in enumerate(made.pictures):
-            found = patches[picture]
-            if isinstance(found, ImageError):
-                self.bad(RecordError(where, f"images[{place}]", "image", str(found), made.id), index)
-                return None
-            if math.prod(found.grid_thw) != made.tokens_of_image[place] * self.encoder.pixels.merge_size**2:
-                problem = f"{named(picture.reference)}: its pixels are not of the size that its header said"
-                self.bad(RecordError(where, f"images[{place}]", "image", problem, made.id), index)
-                return None
-            images.append(found)
-        return Sample(torch.tensor(made.input_ids), torch.tensor(made.labels), images)
+        try:
+            return sample_of(made, patches, self.encoder, self.index.where(index))
+        except RecordError as error:
+            self.bad(error, index)
+            return None
 
     def bad(self, error: RecordError, index: int, planned: bool = False) -> None:
         """Count a record that cannot be used, and name it, once. ``planned``: every rank has found it."""

@@ -7,13 +7,15 @@ import io
 import pytest
 import torch
 from PIL import Image
+from transformers import Qwen3VLProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from m4ov.data import to_hugging_face
 from m4ov.data.chat import CHATML, PLAIN, ChatEncoder
 from m4ov.data.images import ImageError
 from m4ov.data.pictures import image_header, load_image, to_uri
 from m4ov.data.pixels import Picture, PixelOptions, patches_of
-from m4ov.data.records import Record, RecordError, assistant, image, user
+from m4ov.data.records import Record, RecordError, assistant, image, text, user
 from tests.data.record_files import draw_images, draw_records, encoded, picture, random, tokenizer
 
 PIXELS = PixelOptions(patch_size=4, merge_size=2, min_pixels=256, max_pixels=1600)
@@ -49,6 +51,48 @@ def test_tokens_are_what_the_chat_template_says(tmp_path, chat):
         said = "".join(f"{turn['content'][0]['text']}<|im_end|>" for turn in record.messages[1::2])
         assert decoded(label for label in made.labels if label != -100) == said
         assert all(label in (-100, token) for label, token in zip(made.labels, made.input_ids, strict=True))
+
+
+class Images(Qwen3VLProcessor):
+    """Without videos, whose processor needs torchvision."""
+
+    @classmethod
+    def get_attributes(cls):
+        return ["image_processor", "tokenizer"]
+
+
+def test_tokens_and_pixels_are_what_the_processor_makes(tmp_path):
+    """Of whole conversations, through ``apply_chat_template`` of Qwen3-VL's own processor class."""
+    draw = random(7)
+    image_processor = Qwen2VLImageProcessorPil(
+        patch_size=4,
+        merge_size=2,
+        size={"shortest_edge": 256, "longest_edge": 1600},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    processor = Images(image_processor, to_hugging_face(tokenizer()), chat_template=QWEN)
+    encoder = ChatEncoder(tokenizer(), PIXELS, CHATML)
+    system = {"role": "system", "content": [text("the red circle")]}
+    shown = 0
+    for place, record in enumerate(draw_records(draw, draw_images(tmp_path, draw), 12)):
+        turns = [system, *record.messages] if place % 2 else record.messages
+        made = encoder(Record("a", turns), tmp_path, max_length=100_000)
+        opened = [{**turn, "content": [opened_block(block, tmp_path) for block in turn["content"]]} for turn in turns]
+        expected = processor.apply_chat_template(opened, tokenize=True, return_dict=True, return_tensors="pt")
+        assert made.input_ids == expected["input_ids"][0].tolist()
+        if not made.pictures:
+            continue
+        found = patches_of(made.pictures, PIXELS, torch.float32)
+        pixels = torch.cat([found[picture].pixel_values for picture in made.pictures])
+        assert torch.equal(pixels, expected["pixel_values"])
+        assert [list(found[picture].grid_thw) for picture in made.pictures] == expected["image_grid_thw"].tolist()
+        shown += len(made.pictures)
+    assert shown
+
+
+def opened_block(block, folder):
+    return {**block, "image": load_image(block["image"], folder)} if block["type"] == "image" else block
 
 
 def test_special_tokens_in_a_text_are_text(tmp_path):
@@ -106,8 +150,6 @@ def test_a_photo_is_seen_upright(tmp_path, format):
 
 def test_pixels_are_those_of_the_processor(tmp_path):
     """To the bit, for photos, palettes, transparency and grey, also embedded."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
     processor = Qwen2VLImageProcessorPil(
         patch_size=4,
         merge_size=2,

@@ -342,6 +342,32 @@ def test_other_data_or_settings_are_refused(folder):
         stream(folder / "table.parquet").load_state_dict(state)
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_changed_contents_are_refused(tmp_path, suffix):
+    """Though nothing else of the file differs: its size, its records, its times."""
+    path = tmp_path / f"a{suffix}"
+    records = draw_records(random(8), [], 40)
+    write_records(records, path)
+    one = stream(tmp_path)
+    one.batches(0)
+    state, times = json.loads(json.dumps(one.state_dict())), path.stat()
+    moved = path.rename(tmp_path / f"b{suffix}")
+    stream(tmp_path).load_state_dict(state)  # another name is no other data
+    moved.rename(path)
+    if suffix == ".jsonl":
+        path.write_bytes(path.read_bytes()[::-1].replace(b"}", b"]", 1)[::-1])
+    else:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 3] ^= 1
+        path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_size == times.st_size
+    with pytest.raises(
+        DataError, match=r"^the stream cannot go on where it was, as it has another file contents \(\w+ there"
+    ):
+        stream(tmp_path).load_state_dict(state)
+
+
 def test_what_it_refuses(folder, tmp_path):
     for options, problem in (
         ({"too_long": "cut"}, "too_long: expected turns, drop or error"),

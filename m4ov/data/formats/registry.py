@@ -121,9 +121,13 @@ def convert(
     suffix: str = ".jsonl",
     shard_records: int = 10_000,
     replace: bool = False,
+    keep: Callable[[Record], bool] | None = None,
 ) -> list[Path]:
     """Any format's data as shards of records in ``folder``. Embedded images go into ``folder/images``; others stay
     where they are, and are referred to by their paths relative to ``folder``.
+
+    Args:
+        keep: which records are written; ``None``: all.
 
     Raises:
         FormatError, RecordError: see :func:`read`.
@@ -140,6 +144,7 @@ def convert(
             on_error(error)
             return None
 
-    found = (moved(where, record) for where, record in read(source, format, on_error=on_error, limit=limit))
+    rows = read(source, format, on_error=on_error, limit=limit)
+    found = (moved(where, record) for where, record in rows if keep is None or keep(record))
     records = (record for record in found if record is not None)
     return write_shards(records, folder, shard_records=shard_records, suffix=suffix, replace=replace)
