@@ -206,3 +206,61 @@ class AlgorithmConfig:
             value = getattr(self, name)
             _require(_finite(value) and value >= 0, f"algorithm.{name}", "at least 0", value)
         _require(0 <= self.delta_decay <= 1, "algorithm.delta_decay", "0 to 1", self.delta_decay)
+
+
+@dataclass
+class RolloutConfig:
+    """What is drawn for a step, and how often it is learned from."""
+
+    prompts: int = 16  # of a rollout, over all ranks
+    samples: int = 8  # of each prompt
+    max_tokens: int = 256  # of an answer, its end token included
+    temperature: float = 1.0
+    epochs: int = 1  # passes over a rollout
+    minibatches: int = 1  # updates of a pass
+    rounds: int = 1  # batches of prompts at most, until enough tell answers apart; 1: no dynamic sampling
+    delay: int = 0  # 1: one step off: drawn with the weights before the last rollout was learned from
+    rescore: bool = True  # the trainer's own log-probabilities as the old ones; False: the sampler's, where both agree
+    row_tokens: int = 4096  # of a packed row, about
+    shared: bool = (
+        False  # the trainer computes the bits that a sampler with shared numerics does (m4ov_kernels.invariant)
+    )
+    seed: int = 0
+    shown: int = 4  # answers of a rollout that are kept for the report
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "samples", "max_tokens", "epochs", "minibatches", "rounds", "row_tokens"):
+            _require(getattr(self, name) >= 1, f"rollout.{name}", "at least 1", getattr(self, name))
+        _require(self.delay in (0, 1), "rollout.delay", "0 or 1", self.delay)
+        _require(self.shown >= 0, "rollout.shown", "at least 0", self.shown)
+        ok = _finite(self.temperature) and self.temperature > 0
+        _require(ok, "rollout.temperature", "more than 0", self.temperature)
+        expected = f"at most prompts = {self.prompts}, as each has a prompt at least"
+        _require(self.minibatches <= self.prompts, "rollout.minibatches", expected, self.minibatches)
+
+    @property
+    def updates(self) -> int:
+        """Steps of the optimizer that a rollout is good for."""
+        return self.epochs * self.minibatches
+
+
+@dataclass
+class RLConfig:
+    """Rewards, advantages and losses of an online run, and what is drawn for it."""
+
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    advantages: AdvantageConfig = field(default_factory=AdvantageConfig)
+    perception: PerceptionConfig = field(default_factory=PerceptionConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.algorithm.name in ONLINE, "algorithm.name", ", ".join(ONLINE), self.algorithm.name)
+        same = self.algorithm.temperature == self.rollout.temperature
+        expected = f"rollout.temperature = {self.rollout.temperature:g}, of the policy that is sampled"
+        _require(same, "algorithm.temperature", expected, self.algorithm.temperature)
+        if self.rewards.components:
+            names = ", ".join(self.rewards.components)
+            for name in self.advantages.objectives:
+                known = name in self.rewards.components or name == self.advantages.outcome
+                _require(known, f"advantages.objectives.{name}", f"one of the rewards {names}", name)

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from m4ov.rl.perception import mask_patches, twin
     from m4ov.rl.reference import Reference
     from m4ov.rl.rewards import Answer, RewardError, Rewards, Scores
+    from m4ov.rl.rollouts import Drawn, Prompt, Rollouts, Sampler
     from m4ov.rl.sampling import Sampled, informative
+    from m4ov.rl.trainer import EngineSampler, train_policy
 
 _HOMES = {
     "advantages": ("Composed", "Outcomes", "compose", "outcomes", "pass_at_k"),
@@ -24,21 +26,28 @@ _HOMES = {
     "perception": ("mask_patches", "twin"),
     "reference": ("Reference",),
     "rewards": ("Answer", "RewardError", "Rewards", "Scores"),
+    "rollouts": ("Drawn", "Prompt", "Rollouts", "Sampler"),
     "sampling": ("Sampled", "informative"),
+    "trainer": ("EngineSampler", "train_policy"),
 }
 
 __all__ = [
     "Answer",
     "Composed",
+    "Drawn",
+    "EngineSampler",
     "Outcomes",
     "PairBatch",
     "PolicyBatch",
     "PolicyLoss",
     "PreferenceLoss",
+    "Prompt",
     "Reference",
     "RewardError",
     "Rewards",
+    "Rollouts",
     "Sampled",
+    "Sampler",
     "Scores",
     "compose",
     "informative",
@@ -46,6 +55,7 @@ __all__ = [
     "outcomes",
     "pairs_of",
     "pass_at_k",
+    "train_policy",
     "twin",
 ]
 
