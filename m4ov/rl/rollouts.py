@@ -187,9 +187,13 @@ class Rollouts:
     def _next_prompts(self, count: int) -> list[tuple[int, int]]:
         """Indices of the next prompts, and seeds. An epoch visits every prompt once, in a new order."""
         taken = []
+        orders: dict[int, np.ndarray] = {}
         for place in range(self.read, self.read + count):
             epoch, inside = divmod(place, len(self.prompts))
-            order = np.random.default_rng([self.config.rollout.seed, epoch]).permutation(len(self.prompts))
+            if epoch not in orders:
+                random = np.random.default_rng([self.config.rollout.seed, epoch])
+                orders[epoch] = random.permutation(len(self.prompts))
+            order = orders[epoch]
             seed = np.random.SeedSequence([self.config.rollout.seed, place, 11]).generate_state(1, np.uint64)
             taken.append((int(order[inside]), int(seed[0])))
         self.read += count

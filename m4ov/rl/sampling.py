@@ -33,6 +33,7 @@ class Sampled(Generic[G]):
         return {
             "sampling_rounds": float(self.rounds),
             "sampling_kept": float(len(self.kept)),
+            "sampling_surplus": float(len(self.surplus)),
             "sampling_dropped": len(self.dropped) / max(found, 1),
             "sampling_short": float(self.short),
         }

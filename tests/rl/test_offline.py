@@ -127,8 +127,8 @@ def test_pairs_of_a_record():
         assert chosen.input_ids[:shared] == rejected.input_ids[:shared]
         assert chosen.labels[-1] == rejected.labels[-1] == encoder.end_token
     assert pairs_of(Record("b", turns), encoder, Path(), max_length=100) == []
-    with pytest.raises(RecordError, match="expected at most 12 tokens"):
-        pairs_of(record, encoder, Path(), max_length=12)
+    with pytest.raises(RecordError, match="expected at most 5 tokens"):
+        pairs_of(record, encoder, Path(), max_length=5)
 
 
 def test_what_is_refused():
