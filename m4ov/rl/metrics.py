@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-#: Metrics that are sums, divided by what the step's loss is divided by; others are means, weighted by ``weight``.
+#: Metrics that are sums, divided by what the step's loss is divided by; others are means, weighted by ``weight``
+#: (effective sample sizes too, which are of each batch by itself).
 SUMS = (
     *("loss", "policy_loss", "kl_loss", "entropy_loss", "perception_loss"),
     *("dpo_loss", "bco_loss", "sft_loss"),

@@ -149,7 +149,11 @@ def test_parts_of_a_step_add_up(name):
     found = [loss_of(policy, part) for part in parts]
     torch.testing.assert_close(sum(loss for loss, _ in found), whole, rtol=1e-9, atol=1e-9)
     assert sum(part for _, part in found) == count
-    assert loss_of.window.close() == pytest.approx(metrics, rel=1e-5, abs=1e-7)
+    of_parts = loss_of.window.close()
+    for name_of in ("effective_sample_size", "rollout_effective_sample_size"):  # of each batch by itself
+        assert 0 < of_parts.pop(name_of) <= 1
+        assert 0 < metrics.pop(name_of) <= 1
+    assert of_parts == pytest.approx(metrics, rel=1e-5, abs=1e-7)
     assert metrics["loss"] == pytest.approx(float(whole) / count, rel=1e-5)
     assert metrics["tokens"] == 14
     assert metrics["perception_tokens"] == pytest.approx(8 / 14)

@@ -63,7 +63,7 @@ def test_against_the_definition(name, smoothing):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     small.assert_same(small.gradients(policy, found), small.gradients(policy, expected))
     metrics = loss.window.close()
-    assert metrics["loss"] == pytest.approx(float(expected) / 2, rel=1e-5)
+    assert metrics["loss"] == pytest.approx(expected.item() / 2, rel=1e-5)
     assert metrics["pairs"] == 2
 
 
@@ -138,5 +138,7 @@ def test_what_is_refused():
         PreferenceLoss(AlgorithmConfig(), reference)
     with pytest.raises(ValueError, match=r"algorithm\.reference\.kind: expected another than none"):
         PreferenceLoss(AlgorithmConfig(name="dpo", reference=HELD), Reference(ReferenceConfig(), policy))
-    with pytest.raises(ValueError, match="PairBatch: packed: expected two answers of each pair"):
+    with pytest.raises(
+        ValueError, match="PairBatch: packed: expected a chosen and a rejected answer of each pair; got 5"
+    ):
         PairBatch(small.batch(SEED))

@@ -12,9 +12,9 @@ from m4ov.rl.rewards import BUILT_IN, Answer, RewardError, build
 from m4ov.rl.rewards import answers as reading
 
 
-def value(name, text, truth=None, tokens=(), finished=True, correct=None, solve_rate=None, group_size=None, **options):
+def value(name, text, truth=None, tokens=(), finished=True, right=None, solve_rate=None, group_size=None, **options):
     function = build(name, options)
-    answer = Answer(text, truth, tokens, finished, correct=correct, solve_rate=solve_rate, group_size=group_size)
+    answer = Answer(text, truth, tokens, finished, correct=right, solve_rate=solve_rate, group_size=group_size)
     found = function.call(answer)
     assert function.low <= found <= function.high
     return found
@@ -205,11 +205,11 @@ def test_lengths():
     options = {"max_length": 10, "correct": [2.0, 1.0], "wrong": [-10.0, 0.0], "exceeded": -10.0}
     for n in range(11):
         half = (1 + math.cos(math.pi * n / 10)) / 2
-        assert value("cosine", "", tokens=range(n), correct=True, **options) == pytest.approx(1 + half)
-    assert value("cosine", "", tokens=range(0), correct=False, **options) == -10
-    assert value("cosine", "", tokens=range(10), correct=False, **options) == pytest.approx(0, abs=1e-12)
-    assert value("cosine", "", tokens=range(11), correct=True, **options) == -10
-    assert value("cosine", "", tokens=range(3), correct=True, finished=False, **options) == -10
+        assert value("cosine", "", tokens=range(n), right=True, **options) == pytest.approx(1 + half)
+    assert value("cosine", "", tokens=range(0), right=False, **options) == -10
+    assert value("cosine", "", tokens=range(10), right=False, **options) == pytest.approx(0, abs=1e-12)
+    assert value("cosine", "", tokens=range(11), right=True, **options) == -10
+    assert value("cosine", "", tokens=range(3), right=True, finished=False, **options) == -10
 
     def alp(n, rate):
         known = {"solve_rate": rate, "group_size": 8}
