@@ -85,16 +85,21 @@ def response_logprob(model: nn.Module, batch: PackedBatch, *, temperature: float
     return found.logprob
 
 
-def answered(prompt: Sample, tokens: Tensor) -> Sample:
-    """A prompt with a completion behind it, of which alone the tokens count.
+def answered(prompt: Sample, tokens: Tensor, *, image_token_id: int, video_token_id: int) -> Sample:
+    """A prompt with a completion behind it, of which alone the tokens count. An image or video token that a policy drew
+    is text, as no image belongs to it.
 
     Args:
         prompt: its labels are left out; images and videos stay.
         tokens: int64 ``[L]``, may be empty.
+        image_token_id, video_token_id: that stand for images and videos in the prompt.
     """
-    ids = torch.cat([prompt.input_ids, tokens])
-    labels = torch.cat([torch.full_like(prompt.input_ids, IGNORE), tokens])
     types = prompt.mm_token_type_ids
-    if types is not None:
-        types = torch.cat([types, torch.zeros_like(tokens)])
-    return replace(prompt, input_ids=ids, labels=labels, mm_token_type_ids=types)
+    if types is None:
+        types = (prompt.input_ids == image_token_id).long() + 2 * (prompt.input_ids == video_token_id).long()
+    return replace(
+        prompt,
+        input_ids=torch.cat([prompt.input_ids, tokens]),
+        labels=torch.cat([torch.full_like(prompt.input_ids, IGNORE), tokens]),
+        mm_token_type_ids=torch.cat([types, torch.zeros_like(tokens)]),
+    )

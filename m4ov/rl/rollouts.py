@@ -135,8 +135,9 @@ class Rollouts:
         groups = self.ahead[0]
         epoch, place = divmod(inner, options.minibatches)
         order = np.random.default_rng([options.seed, step // options.updates, epoch, 7]).permutation(len(groups))
-        minibatch = [groups[index] for index in sorted(np.array_split(order, options.minibatches)[place])]
-        flat = [(group, answer) for group in minibatch for answer in range(len(group.tokens))]
+        # Answers to one prompt stay together as far as minibatches of one size, and a short rollout, let them.
+        every = [(groups[index], answer) for index in order for answer in range(len(groups[index].tokens))]
+        flat = [every[index] for index in np.array_split(np.arange(len(every)), options.minibatches)[place]]
         if len(flat) < self.world.data_size:
             raise TrainingError(f"step {step}: {len(flat)} answers are too few for {self.world.data_size} ranks")
         share = np.array_split(np.arange(len(flat)), self.world.data_size)[self.world.data_rank]
@@ -288,15 +289,16 @@ class Rollouts:
         config = self.model.config
         samples: list[Sample] = []
         seeds: dict[int, int] = {}
+        vision = {"image_token_id": config.image_token_id, "video_token_id": config.video_token_id}
         for group, answer in row:
             prompt = self.prompts[group.prompt].sample
-            samples.append(answered(prompt, torch.tensor(group.tokens[answer], dtype=torch.int64)))
+            tokens = torch.tensor(group.tokens[answer], dtype=torch.int64)
+            samples.append(answered(prompt, tokens, **vision))
             for place, image in enumerate(prompt.images):
                 seeds.setdefault(id(image), (group.seed + place) % 2**63)
         packed = PackedBatch.from_samples(
             samples,
-            image_token_id=config.image_token_id,
-            video_token_id=config.video_token_id,
+            **vision,
             merge_size=config.vision.spatial_merge_size,
         )
         device = self.model.lm_head.weight.device

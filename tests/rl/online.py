@@ -65,10 +65,11 @@ class Plain:
             going = [place for place, tokens in enumerate(drawn) if STOP not in tokens]
             if not going:
                 break
-            samples = [answered(each[place][0], torch.tensor(drawn[place], dtype=torch.int64)) for place in going]
-            pack = PackedBatch.from_samples(
-                samples, image_token_id=small.IMAGE, video_token_id=small.VIDEO, merge_size=2
-            )
+            samples = [
+                answered(each[place][0], torch.tensor(drawn[place], dtype=torch.int64), **small.VISION)
+                for place in going
+            ]
+            pack = PackedBatch.from_samples(samples, **small.VISION, merge_size=2)
             last = self.model(pack).hidden_states[pack.cu_seqlens[1:].long() - 1]
             chances = (last @ self.model.lm_head.weight.T).float().softmax(-1)
             words = [
@@ -113,7 +114,9 @@ def policy() -> Qwen3VL:
     return small.model(dtype=torch.float32)
 
 
-def run(folder: Path, given: RLConfig, steps: int = 6, terminate: int = -1, rate: float = 3e-3, world=None):
+def run(
+    folder: Path, given: RLConfig, steps: int = 6, terminate: int = -1, rate: float = 3e-3, world=None, saves: int = 1
+):
     """The run, or on from where it was left. ``terminate``: SIGTERM comes while the rollout of this step is drawn."""
     model = policy()
     sampler = Plain(model, given.rollout.samples, given.rollout.max_tokens)
@@ -125,7 +128,7 @@ def run(folder: Path, given: RLConfig, steps: int = 6, terminate: int = -1, rate
         return draw(*arguments)
 
     sampler.draw = interrupted
-    options = {"checkpoint_seconds": 0.0, "checkpoint_steps": 1, "log_every": 1, "precision": "fp32"}
+    options = {"checkpoint_seconds": 0.0, "checkpoint_steps": saves, "log_every": 1, "precision": "fp32"}
     return train_policy(
         model,
         prompts(),

@@ -15,6 +15,7 @@ from m4ov_kernels import pack_patches
 from m4ov_kernels.packing import PackedBatch, Patches, Sample
 
 IMAGE, VIDEO, START, END, WORDS = 48, 49, 46, 47, 50
+VISION = {"image_token_id": IMAGE, "video_token_id": VIDEO}
 CONFIG = Config(
     text=TextConfig(
         vocab_size=WORDS,
@@ -80,9 +81,8 @@ def packed(prompts: list[Sample], lengths: list[int], random: np.random.Generato
     """Each prompt with an answer of so many random tokens; an image that several prompts hold is in the batch once."""
     answers = [torch.tensor(random.integers(1, 40, length).tolist(), dtype=torch.int64) for length in lengths]
     return PackedBatch.from_samples(
-        [answered(each, tokens) for each, tokens in zip(prompts, answers, strict=True)],
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
+        [answered(each, tokens, **VISION) for each, tokens in zip(prompts, answers, strict=True)],
+        **VISION,
         merge_size=2,
     )
 
