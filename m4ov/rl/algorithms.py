@@ -155,10 +155,11 @@ class PolicyLoss:
                 ref_rows = policy(batch.packed)[0][responses.rows]
                 ref_weight = policy.lm_head.weight.detach()
                 if ref_logprob is None:
-                    options = {"temperature": config.temperature}
-                    ref_logprob = head_logprob(policy.lm_head, ref_rows, responses.targets, **options).logprob
+                    ref_logprob = head_logprob(
+                        policy.lm_head, ref_rows, responses.targets, temperature=config.temperature
+                    ).logprob
             if exact:
-                options = {"kind": "reverse", "temperature": config.temperature}
+                options: dict[str, Any] = {"kind": "reverse", "temperature": config.temperature}
                 exact_kl = linear_kl(rows, head.weight, ref_rows, ref_weight, **options)
         kind = {"kl_kind": config.kl_kind} if config.kl_kind != "exact" or exact else {}
         return {"ref_logprob": ref_logprob, "exact_kl": exact_kl, "kl_coef": config.kl_coef, **kind}
@@ -191,7 +192,7 @@ class PolicyLoss:
             share = torch.repeat_interleave(1.0 / lengths.clamp(min=1), lengths).to(loss)
             loss = loss * share
         total = loss.sum()
-        watched = {"perception_kl": terms.kl, "perception_capped": terms.capped}
+        watched: dict[str, Tensor | None] = {"perception_kl": terms.kl, "perception_capped": terms.capped}
         watched |= {"perception_entropy": terms.entropy, "masked_entropy": terms.masked_entropy}
         # Weighted by all response tokens later, so here by the share of them that have an image.
         share_seen = terms.kl.shape[0] / max(responses.tokens, 1)

@@ -120,12 +120,12 @@ class PreferenceLoss:
         reference = batch.ref_logprob
         if reference is None:
             reference = self.reference.logprob(model, batch.packed, temperature=config.temperature)
-        common = {"normalizer": 1.0, "beta": config.beta, "label_smoothing": config.label_smoothing}
+        common: dict[str, Any] = {"normalizer": 1.0, "beta": config.beta, "label_smoothing": config.label_smoothing}
         arguments = (found.logprob, reference, responses.cu_seqlens)
         if config.name == "dpo":
             loss, metrics = dpo_loss(*arguments, **common)
         else:
-            weights = {
+            weights: dict[str, Any] = {
                 "dpo_weight": config.preference_weight,
                 "bco_weight": config.quality_weight,
                 "sft_weight": config.generation_weight,

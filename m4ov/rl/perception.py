@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -222,7 +223,7 @@ def _exact(head: nn.Linear, hidden: Tensor, masked: Tensor, temperature: float, 
     adds its gradient, and nothing to the value."""
     weight, bias = head.weight, head.bias
     fixed_weight, fixed_bias = weight.detach(), None if bias is None else bias.detach()
-    options = {"temperature": temperature, "bias": bias, "ref_bias": fixed_bias}
+    options: dict[str, Any] = {"temperature": temperature, "bias": bias, "ref_bias": fixed_bias}
     kl = linear_kl(hidden, weight, masked.detach(), fixed_weight, kind="reverse", **options)
     if both and torch.is_grad_enabled():
         other = linear_kl(masked, weight, hidden.detach(), fixed_weight, kind="forward", **options)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from m4ov.models.qwen3_vl import Qwen3VL
 from m4ov.rl.responses import response_logprob
 from m4ov.rl_recipe import ReferenceConfig
 from m4ov_kernels.packing import PackedBatch
@@ -32,9 +33,9 @@ class Reference:
         ValueError: "lora-off", and the model has no adapters; or a second model of one that is sharded over ranks.
     """
 
-    def __init__(self, config: ReferenceConfig, model: nn.Module) -> None:
+    def __init__(self, config: ReferenceConfig, model: Qwen3VL) -> None:
         self.config = config
-        self.model: nn.Module | None = None
+        self.model: Qwen3VL | None = None
         self.averages: dict[str, Tensor] = {}
         self._weights: Mapping[str, Tensor] = {}
         if config.kind == "lora-off" and not _adapters(model):
@@ -50,7 +51,7 @@ class Reference:
         return self.config.kind != "none"
 
     @contextmanager
-    def policy(self, model: nn.Module) -> Iterator[nn.Module]:
+    def policy(self, model: Qwen3VL) -> Iterator[Qwen3VL]:
         """The reference, in evaluation mode and without gradients; ``model``: that is trained, back in its mode after.
 
         Raises:
@@ -79,7 +80,7 @@ class Reference:
                 parameter.requires_grad_(on)
             model.train(was_training)
 
-    def logprob(self, model: nn.Module, batch: PackedBatch, *, temperature: float = 1.0) -> Tensor:
+    def logprob(self, model: Qwen3VL, batch: PackedBatch, *, temperature: float = 1.0) -> Tensor:
         """Of a batch's responses under the reference, ``[R]``, detached."""
         with self.policy(model) as reference:
             return response_logprob(reference, batch, temperature=temperature)

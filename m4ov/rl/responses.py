@@ -8,6 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from m4ov.models.qwen3_vl import Qwen3VL
 from m4ov_kernels import linear_logprob
 from m4ov_kernels.head import LogprobOutput
 from m4ov_kernels.packing import PackedBatch, Sample
@@ -71,7 +72,7 @@ def head_logprob(
 
 
 @torch.no_grad()
-def response_logprob(model: nn.Module, batch: PackedBatch, *, temperature: float = 1.0) -> Tensor:
+def response_logprob(model: Qwen3VL, batch: PackedBatch, *, temperature: float = 1.0) -> Tensor:
     """Log-probabilities ``[R]`` of a batch's responses under a model, detached: of the policy before a step, or of a
     reference. In evaluation mode, and back in its own."""
     responses = Responses.of(batch)

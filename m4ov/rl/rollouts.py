@@ -289,7 +289,7 @@ class Rollouts:
         config = self.model.config
         samples: list[Sample] = []
         seeds: dict[int, int] = {}
-        vision = {"image_token_id": config.image_token_id, "video_token_id": config.video_token_id}
+        vision: dict[str, Any] = {"image_token_id": config.image_token_id, "video_token_id": config.video_token_id}
         for group, answer in row:
             prompt = self.prompts[group.prompt].sample
             tokens = torch.tensor(group.tokens[answer], dtype=torch.int64)
