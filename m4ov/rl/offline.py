@@ -121,16 +121,16 @@ class PreferenceLoss:
         if reference is None:
             reference = self.reference.logprob(model, batch.packed, temperature=config.temperature)
         common: dict[str, Any] = {"normalizer": 1.0, "beta": config.beta, "label_smoothing": config.label_smoothing}
-        arguments = (found.logprob, reference, responses.cu_seqlens)
+        bounds = responses.cu_seqlens
         if config.name == "dpo":
-            loss, metrics = dpo_loss(*arguments, **common)
+            loss, metrics = dpo_loss(found.logprob, reference, bounds, **common)
         else:
             weights: dict[str, Any] = {
                 "dpo_weight": config.preference_weight,
                 "bco_weight": config.quality_weight,
                 "sft_weight": config.generation_weight,
             }
-            loss, metrics = mpo_loss(*arguments, **common, **weights, delta=self.mean.delta)
+            loss, metrics = mpo_loss(found.logprob, reference, bounds, delta=self.mean.delta, **common, **weights)
         pairs = sum(a + b > 0 for a, b in zip(responses.lengths[::2], responses.lengths[1::2], strict=True))
         if loads and model.config.text.router_aux_loss_coef:
             coefficient = model.config.text.router_aux_loss_coef * pairs

@@ -108,6 +108,9 @@ def test_two_ranks_are_one(tmp_path):
         torch.testing.assert_close(both[0][0][name], weight, rtol=1e-4, atol=1e-5)
     one, two = (read(tmp_path / name / "rl.jsonl") for name in ("one", "two"))
     for ours, theirs in zip(two, one, strict=True):
+        for name in ("effective_sample_size", "rollout_effective_sample_size"):  # of each row by itself
+            assert 0 < ours.pop(name) <= 1
+            assert 0 < theirs.pop(name) <= 1
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
     shutil.rmtree(tmp_path / "two")
 
