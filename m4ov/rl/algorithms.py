@@ -189,7 +189,7 @@ class PolicyLoss:
         loss = terms.loss
         if self.config.name in BY_SEQUENCE:
             lengths = torch.tensor(both.masked_lengths)
-            share = torch.repeat_interleave(1.0 / lengths.clamp(min=1), lengths).to(loss)
+            share = torch.repeat_interleave(1.0 / lengths.double().clamp(min=1), lengths).to(loss)
             loss = loss * share
         total = loss.sum()
         watched: dict[str, Tensor | None] = {"perception_kl": terms.kl, "perception_capped": terms.capped}
