@@ -13,7 +13,7 @@ PACKAGES = {"m4ov_kernels": ROOT / "m4ov_kernels", "m4ov": ROOT / "m4ov", "m4ov_
 # A layer of m4ov may import the layers left of it, and itself; rooms that share a layer never import each other.
 LAYERS = (
     ("allocator", "config", "recipe"),
-    ("data_recipe", "manifest"),
+    ("data_recipe", "manifest", "rl_recipe"),
     ("quickstart_recipe", "sft_recipe"),
     ("data", "models"),
     ("parallel",),
