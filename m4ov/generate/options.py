@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 #: Why a completion ended. ``stop``: by an end or stop token, which is its last; ``stop_string``: by a string;
-#: ``length``: after ``max_tokens``; ``window``: at the last position of the model; ``nan``: the next token's logits were
-#: not numbers, none was drawn; ``aborted``: :meth:`Engine.abort` was called.
+#: ``length``: after ``max_tokens``; ``window``: at the last position of the model; ``nan``: the logits of the next
+#: token were not finite, and none was drawn; ``aborted``: :meth:`m4ov.generate.Engine.abort` was called.
 FINISH_REASONS = ("stop", "stop_string", "length", "window", "nan", "aborted")
 
 
