@@ -28,7 +28,8 @@ def check(model: nn.Module, numerics: str, weights: str) -> None:
     """Whether an engine can be made of these.
 
     Raises:
-        TypeError: the model is not a :class:`m4ov.models.qwen3_vl.Qwen3VL`, or a parameter is not a plain tensor (FSDP and tensor parallelism shard them).
+        TypeError: the model is not a :class:`m4ov.models.qwen3_vl.Qwen3VL`, or a parameter is not a plain tensor (FSDP
+            and tensor parallelism shard them).
         ValueError: an option is none of those there are, parameters have several dtypes or devices, or experts are to
             be quantised.
         RuntimeError: shared numerics where the compiled kernels cannot keep them; says why.
