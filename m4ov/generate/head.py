@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from m4ov_kernels.head.logprob import LINEAR_LOGPROB
 from m4ov_kernels.head.state import count_of_logits
+from m4ov_kernels.nn import CausalLMHead
 from m4ov_kernels.nn.plain import is_plain
 
 
@@ -42,8 +43,7 @@ def logits(head: nn.Module, hidden_states: Tensor, temperature: float) -> Logits
     backward: one product makes what is drawn from and what is reported of it.
     """
     weight, bias = head._parameters.get("weight"), head._parameters.get("bias")
-    plain = weight is not None and isinstance(head, nn.Linear) and is_plain(head)
-    if plain and weight is not None:
+    if weight is not None and is_plain(head, nn.Linear, CausalLMHead):
         same = weight.dtype is hidden_states.dtype and (bias is None or bias.dtype is weight.dtype)
         implementation = LINEAR_LOGPROB.select(hidden_states.device, hidden_states.dtype if same else None)
         if implementation is not None and implementation.backend == "native":

@@ -180,7 +180,7 @@ def test_engines_that_cannot_be_are_named():
         Engine(ours, max_running=0)
     with pytest.raises(ValueError, match="cache_bytes must be those of at least one token"):
         Engine(ours, cache_bytes=10)
-    with pytest.raises(TypeError, match="model must be .*Qwen3VL; got Linear"):
+    with pytest.raises(TypeError, match=r"model must be .*Qwen3VL; got Linear"):
         Engine(nn.Linear(2, 2))
     with pytest.raises(RuntimeError, match=r"numerics='shared' cannot be kept: .*got torch.float64 on cpu"):
         Engine(ours.double())

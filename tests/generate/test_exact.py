@@ -1,4 +1,4 @@
-"""The engine against transformers' ``generate``, token for token, and against a trainer's packed forward, bit by bit."""
+"""The engine against transformers' ``generate``, token for token, and a trainer's packed forward, bit by bit."""
 
 from __future__ import annotations
 
