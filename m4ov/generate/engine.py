@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor
 from m4ov.generate import head, requests, sampling
 from m4ov.generate.cache import Slab
 from m4ov.generate.forward import Decoder, Prefilled, quietly
-from m4ov.generate.options import Completion, RequestError, SamplingOptions
+from m4ov.generate.options import Completion, RequestError, SamplingOptions, one_each
 from m4ov.generate.requests import ROW, Request
 from m4ov.generate.weights import Seen, check, copy_into
 from m4ov.models.qwen3_vl import Qwen3VL
@@ -113,14 +112,9 @@ class Engine:
         Raises:
             RequestError: a prompt or its options cannot be served; names it. None was begun.
         """
-        if isinstance(options, SamplingOptions):
-            step = options.samples
-            options = [replace(options, seed=(options.seed + place * step) % 2**64) for place in range(len(prompts))]
-        if len(options) != len(prompts):
-            raise RequestError(f"options: expected one for all or {len(prompts)}, one a prompt; got {len(options)}")
         found = [
             self._checked(f"prompts[{place}]", prompt, option)
-            for place, (prompt, option) in enumerate(zip(prompts, options, strict=True))
+            for place, (prompt, option) in enumerate(zip(prompts, one_each(options, len(prompts)), strict=True))
         ]
         numbers = [self._enqueue(request) for request in found]
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -67,6 +67,21 @@ class SamplingOptions:
         _require(strings, "stop", "a sequence of strings, none of them empty", self.stop)
         ids = all(type(token) is int and token >= 0 for token in self.stop_token_ids)
         _require(ids, "stop_token_ids", "token ids", self.stop_token_ids)
+
+
+def one_each(options: SamplingOptions | Sequence[SamplingOptions], prompts: int) -> list[SamplingOptions]:
+    """Options of each prompt: those that are given, or one for all, of which prompt ``i`` takes the seed
+    ``seed + i · samples``.
+
+    Raises:
+        RequestError: they are not as many as the prompts.
+    """
+    if isinstance(options, SamplingOptions):
+        step = options.samples
+        return [replace(options, seed=(options.seed + place * step) % 2**64) for place in range(prompts)]
+    if len(options) != prompts:
+        raise RequestError(f"options: expected one for all or {prompts}, one a prompt; got {len(options)}")
+    return list(options)
 
 
 @dataclass(frozen=True, eq=False)
