@@ -16,6 +16,7 @@ from m4ov.generate.weights import linear_of
 from m4ov.models.qwen3_vl import Qwen3VL
 from m4ov.models.qwen3_vl.text import Placed
 from m4ov_kernels import deepstack_add, invariant, qk_norm_mrope, scatter_vision, swiglu, varlen_attention
+from m4ov_kernels.attention import VARLEN_ATTENTION
 from m4ov_kernels.dispatch import requesting_invariance
 from m4ov_kernels.nn.quantized_pair import quantized_swiglu
 from m4ov_kernels.packing import PackedBatch
@@ -122,31 +123,33 @@ class Decoder:
             lengths: tokens in the run before this one.
         """
         device = self.slab.keys[0].device
-        queries, keys = (x.to(device) for x in bounds(offsets, lengths + 1))
-        end, longest = int(offsets[-1] + lengths[-1] + 1), int(lengths.max() + 1)
         target = torch.from_numpy(offsets + lengths).to(device)
         position_ids = torch.from_numpy(np.broadcast_to(positions, (3, len(positions))).copy()).to(device)
-        scale = self.layers[0].attention.scaling
+        attention = self._attention(bounds(offsets, lengths + 1), int(lengths.max()) + 1)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             kept_keys, kept_values = self.slab.keys[layer], self.slab.values[layer]
             kept_keys.index_copy_(0, target, k)
             kept_values.index_copy_(0, target, v)
-            return varlen_attention(
-                q,
-                kept_keys[:end],
-                kept_values[:end],
-                queries,
-                cu_seqlens_k=keys,
-                causal=True,
-                max_seqlen=1,
-                max_seqlen_k=longest,
-                scale=scale,
-                invariant=self.shared,
-            )
+            return attention(q, kept_keys, kept_values)
 
         embeddings = self.embedding(torch.from_numpy(tokens).to(device))
         return self._run(embeddings, position_ids, attend, None, None)
+
+    def _attention(self, cu_seqlens: Tensor, longest: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Of single queries over the slab; ``cu_seqlens`` as :func:`m4ov.generate.cache.bounds` makes them."""
+        slab, text = self.slab.keys[0], self.model.config.text
+        scale = self.layers[0].attention.scaling
+        implementation = VARLEN_ATTENTION.select(slab.device, slab.dtype)
+        if implementation is not None and implementation.backend == "native":
+            from m4ov_kernels.attention.native import Prepared
+
+            sizes = (text.num_attention_heads, text.num_key_value_heads, text.head_dim)
+            return Prepared(cu_seqlens, *sizes, slab.dtype, causal=True, scale=scale)
+        end = int(cu_seqlens[1, -1])
+        queries, keys = cu_seqlens.to(slab.device)
+        options = {"cu_seqlens_k": keys, "causal": True, "max_seqlen": 1, "max_seqlen_k": longest, "scale": scale}
+        return lambda q, k, v: varlen_attention(q, k[:end], v[:end], queries, invariant=self.shared, **options)
 
     def _see(self, batch: PackedBatch) -> tuple[Tensor, Placed | None]:
         embeddings: Tensor = self.embedding(batch.input_ids)

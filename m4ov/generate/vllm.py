@@ -2,7 +2,8 @@
 
 What a server must be started with: ``--logprobs-mode processed_logprobs`` (else log-probabilities are those of
 temperature 1, whatever the request says), and, for weights, ``VLLM_SERVER_DEV_MODE=1`` and
-``--weight-transfer-config``. Its arithmetic is not the trainer's: correct for it (TIS, IcePop), and look at the certificate.
+``--weight-transfer-config``. Its arithmetic is not the trainer's: correct for it (TIS, IcePop), and look at the
+certificate.
 """
 
 from __future__ import annotations
