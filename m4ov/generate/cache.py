@@ -1,10 +1,10 @@
 """Keys and values of what has been read, in one slab of tokens for each layer.
 
-A sample has one run of the slab, reserved when it is admitted: its prompt and ``max_tokens`` more. Why runs and not
-pages of a fixed size: ``varlen_attention`` reads a run where it lies and gives the bits of prefilling, and what was
-admitted is never evicted. What it costs: room for tokens that are never made (untouched, so the system gives it no
-memory), and one copy of a prompt's keys and values for each of its samples, made after the prompt was read once: 2 ·
-layers · KV · D numbers a token, thousandths of what reading it takes.
+A prompt has one run of the slab, which its samples share, and each sample one for what it draws, ``max_tokens`` long,
+both reserved when the request is admitted. Why runs and not pages of a fixed size: the kernel reads a run where it
+lies, in order, and gives the bits of prefilling; a prefix and an own run are all the sharing that samples of a prompt
+need, without a table of pages; and what was admitted is never evicted. What it costs: room for tokens that are never
+drawn (untouched, so the system gives it no memory).
 """
 
 from __future__ import annotations
@@ -74,3 +74,19 @@ def bounds(offsets: np.ndarray, lengths: np.ndarray) -> Tensor:
     made[1, 1::2] = offsets
     made[1, 2::2] = offsets + lengths
     return torch.from_numpy(made)
+
+
+def prefixes(first: np.ndarray, keys: np.ndarray) -> Tensor:
+    """int64 ``[2, 2n]``: the runs that the queries of :func:`bounds` see before their own."""
+    made = np.zeros((2, 2 * len(first)), dtype=np.int64)
+    made[0, 1::2], made[1, 1::2] = first, keys
+    return torch.from_numpy(made)
+
+
+def gathered(offsets: np.ndarray, lengths: np.ndarray, first: np.ndarray, keys: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Which tokens of the slab n queries see, one query after the other, int64 ``[S]``; and ``cu_seqlens_k``,
+    ``[n + 1]``: for kernels that know no prefix."""
+    both, begins = np.stack([keys, lengths], 1).reshape(-1), np.stack([first, offsets], 1).reshape(-1)
+    ends = np.cumsum(both)
+    tokens = np.arange(int(ends[-1])) + np.repeat(begins - (ends - both), both)
+    return torch.from_numpy(tokens), torch.from_numpy(np.concatenate([[0], ends[1::2]]))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from m4ov.generate import head, requests, sampling
 from m4ov.generate.cache import Slab
-from m4ov.generate.forward import Decoder, Prefilled, quietly
+from m4ov.generate.forward import Decoder, Places, quietly
 from m4ov.generate.options import Completion, RequestError, SamplingOptions, one_each
 from m4ov.generate.requests import ROW, Request
 from m4ov.generate.weights import Seen, check, copy_into
@@ -185,7 +185,7 @@ class Engine:
         for row in self._rows:
             request, sample = self._owners.pop(int(row["slot"]))
             self._log.give_back(int(row["slot"]), 0)
-            self._slab.give_back(int(row["offset"]), request.reserved)
+            self._leave(request, int(row["offset"]))
             request.waiting.append(sample)
             again[request.number] = request
         for request in self._waiting:
@@ -234,11 +234,11 @@ class Engine:
         if options.samples > self.max_running:
             raise RequestError(f"{where}: samples: expected at most {self.max_running}, got {options.samples}")
         request = requests.checked(where, prompt, options, self.model.config, self.window, self.end_token_ids)
-        needed = request.reserved * options.samples
+        needed = sum(request.needed())
         if needed > self._slab.tokens:
             raise RequestError(
-                f"{where}: expected samples that need at most {self._slab.tokens} tokens of cache together, got "
-                f"{options.samples} of {request.reserved}; give the engine more cache_bytes, or fewer max_tokens"
+                f"{where}: expected prompt and samples that need at most {self._slab.tokens} tokens of cache, got "
+                f"{needed}; give the engine more cache_bytes, or fewer max_tokens or samples"
             )
         return request
 
@@ -275,28 +275,25 @@ class Engine:
             tokens += request.length
             if samples > self.max_running or (admitted and tokens > self.prefill_tokens):
                 break
-            offsets = self._slab.take([request.reserved] * len(request.waiting))
-            if offsets is None:
+            runs = self._slab.take(request.needed())
+            if runs is None:
                 break
+            request.prefix, *offsets = runs
+            request.running = len(offsets)
             admitted.append((self._waiting.popleft(), offsets))
         return admitted
 
     def _prefill(self, admitted: list[tuple[Request, list[int]]]) -> int:
         batch = requests.pack([request.prompt for request, _ in admitted], self.model.config)
-        begins, device = batch.cu_seqlens.tolist(), self._slab.keys[0].device
-        source, target, owner = [], [], []
-        for place, (request, offsets) in enumerate(admitted):
-            inside = np.arange(request.length)
-            source.append(np.tile(inside + begins[place], len(offsets)))
-            target.append((np.asarray(offsets)[:, None] + inside).reshape(-1))
-            owner += [place] * len(offsets)
-        kept = Prefilled(*(torch.from_numpy(np.concatenate(part)).to(device) for part in (source, target)))
+        device = self._slab.keys[0].device
+        target = np.concatenate([request.prefix + np.arange(request.length) for request, _ in admitted])
+        owner = np.repeat(np.arange(len(admitted)), [len(offsets) for _, offsets in admitted])
         try:
-            hidden = self._decoder.prefill(batch.to(device), kept)
+            hidden = self._decoder.prefill(batch.to(device), torch.from_numpy(target).to(device))
         except BaseException:  # nothing is lost: they wait again
             for request, offsets in reversed(admitted):
                 for offset in offsets:
-                    self._slab.give_back(offset, request.reserved)
+                    self._leave(request, offset)
                 self._waiting.appendleft(request)
             raise
         rows = [self._begun(*item, delta) for item, delta in zip(admitted, batch.rope_deltas.tolist(), strict=True)]
@@ -304,7 +301,7 @@ class Engine:
         self._rows = np.concatenate([self._rows, *rows])
         self._remember_ends()
         self.counts["prefilled"] += batch.tokens
-        self._note(new, *self._draw(hidden, self._rows[new], np.asarray(owner)))
+        self._note(new, *self._draw(hidden, self._rows[new], owner))
         self._rows = self._rows[np.argsort(self._rows["offset"])]
         return len(owner)
 
@@ -318,8 +315,11 @@ class Engine:
 
     def _decode(self) -> int:
         rows = self._rows
-        token, offset, length = (np.ascontiguousarray(rows[name]) for name in ("token", "offset", "length"))
-        hidden = self._decoder.decode(token, length + rows["delta"], offset, length)
+        token, *places = (
+            np.ascontiguousarray(rows[name]) for name in ("token", "prefix", "prompt", "offset", "length")
+        )
+        position = rows["prompt"] + rows["length"] + rows["delta"]
+        hidden = self._decoder.decode(token, Places(*places, position))
         rows["length"] += 1
         count = len(rows)
         self.counts["decoded"] += count
@@ -384,10 +384,17 @@ class Engine:
         for row, reason in zip(self._rows[ended], reasons, strict=True):
             slot = int(row["slot"])
             request, sample = self._owners.pop(slot)
-            self._slab.give_back(int(row["offset"]), request.reserved)
+            self._leave(request, int(row["offset"]))
             self._complete(request, sample, *self._log.give_back(slot, int(row["count"])), reason)
         self._rows = self._rows[~ended]
         self._remember_ends()
+
+    def _leave(self, request: Request, offset: int) -> None:
+        """A sample's run is free, and with the last one its prompt's."""
+        self._slab.give_back(offset, request.own)
+        request.running -= 1
+        if not request.running:
+            self._slab.give_back(request.prefix, request.length)
 
     def _complete(self, request: Request, sample: int, tokens: Tensor, logprobs: Tensor, reason: str) -> None:
         text = None

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from m4ov.generate.cache import Slab, bounds
+from m4ov.generate import cache
+from m4ov.generate.cache import Slab
 from m4ov.generate.weights import linear_of
 from m4ov.models.qwen3_vl import Qwen3VL
 from m4ov.models.qwen3_vl.text import Placed
@@ -73,16 +74,20 @@ class _Layer:
         return self.down(activated)  # type: ignore[no-any-return]
 
 
-class Prefilled(NamedTuple):
-    """Which rows of a packed batch of prompts go where.
+class Places(NamedTuple):
+    """Where n samples stand, int64 ``[n]`` each, in the order of ``offset``.
 
     Attributes:
-        source, target: int64: the rows whose keys and values are kept (each once for every sample of its prompt), and
-            the tokens of the slab.
+        prefix, prompt: their prompt's run of the slab, and its length.
+        offset, length: their own run, and how much of it is filled.
+        position: of the token that comes, in all three axes.
     """
 
-    source: Tensor
-    target: Tensor
+    prefix: np.ndarray
+    prompt: np.ndarray
+    offset: np.ndarray
+    length: np.ndarray
+    position: np.ndarray
 
 
 class Decoder:
@@ -99,33 +104,27 @@ class Decoder:
         self.embedding, self.norm = text.embed_tokens, text.norm
         self.layers = [_Layer(layer, shared, weights) for layer in text.layers]
 
-    def prefill(self, batch: PackedBatch, kept: Prefilled) -> Tensor:
+    def prefill(self, batch: PackedBatch, target: Tensor) -> Tensor:
         """Read prompts: normalised hidden states ``[N, D]`` of the last token of each. The tower sees each image once,
-        whoever asks."""
+        whoever asks. ``target``: int64 ``[T]``, where in the slab the tokens' keys and values are kept."""
         embeddings, placed = self._see(batch)
         scale = self.layers[0].attention.scaling
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.slab.keys[layer].index_copy_(0, kept.target, k.index_select(0, kept.source))
-            self.slab.values[layer].index_copy_(0, kept.target, v.index_select(0, kept.source))
+            self.slab.keys[layer].index_copy_(0, target, k)
+            self.slab.values[layer].index_copy_(0, target, v)
             return varlen_attention(
                 q, k, v, batch.cu_seqlens, causal=True, max_seqlen=batch.max_seqlen, scale=scale, invariant=self.shared
             )
 
         return self._run(embeddings, batch.position_ids, attend, placed, batch.cu_seqlens[1:].long() - 1)
 
-    def decode(self, tokens: np.ndarray, positions: np.ndarray, offsets: np.ndarray, lengths: np.ndarray) -> Tensor:
-        """One token of each of n samples, ``[n]`` all: normalised hidden states ``[n, D]``.
-
-        Args:
-            tokens, positions: and its position in all three axes.
-            offsets: where the samples' runs of the slab begin, ascending.
-            lengths: tokens in the run before this one.
-        """
+    def decode(self, tokens: np.ndarray, places: Places) -> Tensor:
+        """One token of each sample, int64 ``[n]``: normalised hidden states ``[n, D]``."""
         device = self.slab.keys[0].device
-        target = torch.from_numpy(offsets + lengths).to(device)
-        position_ids = torch.from_numpy(np.broadcast_to(positions, (3, len(positions))).copy()).to(device)
-        attention = self._attention(bounds(offsets, lengths + 1), int(lengths.max()) + 1)
+        target = torch.from_numpy(places.offset + places.length).to(device)
+        position_ids = torch.from_numpy(np.broadcast_to(places.position, (3, len(tokens))).copy()).to(device)
+        attention = self._attention(places)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             kept_keys, kept_values = self.slab.keys[layer], self.slab.values[layer]
@@ -136,20 +135,40 @@ class Decoder:
         embeddings = self.embedding(torch.from_numpy(tokens).to(device))
         return self._run(embeddings, position_ids, attend, None, None)
 
-    def _attention(self, cu_seqlens: Tensor, longest: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """Of single queries over the slab; ``cu_seqlens`` as :func:`m4ov.generate.cache.bounds` makes them."""
+    def _attention(self, places: Places) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Of single queries over the slab, whose next tokens are in it: keys and values where they lie, by the compiled
+        kernel; by others, gathered."""
         slab, text = self.slab.keys[0], self.model.config.text
-        scale = self.layers[0].attention.scaling
+        heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
+        scale, lengths = self.layers[0].attention.scaling, places.length + 1
         implementation = VARLEN_ATTENTION.select(slab.device, slab.dtype)
         if implementation is not None and implementation.backend == "native":
-            from m4ov_kernels.attention.native import Prepared
+            from m4ov_kernels.attention.native import FEW_LANES, Prepared
 
-            sizes = (text.num_attention_heads, text.num_key_value_heads, text.head_dim)
-            return Prepared(cu_seqlens, *sizes, slab.dtype, causal=True, scale=scale)
-        end = int(cu_seqlens[1, -1])
-        queries, keys = cu_seqlens.to(slab.device)
-        options = {"cu_seqlens_k": keys, "causal": True, "max_seqlen": 1, "max_seqlen_k": longest, "scale": scale}
-        return lambda q, k, v: varlen_attention(q, k[:end], v[:end], queries, invariant=self.shared, **options)
+            if heads // kv_heads <= FEW_LANES:
+                bounds, prefix = cache.bounds(places.offset, lengths), cache.prefixes(places.prefix, places.prompt)
+                sizes = (heads, kv_heads, text.head_dim)
+                return Prepared(bounds, *sizes, slab.dtype, causal=True, scale=scale, prefix=prefix)
+        tokens, keys = (x.to(slab.device) for x in cache.gathered(places.offset, lengths, places.prefix, places.prompt))
+        queries = torch.arange(len(lengths) + 1, device=slab.device)
+        longest = int((places.prompt + lengths).max())
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k, v = k.index_select(0, tokens), v.index_select(0, tokens)
+            return varlen_attention(
+                q,
+                k,
+                v,
+                queries,
+                cu_seqlens_k=keys,
+                causal=True,
+                max_seqlen=1,
+                max_seqlen_k=longest,
+                scale=scale,
+                invariant=self.shared,
+            )
+
+        return attend
 
     def _see(self, batch: PackedBatch) -> tuple[Tensor, Placed | None]:
         embeddings: Tensor = self.embedding(batch.input_ids)

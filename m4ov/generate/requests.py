@@ -15,12 +15,14 @@ from m4ov.generate.options import Completion, RequestError, SamplingOptions
 from m4ov.models.qwen3_vl import Config
 from m4ov_kernels.packing import PackedBatch, Sample
 
-#: A sample that is being drawn. ``slot``: where its tokens are noted; ``offset``, ``length``: its run of the slab, and
-#: how much of it is filled; ``delta``: what to add to ``length`` for the next position; ``token``: drawn last, not read
-#: yet; ``count``: of tokens drawn; ``limit``: of them; ``strings``: whether there are strings that end it.
+#: A sample that is being drawn. ``slot``: where its tokens are noted; ``prefix``, ``prompt``: its prompt's run of the
+#: slab, and that one's length; ``offset``, ``length``: its own, and how much of it is filled; ``delta``: what to add to
+#: ``prompt + length`` for the next position; ``token``: drawn last, not read yet; ``count``: of tokens drawn;
+#: ``limit``: of them; ``strings``: whether there are strings that end it.
 ROW = np.dtype(
     [
-        *((name, "i8") for name in ("slot", "offset", "length", "delta", "token", "count", "limit", "top_k")),
+        *((name, "i8") for name in ("slot", "prefix", "prompt", "offset", "length", "delta")),
+        *((name, "i8") for name in ("token", "count", "limit", "top_k")),
         *(("key", "u8"), ("temperature", "f8"), ("top_p", "f8"), ("strings", "?")),
     ]
 )
@@ -33,6 +35,8 @@ class Request:
     Attributes:
         ends: tokens that end a completion.
         waiting: numbers of the samples that are not begun.
+        running: how many are being drawn.
+        prefix: while there are some, where in the slab their prompt lies.
         done: of each sample its completion, ``None`` until it is there.
     """
 
@@ -43,20 +47,27 @@ class Request:
     limit: int
     waiting: list[int]
     done: list[Completion | None] = field(default_factory=list)
+    running: int = 0
+    prefix: int = -1
 
     @property
     def length(self) -> int:
         return self.prompt.input_ids.shape[0]
 
     @property
-    def reserved(self) -> int:
-        """Tokens of the slab that a sample may need: the last token drawn is never read."""
-        return self.length + self.limit - 1
+    def own(self) -> int:
+        """Tokens of the slab that a sample may need for itself: the last one that it draws is never read."""
+        return max(1, self.limit - 1)
+
+    def needed(self) -> list[int]:
+        """Runs of the slab: the prompt's, and that of each sample that waits."""
+        return [self.length, *[self.own] * len(self.waiting)]
 
     def rows(self, samples: Sequence[int], slots: Sequence[int], offsets: Sequence[int], delta: int) -> np.ndarray:
         """:data:`ROW` of samples whose prompt has been read."""
         rows = np.zeros(len(samples), dtype=ROW)
-        rows["slot"], rows["offset"], rows["length"], rows["delta"] = slots, offsets, self.length, delta
+        rows["slot"], rows["offset"], rows["delta"] = slots, offsets, delta
+        rows["prefix"], rows["prompt"] = self.prefix, self.length
         rows["limit"], rows["top_k"], rows["top_p"] = self.limit, self.options.top_k, self.options.top_p
         rows["key"] = sampling.keys(self.options.seed, np.asarray(samples))
         rows["temperature"], rows["strings"] = self.options.temperature, bool(self.options.stop)

@@ -92,7 +92,9 @@ def test_what_can_never_have_room_is_refused():
     engine = Engine(ours, cache_bytes=room_for(ours.config, 40), max_running=4)
     (prompt,) = words(10)
     engine.submit(prompt, SamplingOptions(max_tokens=31))
-    with pytest.raises(RequestError, match=r"prompt: expected samples that need at most 40 tokens .* got 1 of 41"):
+    with pytest.raises(
+        RequestError, match=r"prompt: expected prompt and samples that need at most 40 tokens .* got 41"
+    ):
         engine.submit(prompt, SamplingOptions(max_tokens=32))
     with pytest.raises(RequestError, match="samples: expected at most 4, got 5"):
         engine.submit(prompt, SamplingOptions(samples=5))
