@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from m4ov_bench import measure
-from m4ov_bench.cases import _dtype_name
+from m4ov_bench.case import _dtype_name
 from m4ov_bench.row import Peer, Row
 from m4ov_bench.session import OURS, Session, timing
 from m4ov_kernels import invariant, linear_logprob

@@ -315,9 +315,7 @@ class Engine:
 
     def _decode(self) -> int:
         rows = self._rows
-        token, *places = (
-            np.ascontiguousarray(rows[name]) for name in ("token", "prefix", "prompt", "offset", "length")
-        )
+        token, *places = (rows[name].copy() for name in ("token", "prefix", "prompt", "offset", "length"))
         position = rows["prompt"] + rows["length"] + rows["delta"]
         hidden = self._decoder.decode(token, Places(*places, position))
         rows["length"] += 1
