@@ -55,10 +55,14 @@ M4OV_INLINE int64_t owner(const int64_t* starts, int64_t sequences, int64_t unit
   return low;
 }
 
+// Rows of which the first `split` lie from `rows` on, and row i of the others at rest + i · stride.
 template <typename E>
 struct Block {
   const E* rows;
-  int64_t stride;
+  int64_t stride, split;
+  const E* rest;
+
+  const E* at(int64_t i) const { return (i < split ? rows : rest) + i * stride; }
 };
 
 // Rows that are needed soon. They lie apart, a head of every token, where the processor does not foresee them.
@@ -104,11 +108,14 @@ struct Rows {
   Block<E> block(E* buffer, int64_t width, int64_t h, const Sequence& s, int64_t key, int64_t count) const {
     const int64_t inside = s.together(key, count);
     if constexpr (!kConverted) {
-      if (width == dim && inside == count) return {original + h * head + s.token(key) * row, row};
+      if (width == dim) {
+        const T* of_head = original + h * head;
+        return {of_head + s.token(key) * row, row, inside, of_head + (s.first_key + key) * row};
+      }
     }
     copy(buffer, width, h, s.token(key), inside);
     if (inside < count) copy(buffer + inside * width, width, h, s.token(key + inside), count - inside);
-    return {buffer, width};
+    return {buffer, width, count, buffer};
   }
   void copy(E* buffer, int64_t width, int64_t h, int64_t first, int64_t count) const {
     const T* from = original + h * head + first * row;

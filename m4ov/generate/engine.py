@@ -315,9 +315,11 @@ class Engine:
 
     def _decode(self) -> int:
         rows = self._rows
-        token, *places = (rows[name].copy() for name in ("token", "prefix", "prompt", "offset", "length"))
-        position = rows["prompt"] + rows["length"] + rows["delta"]
-        hidden = self._decoder.decode(token, Places(*places, position))
+        token, prefix, prompt, offset, length = (
+            rows[name].copy() for name in ("token", "prefix", "prompt", "offset", "length")
+        )
+        places = Places(prefix, prompt, offset, length, position=prompt + length + rows["delta"])
+        hidden = self._decoder.decode(token, places)
         rows["length"] += 1
         count = len(rows)
         self.counts["decoded"] += count
