@@ -121,7 +121,6 @@ def test_company_changes_nothing(dtype):
 def test_without_shared_numerics_the_two_differ():
     """What the tests of bits could not be without it: PyTorch's own products."""
     _, ours = drawn("qwen3_vl", layers=3, hidden_size=320, intermediate_size=800)
-    ours = ours.to(torch.bfloat16)
     asked = words(20, 33, 47)
     options = SamplingOptions(max_tokens=24)
     engine = Engine(ours, numerics="fast")
@@ -130,4 +129,4 @@ def test_without_shared_numerics_the_two_differ():
     trained = torch.cat(scored(ours, pairs))
     sampled = torch.cat([completion.logprobs for _, completion, _ in pairs])
     assert (trained - sampled).abs().max() > 0
-    assert (trained - sampled).abs().max() < 0.5
+    assert (trained - sampled).abs().max() < 1e-3
