@@ -37,7 +37,7 @@ run: $(VENV)/.quickstart ## train, evaluate and compare a tiny Qwen3-VL on real 
 # Questions on the same images allotted by density, evenly (no fewer), and all that can be asked on others, to judge by.
 experiments: $(VENV)/.quickstart ## the curriculum against domain-only training and a plain mixture, with SEEDS=0,1,2
 	$(BIN)/m4ov data build data run.folder=$(EXPERIMENT)/allotted $(PRODUCED) allot.questions=4000
-	$(BIN)/m4ov data build data run.folder=$(EXPERIMENT)/uniform $(PRODUCED) allot.questions=4100 allot.by=uniform
+	$(BIN)/m4ov data build data run.folder=$(EXPERIMENT)/uniform $(PRODUCED) allot.questions=4020 allot.by=uniform
 	$(BIN)/m4ov data build data run.folder=$(EXPERIMENT)/produced $(HELD_OUT) allot.questions=60000 allot.by=uniform
 	$(BIN)/m4ov run curriculum run.folder=$(EXPERIMENT) "seeds=[$(SEEDS)]" pools.allotted=$(EXPERIMENT)/allotted/records \
 	  pools.uniform=$(EXPERIMENT)/uniform/records skills.produced=$(EXPERIMENT)/produced/records

@@ -93,12 +93,14 @@ class AllotConfig:
 
     by: str = "density"  # or "uniform": every image as one of the mean density, the same total, for comparison
     scorer: str = "embedded"  # of density; "ocr": with rapidocr's models reading; "teacher": by the teacher over HTTP
+    power: float = 1.0  # of density: 0 gives every image as many questions, whatever the rest
     questions: int = 600  # of all images together
     max_pixels: int = 262_144  # of an image; what the densest gets
 
     def __post_init__(self) -> None:
         _require(self.by in ("density", "uniform"), "allot.by", "density or uniform", self.by)
         _require(self.scorer in ("embedded", "ocr", "teacher"), "allot.scorer", "embedded, ocr or teacher", self.scorer)
+        _require(0 <= self.power <= 16, "allot.power", "0 to 16", self.power)
         _require(self.questions > 0, "allot.questions", "at least 1", self.questions)
         _require(self.max_pixels >= 1024, "allot.max_pixels", "at least 1024", self.max_pixels)
 
