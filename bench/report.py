@@ -91,6 +91,8 @@ def duration(seconds: float) -> str:
 
 
 def rate(row: Row) -> str:
+    if row.unit == "token" and row.rate is not None:
+        return f"{row.rate:,.0f} tokens/s"
     return "" if row.rate is None else f"{row.rate / 1e9:.1f} {_UNITS.get(row.unit, row.unit + '/s')}"
 
 

@@ -6,11 +6,9 @@ import json
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import Qwen3VLForConditionalGeneration
 from transformers import logging as transformers_logging
 
 from m4ov import sft
@@ -20,14 +18,13 @@ from m4ov.data.whole import write_whole
 from m4ov.evaluate import Accuracy, Example, Report, exact_match, examples, html, print_table
 from m4ov.evaluate.arms import CURRICULUM, ArmRun, claims, sections
 from m4ov.manifest import CurriculumConfig, scaled
-from m4ov.models.qwen3_vl import cast_parameters, from_pretrained
+from m4ov.models.qwen3_vl import from_pretrained
 from m4ov.quickstart import usable_cpus
 from m4ov.sft.decisions import read as read_decisions
 from m4ov.train import RunFolder, World, ranks_started
 from m4ov.train.metrics import check
 from m4ov.train.metrics import read as read_metrics
 from m4ov.train.progress import clock
-from m4ov_kernels.patches import patch
 
 
 def run(config: CurriculumConfig) -> None:
@@ -173,9 +170,7 @@ def _data_wait(home: Path) -> str:
 
 def _examples(config: CurriculumConfig, material: sft.Material, folder: Path) -> list[Example]:
     """Held-out questions, answered token after token."""
-    model: Any = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    patch(model)
-    cast_parameters(model, material.task.dtype)
+    model = from_pretrained(folder, dtype=material.task.dtype)
     each = config.evaluate.examples // max(1, len(material.tests))
     return [
         example

@@ -20,7 +20,7 @@ VarlenAttention varlen_attention(const Addresses& at_, const Sizes& sizes, const
           sequences,         tokens_q,    tokens_k,    heads,                 kv_heads,
           dim,               strides[0],  strides[1],  strides[2],            strides[3],
           strides[4],        strides[5],  scale,       causal,                dtype,
-          threads,           at<char>(scratch)};
+          threads,           at<char>(scratch), nullptr,     nullptr};
 }
 
 void bind_attention(py::module_& m) {
@@ -29,6 +29,15 @@ void bind_attention(py::module_& m) {
     return run<&Kernels::varlen_attention_fwd>(VarlenAttentionFwd{
         varlen_attention(inputs, sizes, strides, scale, causal, dtype, threads), at<void>(output), at<float>(normalizer)});
   });
+  m.def("varlen_attention_prefixed_fwd",
+        [](const Addresses& inputs, const Sizes& sizes, const Sizes& strides, float scale, bool causal, int dtype,
+           int threads, Address output, Address normalizer, Address prefix_first, Address prefix_keys) {
+          auto shared = varlen_attention(inputs, sizes, strides, scale, causal, dtype, threads);
+          shared.prefix_first = at<int64_t>(prefix_first);
+          shared.prefix_keys = at<int64_t>(prefix_keys);
+          return run<&Kernels::varlen_attention_fwd>(
+              VarlenAttentionFwd{shared, at<void>(output), at<float>(normalizer)});
+        });
   m.def("varlen_attention_bwd", [](const Addresses& inputs, const Sizes& sizes, const Sizes& strides, float scale,
                                    bool causal, int dtype, int threads, const Addresses& tensors, int64_t grad_row,
                                    int64_t grad_head) {

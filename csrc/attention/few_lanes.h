@@ -15,21 +15,21 @@ M4OV_INLINE bool few_lanes(const VarlenAttention& a, const Sequence& s) {
   return s.rows * (a.heads / a.kv_heads) <= kFewLanes;
 }
 
-// A step of the tiles: kPair neighbouring keys. Of the values one vector, from two rows for pairs (the second may not be
-// there); of the probabilities one lane's, everywhere.
+// A step of the tiles: kPair neighbouring keys. Of the values one vector, from two rows for pairs (the second, `next`, may
+// not be there); of the probabilities one lane's, everywhere.
 struct FmaStep {
   using Operand = V;
-  static V values(const float* row, int64_t, bool) { return load_vector(row); }
+  static V values(const float* row, const float*) { return load_vector(row); }
   static V probability(const float* p) { return set1(*p); }
   static V add(V sum, V p, V value) { return fma(value, p, sum); }
 };
 #ifdef __AVX512BF16__
 struct DotStep {
   using Operand = __m512i;
-  static __m512i values(const Bf16* row, int64_t stride, bool pair) {
+  static __m512i values(const Bf16* row, const Bf16* next) {
     const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
-    if (!pair) return even;
-    const __m256i odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + stride));
+    if (!next) return even;
+    const __m256i odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(next));
     return _mm512_or_si512(even, _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
   }
   static __m512i probability(const Bf16* p) {
@@ -57,18 +57,19 @@ struct StepOf<DotTile> {
 template <typename Tile, typename T>
 static void multiply_few(float* c, const Block<typename Tile::Element>& a, const typename Tile::Element* b,
                          int64_t rows, int64_t vectors, int64_t dim, const Ahead& ahead) {
-  for (int64_t i = 0; i < rows; i += kTileRows) {
-    ahead.fetch(i, i + kTileRows);
-    multiply_rows<Tile, T>(c + i * kBlockLanes, a.rows + i * a.stride, a.stride, b, smaller(kTileRows, rows - i), vectors,
-                           dim);
+  for (int64_t i = 0; i < rows;) {
+    const int64_t end = i < a.split ? smaller(a.split, rows) : rows, count = smaller(kTileRows, end - i);
+    ahead.fetch(i, i + count);
+    multiply_rows<Tile, T>(c + i * kBlockLanes, a.at(i), a.stride, b, count, vectors, dim);
+    i += count;
   }
 }
 
 // `values`: rows of whole vectors. rescale: null for the first block of keys.
 template <typename Tile, int kCount, int kVectors>
 static void add_some_values(float* output, int64_t width, const typename Tile::Element* probabilities,
-                            const typename Tile::Element* values, int64_t stride, int64_t keys, const float* rescale,
-                            const Ahead& ahead) {
+                            const Block<typename Tile::Element>& values, int64_t column, int64_t keys,
+                            const float* rescale, const Ahead& ahead) {
   using Step = typename StepOf<Tile>::type;
   constexpr int64_t kPair = Tile::kPair;
   V sum[kCount][kVectors];
@@ -79,11 +80,12 @@ static void add_some_values(float* output, int64_t width, const typename Tile::E
   }
   for (int64_t key = 0; key < keys; key += kPair) {
     ahead.fetch(key, key + kPair);
-    const auto* row = values + key * stride;
+    const auto* row = values.at(key) + column;
+    const auto* next = kPair == 2 && key + 1 < keys ? values.at(key + 1) + column : nullptr;
     const auto* p = probabilities + key * kBlockLanes;
     typename Step::Operand value[kVectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) value[j] = Step::values(row + j * kLanes, stride, key + 1 < keys);
+    for (int j = 0; j < kVectors; ++j) value[j] = Step::values(row + j * kLanes, next ? next + j * kLanes : nullptr);
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) {
       const auto x = Step::probability(p + i * kPair);
@@ -114,11 +116,10 @@ static void add_values(float* output, int64_t width, const typename Tile::Elemen
       const int64_t vectors = width - j >= kWide * kLanes ? kWide : 1;
       float* to = output + i * width + j;
       const auto* p = probabilities + i * Tile::kPair;
-      const auto* from = values.rows + j;
       const float* factor = rescale ? rescale + i : nullptr;
       const Ahead once = i == 0 && j == 0 ? ahead : Ahead{};
 #define M4OV_VALUES(m, n) \
-  if (count == m && vectors == n) add_some_values<Tile, m, n>(to, width, p, from, values.stride, keys, factor, once)
+  if (count == m && vectors == n) add_some_values<Tile, m, n>(to, width, p, values, j, keys, factor, once)
       M4OV_VALUES(1, kWide);
       M4OV_VALUES(2, kWide);
       M4OV_VALUES(4, kWide);

@@ -60,7 +60,7 @@ struct ForwardScratch {
   float *scores, *output, *maximum, *sum, *rescale;
 
   ForwardScratch(Scratch& scratch, int64_t dim) {
-    key_rows = scratch.take<E>(kSame<E, T> ? 0 : kBlockKeys * dim);
+    key_rows = scratch.take<E>(kBlockKeys * dim);
     value_rows = scratch.take<E>(kBlockKeys * rounded_up(dim, kLanes));
     queries = scratch.take<E>(dim * kBlockLanes);
     rows = scratch.take<E>(kSame<E, T> ? 0 : dim * kBlockLanes);
@@ -112,20 +112,21 @@ static void forward_block(const VarlenAttentionFwd& a, const ForwardScratch<Tile
     w.sum[i] = 0.0f;
   }
   for (int64_t key = 0; key < lanes.most; key += kBlockKeys) {
-    const int64_t count = smaller(kBlockKeys, lanes.most - key), first = s.first_key + key;
-    const Block<E> left = few ? keys.block(w.key_rows, dim, h, first, count) : Block<E>{keys.at(h, first), keys.stride()};
+    const int64_t count = smaller(kBlockKeys, lanes.most - key);
     if (few) {
-      multiply_few<Tile, T>(w.scores, left, w.queries, count, lanes.vectors(), dim, values.ahead(h, first, count));
+      const Block<E> left = keys.block(w.key_rows, dim, h, s, key, count);
+      multiply_few<Tile, T>(w.scores, left, w.queries, count, lanes.vectors(), dim, values.ahead(h, s, key, count));
     } else {
-      multiply_rows<Tile, T>(w.scores, left.rows, left.stride, w.queries, count, lanes.vectors(), dim);
+      multiply_rows<Tile, T>(w.scores, keys.at(h, s.first_key + key), keys.stride(), w.queries, count, lanes.vectors(),
+                             dim);
     }
     if (key + count > lanes.fewest) hide(w.scores, key, count, lanes);
     add_block<Tile, T>(w.scores, count, lanes.vectors(), shared.scale * kExponentUnit<T>, w.maximum, w.sum, w.rescale,
                        w.probabilities);
     if (few) {
-      const Block<E> right = values.block(w.value_rows, padded, h, first, count);
+      const Block<E> right = values.block(w.value_rows, padded, h, s, key, count);
       add_values<Tile>(w.output, padded, w.probabilities, right, lanes.count, count, key ? w.rescale : nullptr,
-                       keys.ahead(h, first + count, smaller(kBlockKeys, lanes.most - key - count)));
+                       keys.ahead(h, s, key + count, smaller(kBlockKeys, lanes.most - key - count)));
       continue;
     }
     const E* panel = transposed.at(h, n, s, key);

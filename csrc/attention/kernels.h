@@ -16,6 +16,9 @@ struct VarlenAttention {
   int causal;                                           // aligned to the end of the keys
   int dtype, threads;
   char* scratch;  // 64-byte aligned; null: the kernel only returns how many bytes it needs
+  // [sequences], forward only, or null: sequence n sees first the prefix_keys[n] keys from prefix_first[n] on, wherever
+  // they lie (sequences may share them), then its own. Of few lanes (kFewLanes) where there are any.
+  const int64_t *prefix_first, *prefix_keys;
 };
 
 struct VarlenAttentionFwd {

@@ -19,7 +19,15 @@ constexpr int64_t kBlockLanes = 64;
 constexpr int64_t kBlockKeys = 128;
 
 struct Sequence {
-  int64_t first_row, rows, first_key, keys;
+  int64_t first_row, rows;
+  int64_t first_key, keys;  // key i is token first_key + i, if it is not in the prefix
+  int64_t prefix_first, prefix_keys;
+
+  // Where key i lies, and how many of `count` from there on lie behind it.
+  int64_t token(int64_t key) const { return (key < prefix_keys ? prefix_first : first_key) + key; }
+  int64_t together(int64_t key, int64_t count) const {
+    return key < prefix_keys ? smaller(count, prefix_keys - key) : count;
+  }
 
   // How many keys the query row sees; rows are aligned to the end of the keys.
   int64_t visible(bool causal, int64_t row) const {
@@ -28,7 +36,13 @@ struct Sequence {
 };
 
 M4OV_INLINE Sequence sequence_at(const VarlenAttention& a, int64_t n) {
-  return {a.bounds_q[n], a.bounds_q[n + 1] - a.bounds_q[n], a.bounds_k[n], a.bounds_k[n + 1] - a.bounds_k[n]};
+  const int64_t prefix = a.prefix_keys ? a.prefix_keys[n] : 0;
+  return {a.bounds_q[n],
+          a.bounds_q[n + 1] - a.bounds_q[n],
+          a.bounds_k[n] - prefix,
+          a.bounds_k[n + 1] - a.bounds_k[n] + prefix,
+          a.prefix_first ? a.prefix_first[n] : 0,
+          prefix};
 }
 
 // The last n with starts[n] <= unit.
@@ -41,10 +55,14 @@ M4OV_INLINE int64_t owner(const int64_t* starts, int64_t sequences, int64_t unit
   return low;
 }
 
+// Rows of which the first `split` lie from `rows` on, and row i of the others at rest + i · stride.
 template <typename E>
 struct Block {
   const E* rows;
-  int64_t stride;
+  int64_t stride, split;
+  const E* rest;
+
+  const E* at(int64_t i) const { return (i < split ? rows : rest) + i * stride; }
 };
 
 // Rows that are needed soon. They lie apart, a head of every token, where the processor does not foresee them.
@@ -73,9 +91,10 @@ struct Rows {
         original(static_cast<const T*>(x)), row(row), head(head), tokens(a.tokens_k), dim(a.dim) {}
 
   int64_t stride() const { return kConverted ? dim : row; }
-  Ahead ahead(int64_t h, int64_t key, int64_t count) const {
+  Ahead ahead(int64_t h, const Sequence& s, int64_t key, int64_t count) const {
     constexpr int64_t kSize = sizeof(T);
-    return {reinterpret_cast<const char*>(original + h * head + key * row), row * kSize, dim * kSize, count};
+    const char* rows = reinterpret_cast<const char*>(original + h * head + s.token(key) * row);
+    return {rows, row * kSize, dim * kSize, s.together(key, count)};
   }
   const E* at(int64_t h, int64_t key) const {
     if constexpr (kConverted) {
@@ -84,12 +103,22 @@ struct Rows {
       return original + h * head + key * row;
     }
   }
-  // A few rows: where they lie, or in `buffer`, `width` elements to a row, zeros beyond the head's.
-  Block<E> block(E* buffer, int64_t width, int64_t h, int64_t key, int64_t count) const {
-    const T* from = original + h * head + key * row;
+  // A few rows of a sequence, from its key `key` on: where they lie, or in `buffer`, `width` elements to a row, zeros
+  // beyond the head's.
+  Block<E> block(E* buffer, int64_t width, int64_t h, const Sequence& s, int64_t key, int64_t count) const {
+    const int64_t inside = s.together(key, count);
     if constexpr (!kConverted) {
-      if (width == dim) return {from, row};
+      if (width == dim) {
+        const T* of_head = original + h * head;
+        return {of_head + s.token(key) * row, row, inside, of_head + (s.first_key + key) * row};
+      }
     }
+    copy(buffer, width, h, s.token(key), inside);
+    if (inside < count) copy(buffer + inside * width, width, h, s.token(key + inside), count - inside);
+    return {buffer, width, count, buffer};
+  }
+  void copy(E* buffer, int64_t width, int64_t h, int64_t first, int64_t count) const {
+    const T* from = original + h * head + first * row;
     for (int64_t i = 0; i < count; ++i) {
       E* to = buffer + i * width;
       if constexpr (kConverted) {
@@ -99,7 +128,6 @@ struct Rows {
       }
       memset(to + dim, 0, (width - dim) * sizeof(E));
     }
-    return {buffer, width};
   }
   void convert(int64_t h, int64_t key, int64_t count) const {
     if constexpr (kConverted) {

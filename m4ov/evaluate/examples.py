@@ -10,6 +10,12 @@ import torch
 
 from m4ov.data import Encoder, Sample, Split, patchify
 from m4ov.data.tokenizer import prompt
+from m4ov.generate import Engine, SamplingOptions
+from m4ov.models.qwen3_vl import Qwen3VL
+from m4ov_kernels.packing import Patches
+from m4ov_kernels.packing import Sample as Asked
+
+_TOKENS = 8  # of an answer, at most
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,10 @@ def examples(
     seed: int,
     dtype: torch.dtype = torch.float32,
 ) -> list[Example]:
-    """Answers to ``count`` questions of different images, drawn by ``seed``, one kind of question after the other."""
+    """Answers to ``count`` questions of different images, drawn by ``seed``, one kind of question after the other.
+
+    ``model``: this package's, or transformers' class.
+    """
     random = np.random.default_rng(seed)
     kinds = sorted({sample.kind for sample in split.samples})
     shuffled = [split.samples[place] for place in random.permutation(len(split.samples))]
@@ -52,20 +61,40 @@ def examples(
                 chosen.append(by_kind[kind].pop())
                 seen.add(chosen[-1].image)
     model.eval()
+    answers = _engine if isinstance(model, Qwen3VL) else _transformers
+    said = answers(model, split, encoder, chosen, dtype)
+    return [
+        Example(split.images[sample.image], sample.question, text.strip(), sample.answer, sample.kind)
+        for sample, text in zip(chosen, said, strict=True)
+    ]
+
+
+def _engine(model: Qwen3VL, split: Split, encoder: Encoder, chosen: list[Sample], dtype: torch.dtype) -> list[str]:
+    """Of our own model, all at once."""
     geometry = encoder.geometry
-    told = []
+    prompts = []
     for sample in chosen:
-        image = split.images[sample.image]
+        pixels = torch.from_numpy(patchify(split.images[sample.image][None], geometry)).to(dtype)
+        ids = torch.tensor(encoder.tokenizer.encode(prompt(sample.question, geometry.tokens)).ids)
+        prompts.append(Asked(ids, images=[Patches(pixels, geometry.grid_thw)]))
+    engine = Engine(model, tokenizer=encoder.tokenizer, end_token_ids=[encoder.end_token], numerics="fast")
+    made = engine.generate(prompts, SamplingOptions(max_tokens=_TOKENS, temperature=0))
+    return [completions[0].text or "" for completions in made]
+
+
+def _transformers(model: Any, split: Split, encoder: Encoder, chosen: list[Sample], dtype: torch.dtype) -> list[str]:
+    """Of transformers' class, one after the other."""
+    geometry, said = encoder.geometry, []
+    for sample in chosen:
         asked = torch.tensor([encoder.tokenizer.encode(prompt(sample.question, geometry.tokens)).ids])
         answered = model.generate(
             input_ids=asked,
             attention_mask=torch.ones_like(asked),
             mm_token_type_ids=asked.eq(encoder.image_token).long(),
-            pixel_values=torch.from_numpy(patchify(image[None], geometry)).to(dtype),
+            pixel_values=torch.from_numpy(patchify(split.images[sample.image][None], geometry)).to(dtype),
             image_grid_thw=torch.tensor([geometry.grid_thw]),
-            max_new_tokens=8,
+            max_new_tokens=_TOKENS,
             do_sample=False,
         )
-        text = encoder.tokenizer.decode(answered[0, asked.shape[1] :].tolist()).strip()
-        told.append(Example(image, sample.question, text, sample.answer, sample.kind))
-    return told
+        said.append(encoder.tokenizer.decode(answered[0, asked.shape[1] :].tolist()))
+    return said

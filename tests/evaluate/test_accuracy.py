@@ -114,5 +114,7 @@ def test_our_own_model_answers_alike(model):
         for name, parameter in ours.named_parameters():
             parameter.copy_(weights[name])
     found = [exact_match(one, split, encoder, tokens_per_batch=512) for one in (model, ours)]
+    shown = [[example.said for example in examples(one, split, encoder, 6, seed=2)] for one in (model, ours)]
+    assert shown[0] == shown[1]
     assert found[0] == found[1]
     assert 0 < sum(found[1].right) < len(found[1].right)

@@ -206,6 +206,58 @@ def test_decoding_a_row_gives_the_bits_of_prefilling_it(isa, dtype, heads, dim):
     assert torch.equal(together[77 : 77 + length], whole)
 
 
+@pytest.mark.parametrize("dtype", strategies.DTYPES)
+@given(
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 2), (8, 1)]),
+    dim=st.sampled_from([2, 7, 32, 33, 64, 128]),
+    prompts=st.lists(st.integers(1, 20) | st.sampled_from([127, 128, 129, 255, 300]), min_size=1, max_size=3),
+    own=st.lists(st.integers(1, 5) | st.sampled_from([1, 2, 127, 128, 129, 260]), min_size=1, max_size=6),
+)
+@settings(max_examples=8)
+def test_a_shared_prefix_gives_the_bits_of_keys_in_one_run(isa, dtype, heads, dim, prompts, own):
+    """Prompts that samples share, anywhere among the keys, and runs of their own with gaps between: keys that nobody
+    asks for are NaN."""
+    gap = 3
+    starts, end = [], gap
+    for size in own:
+        starts.append(end)
+        end += size + gap
+    firsts = []
+    for size in reversed(prompts):
+        firsts.insert(0, end)
+        end += size
+    k, v = (torch.full((end, heads[1], dim), float("nan"), dtype=dtype) for _ in range(2))
+    for first, size in [*zip(starts, own, strict=True), *zip(firsts, prompts, strict=True)]:
+        k[first : first + size], v[first : first + size] = torch.randn(2, size, heads[1], dim)
+    q = torch.randn(len(own), heads[0], dim).to(dtype)
+    asked = [place % len(prompts) for place in range(len(own))]
+    edges = torch.zeros(2, 2 * len(own) + 1, dtype=torch.int64)
+    prefix = torch.zeros(2, 2 * len(own), dtype=torch.int64)
+    edges[0, 1::2], edges[0, 2::2] = torch.arange(len(own)), torch.arange(1, len(own) + 1)
+    edges[1, 1::2], edges[1, 2::2] = torch.tensor(starts), torch.tensor(starts) + torch.tensor(own)
+    prefix[0, 1::2] = torch.tensor([firsts[place] for place in asked])
+    prefix[1, 1::2] = torch.tensor([prompts[place] for place in asked])
+    call = native.Prepared(edges, *heads, dim, dtype, causal=True, scale=0.3, prefix=prefix)
+    found = [call(q, k, v) for _ in range(2)]
+    rows = [
+        torch.cat([torch.arange(firsts[place], firsts[place] + prompts[place]), torch.arange(start, start + size)])
+        for place, start, size in zip(asked, starts, own, strict=True)
+    ]
+    together = torch.cat(rows)
+    sizes = bounds([len(row) for row in rows])
+    expected = varlen_attention(
+        q, k[together], v[together], bounds([1] * len(own)), cu_seqlens_k=sizes, causal=True, scale=0.3
+    )
+    assert expected.isfinite().all()
+    assert all(torch.equal(one, expected) for one in found)
+    without = native.Prepared(edges, *heads, dim, dtype, causal=True, scale=0.3)
+    alone = torch.cat([torch.arange(start, start + size) for start, size in zip(starts, own, strict=True)])
+    expected = varlen_attention(
+        q, k[alone], v[alone], bounds([1] * len(own)), cu_seqlens_k=bounds(own), causal=True, scale=0.3
+    )
+    assert torch.equal(without(q, k, v), expected)
+
+
 def test_invariance_is_refused_where_it_is_not_kept():
     q = torch.randn(3, 1, 8, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="invariant=True is kept by the compiled CPU kernels only; here reference"):
