@@ -179,20 +179,20 @@ def dot_products(kind: str, operations: float) -> tuple[Call, int]:
 
 
 def _timed(call: Call, index: int) -> Sample:
-    faults, switches = _usage()
+    faults, switches = usage()
     start = time.perf_counter()
     call(index)
     seconds = time.perf_counter() - start
-    faults_after, switches_after = _usage()
+    faults_after, switches_after = usage()
     return Sample(seconds, faults_after - faults, switches_after > switches)
 
 
-def _usage() -> tuple[int, int]:
+def usage() -> tuple[int, int]:
     """(page faults, involuntary context switches) of this process."""
     if resource is None:
         return 0, 0
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_minflt, usage.ru_nivcsw
+    found = resource.getrusage(resource.RUSAGE_SELF)
+    return found.ru_minflt, found.ru_nivcsw
 
 
 @contextmanager
