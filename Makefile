@@ -6,6 +6,11 @@ TORCH ?= torch==2.13.0
 FUZZ ?= 1000000
 SEEDS ?= 0,1,2
 PAIRS ?= 100
+EXPERIMENT := runs/experiments/curriculum
+NO_MORE := sources.flags=0 sources.photos=0 sources.held_out_digits=540
+PRODUCED := sources.easy_vqa=800 sources.scenes=200 sources.digits=340 sources.sheets=60 $(NO_MORE)
+HELD_OUT := sources.easy_vqa=300 sources.scenes=75 sources.digits=150 sources.sheets=20 $(NO_MORE) \
+  sources.skip.easy_vqa=800 sources.skip.scenes=200 sources.skip.digits=400 sources.skip.sheets=60
 # Processes of the test suite.
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 TRANSFORMERS ?= 5.14 5.17 5.23
@@ -29,9 +34,14 @@ help: ## list the targets
 run: $(VENV)/.quickstart ## train, evaluate and compare a tiny Qwen3-VL on real images; writes runs/quickstart/
 	$(BIN)/m4ov run quickstart
 
+# Questions on the same images allotted by density, evenly (no fewer), and all that can be asked on others, to judge by.
 experiments: $(VENV)/.quickstart ## the curriculum against domain-only training and a plain mixture, with SEEDS=0,1,2
-	$(BIN)/m4ov run curriculum run.folder=runs/experiments/curriculum "seeds=[$(SEEDS)]"
-	mkdir -p experiments && cp runs/experiments/curriculum/results.json experiments/curriculum.json
+	$(BIN)/m4ov data build data run.folder=$(EXPERIMENT)/allotted $(PRODUCED) allot.questions=4000
+	$(BIN)/m4ov data build data run.folder=$(EXPERIMENT)/uniform $(PRODUCED) allot.questions=4020 allot.by=uniform
+	$(BIN)/m4ov data build data run.folder=$(EXPERIMENT)/produced $(HELD_OUT) allot.questions=60000 allot.by=uniform
+	$(BIN)/m4ov run curriculum run.folder=$(EXPERIMENT) "seeds=[$(SEEDS)]" pools.allotted=$(EXPERIMENT)/allotted/records \
+	  pools.uniform=$(EXPERIMENT)/uniform/records skills.produced=$(EXPERIMENT)/produced/records
+	mkdir -p experiments && cp $(EXPERIMENT)/results.json experiments/curriculum.json
 
 bench: $(VENV)/.dev $(VENV)/.peers ## operators against the machine's limit and against their peers
 	$(BIN)/m4ov bench --json runs/bench/bench.json --plot runs/bench/bench.png

@@ -21,10 +21,17 @@ class SourcesConfig:
     flags: int = 48  # django-countries, each flag that no other country has
     photos: int = 25  # scikit-image
     files: list[str] = field(default_factory=list)  # JSONL of your own: {"id", "image", "truth"}, paths beside the file
+    skip: dict[str, int] = field(default_factory=dict)  # source → images at its beginning that are left for other runs
+    held_out_digits: int = 360  # of 1,797, that no run has: the model that it is for is judged by them
 
     def __post_init__(self) -> None:
-        for name in ("easy_vqa", "scenes", "digits", "sheets", "flags", "photos"):
+        packaged = ("easy_vqa", "scenes", "digits", "sheets", "flags", "photos")
+        for name in packaged:
             _require(getattr(self, name) >= 0, f"sources.{name}", "at least 0", getattr(self, name))
+        _require(0 < self.held_out_digits < 1797, "sources.held_out_digits", "1 to 1796", self.held_out_digits)
+        for name, count in self.skip.items():
+            _require(name in packaged, "sources.skip", f"keys among {', '.join(packaged)}", name)
+            _require(count >= 0, f"sources.skip.{name}", "at least 0", count)
         counted = self.easy_vqa + self.scenes + self.digits + self.sheets + self.flags + self.photos
         _require(bool(counted or self.files), "sources", "at least one image", counted)
 
@@ -71,8 +78,13 @@ class LabelsConfig:
     capabilities: str = "capabilities"
     extend: int = 0  # labels at most that a teacher over HTTP may propose below each label of the second level
 
+    # Finer topics at most, from 2, that it may propose beside each that holds over twice an even share of the images
+    # (of the topics that have any), which are then asked about again; 0: no topic is parted.
+    balance: int = 0
+
     def __post_init__(self) -> None:
         _require(self.extend >= 0, "labels.extend", "at least 0", self.extend)
+        _require(self.balance == 0 or self.balance >= 2, "labels.balance", "0, or at least 2", self.balance)
 
 
 @dataclass
@@ -81,12 +93,14 @@ class AllotConfig:
 
     by: str = "density"  # or "uniform": every image as one of the mean density, the same total, for comparison
     scorer: str = "embedded"  # of density; "ocr": with rapidocr's models reading; "teacher": by the teacher over HTTP
+    power: float = 1.0  # of density: 0 gives every image as many questions, whatever the rest
     questions: int = 600  # of all images together
     max_pixels: int = 262_144  # of an image; what the densest gets
 
     def __post_init__(self) -> None:
         _require(self.by in ("density", "uniform"), "allot.by", "density or uniform", self.by)
         _require(self.scorer in ("embedded", "ocr", "teacher"), "allot.scorer", "embedded, ocr or teacher", self.scorer)
+        _require(0 <= self.power <= 16, "allot.power", "0 to 16", self.power)
         _require(self.questions > 0, "allot.questions", "at least 1", self.questions)
         _require(self.max_pixels >= 1024, "allot.max_pixels", "at least 1024", self.max_pixels)
 
@@ -142,6 +156,8 @@ class DataBuildConfig:
 
     def __post_init__(self) -> None:
         if self.teacher.kind != "http":
-            _require(self.labels.extend == 0, "labels.extend", "0 with teacher.kind=embedded", self.labels.extend)
+            for name in ("extend", "balance"):
+                asked = getattr(self.labels, name)
+                _require(asked == 0, f"labels.{name}", "0 with teacher.kind=embedded", asked)
             _require(self.allot.scorer != "teacher", "allot.scorer", "no teacher with teacher.kind=embedded", "teacher")
         _require(self.gallery >= 0, "gallery", "at least 0", self.gallery)

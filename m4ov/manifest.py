@@ -116,14 +116,15 @@ class CurriculumConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     gates: GateConfig = field(default_factory=GateConfig)
     pools: dict[str, str] = field(default_factory=dict)  # easy-vqa, digits, a file of records; empty: none yet
-    skills: dict[str, str] = field(default_factory=dict)  # the same; their held-out part, or records never trained on
+    # The same; their held-out part, or records never trained on. Empty: not measured.
+    skills: dict[str, str] = field(default_factory=dict)
     arms: dict[str, ArmConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._check_common()
+        _require(any(self.skills.values()), "skills", "held-out data of at least one", self.skills)
         for name, source in self.skills.items():
-            _require(bool(source), f"skills.{name}", "held-out data: easy-vqa, digits or a file of records", source)
-            trained = [pool for pool, other in self.pools.items() if other == source and source not in SOURCES]
+            trained = [pool for pool, other in self.pools.items() if other == source and source not in ("", *SOURCES)]
             _require(not trained, f"skills.{name}", f"other records than those of pool {trained[:1]}", source)
         done: list[str] = []
         for name, arm in self.arms.items():
@@ -182,15 +183,16 @@ class CurriculumConfig:
         _require(lora.alpha > 0, f"{at}.lora.alpha", "at least 1", lora.alpha)
         _require(0 <= lora.dropout < 1, f"{at}.lora.dropout", "at least 0 and less than 1", lora.dropout)
         _require(bool(lora.targets), f"{at}.lora.targets", "names of linear layers", lora.targets)
+        measured = {name: source for name, source in self.skills.items() if source}
         for skill, target in stage.targets.items():
-            self._known(f"{at}.targets", "skill", skill, self.skills)
+            self._known(f"{at}.targets", "skill", skill, measured)
             here = f"{at}.targets.{skill}"
             one = (target.at_least > 0) is not (target.of_start > 0)
             _require(one, here, "at_least or of_start, more than 0", f"{target.at_least:g} and {target.of_start:g}")
             _require(0 <= target.at_least <= 1, f"{here}.at_least", "a share, at most 1", target.at_least)
             _require(0 <= target.of_start < math.inf, f"{here}.of_start", "at least 0", target.of_start)
         for skill, guard in stage.guards.items():
-            self._known(f"{at}.guards", "skill", skill, self.skills)
+            self._known(f"{at}.guards", "skill", skill, measured)
             self._check_guard(f"{at}.guards.{skill}", guard)
         most = sum(guard.most for guard in stage.guards.values())
         _require(most < 1, f"{at}.guards", "a sum of most below 1: the mixture needs some of a step", most)

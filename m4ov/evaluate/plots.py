@@ -99,7 +99,7 @@ def arms(shares: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     axes.set_xlim(0, 1.15)
     axes.set_xlabel("share of right answers")
     axes.invert_yaxis()
-    axes.legend(fontsize=8, loc="lower left")
+    figure.legend(fontsize=8, loc="outside upper right", ncols=len(skills))
     return _svg(figure)
 
 
@@ -123,7 +123,7 @@ def courses(figures: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]]) ->
         axes.set_ylim(0, 1.03)
         axes.grid(alpha=0.3)
     panels[-1].set_xlabel("step of the arm")
-    panels[0].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside upper right", ncols=len(figures))
     return _svg(figure)
 
 

@@ -67,7 +67,9 @@ def gather(config: CurriculumConfig, console: Console) -> Material:
     data, vision = config.data, config.model.vision
     pools = {name: sources.pool(name, source) for name, source in config.pools.items() if source}
     divided = {
-        name: divide(sources.held_out(name, source), config.gates.share) for name, source in config.skills.items()
+        name: divide(sources.held_out(name, source), config.gates.share)
+        for name, source in config.skills.items()
+        if source
     }
     gates, tests = ({name: parts[place] for name, parts in divided.items()} for place in (0, 1))
     splits = tuple(pool.split for pool in pools.values())

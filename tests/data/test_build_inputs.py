@@ -16,7 +16,7 @@ from m4ov.data.shards import read_records
 from m4ov.data.teacher import Reply
 from m4ov.data.teacher.embedded import EmbeddedTeacher
 from m4ov.data.teacher.tasks import task_of
-from m4ov.data_recipe import AllotConfig, EngineConfig, TeacherConfig
+from m4ov.data_recipe import AllotConfig, EngineConfig, LabelsConfig, TeacherConfig
 from m4ov.recipe import RunConfig
 from tests.data import chat_server
 from tests.data.chat_server import ChatServer
@@ -188,3 +188,59 @@ def test_a_teacher_that_fails_too_often_stops_the_run(tmp_path):
         assert not list(tmp_path.glob("steps/match/*"))
         server.reply = Oracle({})
         assert build(config).counts["select"]["accepted"] > 0
+
+
+def test_a_topic_that_holds_too_much_is_parted_by_the_teacher(tmp_path):
+    pytest.importorskip("openai")
+    oracle = Oracle({})
+
+    def parted(seen):
+        task = task_of(seen.body["messages"])
+        if "holds too much" in seen.text:
+            proposals = [{"title": title, "about": f"{title}."} for title in ("Few digits", "Many digits", "Numbers")]
+            return json.dumps({"proposals": proposals})
+        if task and task["task"] == "match" and len(task["topics"]) == 3:
+            few, digits = task["topics"][1:], len(task["truth"]["objects"])
+            chosen = few[0] if digits < 4 else few[1] if digits > 4 else "scans.none"
+            return json.dumps({"topic": chosen, "capabilities": []})
+        return oracle(seen)
+
+    with ChatServer(parted) as server:
+        config = recipe(
+            tmp_path,
+            sources=sources(flags=4, sheets=8),
+            allot=AllotConfig(questions=48),
+            labels=LabelsConfig(balance=2),
+            teacher=TeacherConfig("http", server.url, "m", retries=2),
+        )
+        production = build(config)
+    audits = [row for row in rows(tmp_path, "audit.jsonl") if row["source"] == "sheets"]
+    by_id = {row["id"]: row["truth"] for row in rows(tmp_path, "steps/images/00000.images.jsonl")} | {
+        row["id"]: row["truth"] for row in rows(tmp_path, "steps/images/00001.images.jsonl")
+    }
+    counts = production.counts["rematch"]
+    for row in audits:
+        digits = len(by_id[row["id"]]["objects"])
+        wanted = "few-digits" if digits < 4 else "many-digits" if digits > 4 else "numbers"
+        assert row["topic"] == f"scans.digits.{wanted}"
+    assert counts["moved"] + counts["unmoved"] == len(audits) == 8
+    assert counts["moved"] > 0
+    assert production.counts["balance"]["topics_added"] == 2
+    refused = [row for row in rows(tmp_path, "rejected.jsonl") if row["stage"] == "labels"]
+    assert len(refused) == 1  # a title that is there
+    assert "few-digits" in (tmp_path / "labels" / "topics.yaml").read_text()
+    for record in read_records(production.records):
+        assert record.labels["topic"][-1] in {row["topic"] for row in rows(tmp_path, "audit.jsonl")}
+    with pytest.raises(ValueError, match=r"labels\.balance: expected 0 with teacher\.kind=embedded"):
+        recipe(tmp_path, labels=LabelsConfig(balance=2))
+
+
+def test_skipped_images_are_left_to_other_runs(tmp_path):
+    def images(folder, **counts):
+        build(recipe(folder, sources=sources(**counts), allot=AllotConfig(questions=16)))
+        return [row["id"] for row in rows(folder, "audit.jsonl")]
+
+    both = images(tmp_path / "both", flags=8)
+    assert both == images(tmp_path / "a", flags=4) + images(tmp_path / "b", flags=4, skip={"flags": 4})
+    with pytest.raises(ValueError, match=r"sources\.skip: expected keys among easy_vqa.*got 'flag'"):
+        sources(skip={"flag": 4})

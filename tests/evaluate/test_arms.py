@@ -45,8 +45,12 @@ def test_spread_is_mean_and_sample_deviation():
             ["yes", "yes", "yes", "no", "yes"],
         ),
         (
-            {"allotted": [(0.5, 0.5), (0.5, 0.5)], "uniform": [(0.6, 0.4), (0.6, 0.4)]},
+            {"allotted": [(0.5, 0.5), (0.52, 0.5)], "uniform": [(0.6, 0.5), (0.6, 0.5)]},
             ["yes", "yes", "yes", "no", "no"],
+        ),
+        (
+            {"allotted": [(0.5, 0.5), (0.52, 0.5)], "uniform": [(0.53, 0.5), (0.5, 0.5)]},
+            ["yes", "yes", "yes", "no", "equal within the spread"],
         ),
     ],
 )

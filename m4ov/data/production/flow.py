@@ -12,7 +12,7 @@ from typing import Any
 
 from m4ov.data.density import write_audits
 from m4ov.data.labels import LabelTree
-from m4ov.data.production import images, matching, quality, questions, teachers
+from m4ov.data.production import balancing, images, matching, quality, questions, teachers
 from m4ov.data.production.engines import Engine, engine_of
 from m4ov.data.production.steps import BuildError, Done, Result, Task, add, done, read_rows, sweep, tidy
 from m4ov.data.records import Record
@@ -21,10 +21,13 @@ from m4ov.data.whole import write_whole
 from m4ov.data_recipe import DataBuildConfig
 
 #: Step → what it is called for people. The four stages: labels; match and allot; questions; check, judge and select.
+#: ``balance`` and ``rematch`` are left out where ``labels.balance`` is 0.
 STEPS = {
     "images": "images",
     "labels": "label trees",
     "match": "scores and labels of images",
+    "balance": "balance of topics",
+    "rematch": "finer topics of images",
     "allot": "allotment",
     "questions": "questions",
     "check": "quality, one by one",
@@ -116,8 +119,8 @@ class _Flow:
         return self.finished[name]
 
     def outputs(self, step: str, kind: str) -> list[Path]:
-        """The files of one kind that a step wrote, in order."""
-        return [self.root / name for one in self.finished[step] for name in one.of(kind)]
+        """The files of one kind that a step wrote, in order; none, if it was left out."""
+        return [self.root / name for one in self.finished.get(step, ()) for name in one.of(kind)]
 
 
 def build(config: DataBuildConfig, watch: Watch = lambda *_: None) -> Production:
@@ -146,7 +149,15 @@ def build(config: DataBuildConfig, watch: Watch = lambda *_: None) -> Production
         scoring = {"scorer": config.allot.scorer}
         inputs = [{**known, **one.of("images")} for one in made]
         matched = flow.step("match", matching.match, inputs, [{**scoring, **seed, **teacher}] * len(made), context)
-        shares = {"by": config.allot.by, "questions": config.allot.questions, "max_pixels": config.allot.max_pixels}
+        if config.labels.balance:
+            settings = {"most": config.labels.balance, **seed, **teacher}
+            [tree] = flow.step(
+                "balance", balancing.split, [{**known, **_joined(matched, "matched")}], [settings], context
+            )
+            known = tree.of("trees")
+            inputs = [{**tree.of("parts"), **one.of("matched")} for one in matched]
+            matched = flow.step("rematch", balancing.rematch, inputs, [{**seed, **teacher}] * len(inputs), context)
+        shares = {name: getattr(config.allot, name) for name in ("by", "power", "questions", "max_pixels")}
         everything = _joined(matched, "matched")
         [allotted] = flow.step("allot", matching.allot, [everything], [shares])
         parts = _parts(allotted, len(matched))
@@ -195,7 +206,7 @@ def _publish(flow: _Flow) -> Production:
                 turned_away.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_whole(root / "rejected.jsonl", "".join(turned_away))
     write_audits(root / "audit.jsonl", _audits(flow))
-    [trees] = flow.outputs("labels", "trees")
+    [trees] = flow.outputs("balance", "trees") or flow.outputs("labels", "trees")
     for name, text in next(read_rows(trees)).items():
         write_whole(root / "labels" / f"{name}.yaml", text)
     found = Production(root, records, flow.counts, dict(reasons), flow.spent, flow.made, flow.before)

@@ -31,9 +31,12 @@ def plan(config: SourcesConfig, shard_images: int) -> list[dict[str, Any]]:
     shards: list[dict[str, Any]] = []
     for name, source in SOURCES.items():
         if asked := getattr(config, name):
-            count = min(asked, source.size())
-            starts = range(0, count, shard_images)
-            shards += [{"source": name, "start": at, "stop": min(at + shard_images, count)} for at in starts]
+            options = {option: getattr(config, option) for option in source.options}
+            first = config.skip.get(name, 0)
+            stop = min(first + asked, source.size(**options))
+            of_all = {"source": name, "options": options}
+            starts = range(first, stop, shard_images)
+            shards += [{**of_all, "start": at, "stop": min(at + shard_images, stop)} for at in starts]
     for number, name in enumerate(config.files):
         file = Path(name)
         if not file.is_file():
@@ -56,8 +59,8 @@ def make(task: Task) -> Result:
 
 
 def _of_package(task: Task) -> Iterator[dict[str, Any]]:
-    name, start, stop = task.settings["source"], task.settings["start"], task.settings["stop"]
-    for place, item in enumerate(items(name, start, stop), start):
+    name, start, stop, options = (task.settings[key] for key in ("source", "start", "stop", "options"))
+    for place, item in enumerate(items(name, start, stop, options), start):
         if isinstance(item, ImageError):
             yield rejected("images", f"{name}-{place}", "image", str(item))
             continue

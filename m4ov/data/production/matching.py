@@ -119,7 +119,8 @@ def allot(task: Task) -> Result:
         mean = float(np.mean([one.combined for one in found]))
         found = [density.Density(mean, mean, mean, mean, mean)] * len(found)
     total, most = task.settings["questions"], task.settings["max_pixels"]
-    allotted = density.allot(found, total if found else 0, minimum=int(total >= len(found)), max_pixels=most)
+    power, minimum = task.settings["power"], int(total >= len(found))
+    allotted = density.allot(found, total if found else 0, minimum=minimum, power=power, max_pixels=most)
     for row, share in zip(rows, allotted, strict=True):
         row["allotted"] = share.to_json()
     counts = {"images": len(rows), "rejected": len(turned_away), "questions": sum(one.questions for one in allotted)}

@@ -31,6 +31,8 @@ _OUT = {
     "images": "images",
     "labels": "",
     "match": "images",
+    "balance": "",
+    "rematch": "images",
     "allot": "images",
     "questions": "candidates",
     "check": "passed",
@@ -124,6 +126,8 @@ def steps(production: Production) -> list[dict[str, Any]]:
     """A row for each step: what came out, and what was turned away."""
     rows = []
     for name, title in STEPS.items():
+        if name not in production.counts:
+            continue
         counts = production.counts[name]
         other = {key: count for key, count in counts.items() if key not in (_OUT[name], "rejected") and count}
         out = counts.get(_OUT[name]) if _OUT[name] else None

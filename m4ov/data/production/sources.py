@@ -1,8 +1,8 @@
 """Images with ground truth: real ones that installed packages carry, and files of your own.
 
 What the truth of an image holds is said in :mod:`m4ov.data.teacher.templates`. Of easy-vqa and the digits only the
-training splits are used (the digits' held-out scans as the quickstart draws them), so that a model that is trained on
-what comes out can be judged on the rest.
+training splits are used (the digits' held-out scans as recipes draw them), so that a model that is trained on what
+comes out can be judged on the rest.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _FIGURES = {
 }
 _DIGITS = {"digit": {str(digit): [str(digit), f"{digit}s"] for digit in range(10)}}
 _DIGIT_TOPICS = {**dict.fromkeys("0689", "round"), **dict.fromkeys("147", "straight"), **dict.fromkeys("235", "curved")}
-_HELD_OUT, _SPLIT_SEED = 360, 0  # as m4ov.recipe.DataConfig has them
+_SPLIT_SEED = 0  # as m4ov.recipe.DataConfig has it
 
 
 class Item(NamedTuple):
@@ -47,10 +47,12 @@ class Item(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A source of images: how many there are, and a function that makes one of them."""
+    """A source of images: how many there are, a function that makes one of them, and the fields of
+    :class:`m4ov.data_recipe.SourcesConfig` that both take."""
 
-    size: Callable[[], int]
-    make: Callable[[int], Item]
+    size: Callable[..., int]
+    make: Callable[..., Item]
+    options: tuple[str, ...] = ()
 
 
 # --- easy-vqa (MIT): one figure on a plain ground -------------------------------------------------------------------
@@ -153,20 +155,20 @@ def _box(pixels: np.ndarray) -> list[int]:
 
 
 @lru_cache(maxsize=1)
-def _scans() -> tuple[np.ndarray, list[str]]:
+def _scans(held_out: int) -> tuple[np.ndarray, list[str]]:
     try:
-        split, _ = digits(8, held_out=_HELD_OUT, split_seed=_SPLIT_SEED)
+        split, _ = digits(8, held_out=held_out, split_seed=_SPLIT_SEED)
     except ImportError as error:
         raise DataError("digits need scikit-learn: pip install 'm4ov[data]'") from error
     return split.images, [sample.answer for sample in split.samples]
 
 
-def _scan(index: int, side: int) -> Image.Image:
-    return Image.fromarray(to_square(Image.fromarray(_scans()[0][index]), side))
+def _scan(index: int, side: int, held_out: int) -> Image.Image:
+    return Image.fromarray(to_square(Image.fromarray(_scans(held_out)[0][index]), side))
 
 
-def _digit_item(index: int) -> Item:
-    digit = _scans()[1][index]
+def _digit_item(index: int, held_out_digits: int) -> Item:
+    digit = _scans(held_out_digits)[1][index]
     truth = {
         "topic": f"scans.digits.{_DIGIT_TOPICS[digit]}",
         "size": [SIDE, SIDE],
@@ -176,20 +178,20 @@ def _digit_item(index: int) -> Item:
         "vocabulary": _DIGITS,
         "questions": [[DIGIT_QUESTION, digit, "digit"]],
     }
-    return Item(f"{index:04d}", _scan(index, SIDE), truth)
+    return Item(f"{index:04d}", _scan(index, SIDE, held_out_digits), truth)
 
 
-def _sheet_item(index: int) -> Item:
+def _sheet_item(index: int, held_out_digits: int) -> Item:
     """Two to nine scans in rows; the last scans, so that sheets repeat no single digit."""
     rows, columns = 1 + rank("rows", index) % 3, 2 + rank("columns", index) % 2
-    labels = _scans()[1]
+    labels = _scans(held_out_digits)[1]
     pitch = _CELL + _MARGIN
     canvas = Image.new("RGB", (pitch * columns + _MARGIN, pitch * rows + _MARGIN), "white")
     objects = []
     for place in range(rows * columns):
         scan = len(labels) - 1 - 9 * index - place
         x, y = _MARGIN + pitch * (place % columns), _MARGIN + pitch * (place // columns)
-        canvas.paste(_scan(scan, _CELL), (x, y))
+        canvas.paste(_scan(scan, _CELL, held_out_digits), (x, y))
         attributes = {"digit": labels[scan]}
         objects.append({"label": labels[scan], "box": [x, y, x + _CELL, y + _CELL], "attributes": attributes})
     shown = [str(one["label"]) for one in objects]
@@ -273,22 +275,25 @@ def _photo_item(index: int) -> Item:
 SOURCES: dict[str, Source] = {
     "easy_vqa": Source(lambda: len(_easy_vqa()[1]), _easy_vqa_item),
     "scenes": Source(lambda: len(_whole_figures()) // 4, _scene_item),
-    "digits": Source(lambda: len(_scans()[1]), _digit_item),
-    "sheets": Source(lambda: len(_scans()[1]) // 9, _sheet_item),
+    "digits": Source(lambda held_out_digits: len(_scans(held_out_digits)[1]), _digit_item, ("held_out_digits",)),
+    "sheets": Source(lambda held_out_digits: len(_scans(held_out_digits)[1]) // 9, _sheet_item, ("held_out_digits",)),
     "flags": Source(lambda: len(_flags()), _flag_item),
     "photos": Source(lambda: len(PHOTOS), _photo_item),
 }
 
 
-def items(name: str, start: int, stop: int) -> Iterator[Item | ImageError]:
+def items(name: str, start: int, stop: int, options: dict[str, Any]) -> Iterator[Item | ImageError]:
     """Images of a source; one that cannot be read has the error in its place.
+
+    Args:
+        options: what the source's ``options`` name.
 
     Raises:
         DataError: the package is missing, or not as it should be.
     """
-    for index in islice(range(start, stop), SOURCES[name].size()):
+    for index in islice(range(start, stop), SOURCES[name].size(**options)):
         try:
-            yield SOURCES[name].make(index)
+            yield SOURCES[name].make(index, **options)
         except ImageError as error:  # noqa: PERF203 - each image by itself
             yield error
 
