@@ -6,9 +6,11 @@ limit. Within a round everything sees the same machine; inputs rotate, so that c
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -176,6 +178,16 @@ def dot_products(kind: str, operations: float) -> tuple[Call, int]:
     each = extension.dot_loop(kind, 1, team)
     steps = max(1, int(operations / each))
     return lambda _: extension.dot_loop(kind, steps, team), steps * each
+
+
+def release() -> None:
+    """Give free memory back to the system, which an allocator that is set up keeps: pieces of it, into which nothing
+    large fits any more, pile up from case to case."""
+    gc.collect()
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim is not None:
+            trim(0)
 
 
 def _timed(call: Call, index: int) -> Sample:
