@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m4ov.data.production import BuildError, build
+from m4ov.data.production import STEPS, BuildError, build
 from m4ov.data.shards import read_records
 from m4ov.data.teacher import Reply
 from m4ov.data.teacher.embedded import EmbeddedTeacher
@@ -218,6 +218,7 @@ def test_a_topic_that_holds_too_much_is_parted_by_the_teacher(tmp_path):
     by_id = {row["id"]: row["truth"] for row in rows(tmp_path, "steps/images/00000.images.jsonl")} | {
         row["id"]: row["truth"] for row in rows(tmp_path, "steps/images/00001.images.jsonl")
     }
+    assert list(production.counts) == list(STEPS)
     counts = production.counts["rematch"]
     for row in audits:
         digits = len(by_id[row["id"]]["objects"])
