@@ -358,3 +358,19 @@ class DecodingCase:
     def __str__(self) -> str:
         heads = f"{self.heads}/{self.kv_heads} heads of {self.dim}"
         return f"decoding: {self.sequences} queries, {self.keys} keys each, {heads}, {_dtype_name(self.dtype)}"
+
+
+@dataclass(frozen=True)
+class SftCase:
+    """A step of a recipe: ``images`` of easy-vqa with ``questions`` of each, which share it where the loop can, and
+    ``digits`` with one."""
+
+    recipe: str
+    images: int
+    digits: int
+    questions: int = 1
+    quick: bool = False
+
+    def __str__(self) -> str:
+        asked = f" × {self.questions} questions" if self.questions > 1 else ""
+        return f"{self.recipe}: {self.images} images{asked} + {self.digits} digits, bf16"

@@ -23,6 +23,7 @@ from m4ov_bench.case import (
     PositionsCase,
     QuantizedCase,
     RopeCase,
+    SftCase,
 )
 
 NORM = (
@@ -136,6 +137,11 @@ PACKING = (
     PackingCase(1_000_000, 16384, "images"),
 )
 
+SFT = (  # every sample with an image of its own; and as the quickstart, whose peers repeat images
+    SftCase("curriculum", 55, 17, quick=True),
+    SftCase("quickstart", 48, 12, questions=2),
+)
+
 # On a GPU (``m4ov_bench.gpu``): sizes of Qwen3-VL 2B to 8B with 8,192 tokens, several times any L2 cache. A head's rows
 # keep all logits of eager PyTorch within reach, so that it can be measured.
 GPU_NORM = (
@@ -242,6 +248,7 @@ LINEAR = (
     LinearCase(1, 2048, 2048, torch.float32),
     LinearCase(512, 2048, 2048, torch.float32, backward=True),
 )
+TINY_SFT = (SftCase("tiny", 10, 4),)
 TINY_QUANTIZED = (
     QuantizedCase(5, 256, 96),
     QuantizedCase(1, 256, 96, activation="bf16"),

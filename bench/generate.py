@@ -235,7 +235,7 @@ def _measured(session: Session, case: RolloutCase, theirs: Any) -> Row:
     peers = {f"generate, {name}": Peer(taken.seconds, taken.ratio_to(ours)) for name, taken in times.items()}
     made = case.prompts * case.samples * case.tokens
     return _row(
-        session, str(case), "", **timing(ours), rate=made / ours.seconds, unit="token", tokens=made, peers=peers
+        session, str(case), "", **timing(ours), rate=made / ours.seconds, unit="tokens", tokens=made, peers=peers
     )
 
 

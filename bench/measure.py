@@ -6,9 +6,11 @@ limit. Within a round everything sees the same machine; inputs rotate, so that c
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -178,21 +180,31 @@ def dot_products(kind: str, operations: float) -> tuple[Call, int]:
     return lambda _: extension.dot_loop(kind, steps, team), steps * each
 
 
+def release() -> None:
+    """Give free memory back to the system, which an allocator that is set up keeps: pieces of it, into which nothing
+    large fits any more, pile up from case to case."""
+    gc.collect()
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim is not None:
+            trim(0)
+
+
 def _timed(call: Call, index: int) -> Sample:
-    faults, switches = _usage()
+    faults, switches = usage()
     start = time.perf_counter()
     call(index)
     seconds = time.perf_counter() - start
-    faults_after, switches_after = _usage()
+    faults_after, switches_after = usage()
     return Sample(seconds, faults_after - faults, switches_after > switches)
 
 
-def _usage() -> tuple[int, int]:
+def usage() -> tuple[int, int]:
     """(page faults, involuntary context switches) of this process."""
     if resource is None:
         return 0, 0
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_minflt, usage.ru_nivcsw
+    found = resource.getrusage(resource.RUSAGE_SELF)
+    return found.ru_minflt, found.ru_nivcsw
 
 
 @contextmanager

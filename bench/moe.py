@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m4ov_bench import cases, gate, peers
+from m4ov_bench import cases, gate, measure, peers
 from m4ov_bench.row import Row
 from m4ov_bench.session import Kernel, Session, Subject, implementation_name, memory_bound, rows
 from m4ov_kernels import grouped_linear, permute, route_topk, swiglu, unpermute
@@ -24,6 +24,7 @@ def benchmark(session: Session) -> Iterator[Row]:
     for case in cases.MOE:
         if session.wants(case):
             yield from rows(session, subject(session, case))
+            measure.release()
 
 
 def subject(session: Session, case: cases.MoECase) -> Subject:
@@ -99,7 +100,6 @@ def _grouped_gate(
     case: cases.MoECase, call: Callable[..., Tensor], inputs: tuple[Tensor, ...], grads: tuple[Tensor], offsets: Tensor
 ) -> gate.Gate:
     """Of a large weight: of the largest, a middle and the smallest expert."""
-    found = gate.differentiated(call, inputs, grads if case.backward else None)
     picked = list(range(case.experts))
     if inputs[1].numel() > _ALL:
         by_size = offsets.diff().argsort().tolist()
@@ -117,7 +117,9 @@ def _grouped_gate(
         leaves = [part.requires_grad_(case.backward) for part in parts]
         return gate.differentiated(definition, leaves, [grads[0][take].to(dtype)] if case.backward else None)
 
+    found = gate.differentiated(call, inputs, grads if case.backward else None)
     ours = [found[0][take], *([found[1][take], found[2][picked]] if case.backward else [])]
+    del found  # as large as the inputs
     names = ["output", "grad_rows", "grad_weight"][: len(ours)]
     return gate.compare_all(names, ours, judged(case.dtype), judged(torch.float64))
 
@@ -185,16 +187,17 @@ def _block(case: cases.MoECase) -> Subject:
     def definition(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         wide = weights.to(torch.promote_types(x.dtype, torch.float32))
         taken, order, offsets = reference.permute(x, experts, case.experts)
-        gates, ups = reference.grouped_linear(taken, gate_up, offsets).chunk(2, -1)
+        gates, ups = _product(taken, gate_up, offsets).chunk(2, -1)
         activated = torch.nn.functional.silu(gates) * ups
-        return reference.unpermute(reference.grouped_linear(activated, down, offsets), order, wide)
+        return reference.unpermute(_product(activated, down, offsets), order, wide)
 
     def judged(dtype: torch.dtype) -> list[Tensor]:
-        leaves = [x.detach().to(dtype).requires_grad_(case.backward) for x in small]
+        widened = inputs[0] if whole else inputs[0][:1]  # large weights are, expert by expert
+        leaves = [x.detach().to(dtype).requires_grad_(case.backward) for x in widened]
+        leaves += [x.detach() for x in inputs[0][len(widened) :]]
         return gate.differentiated(definition, leaves, grads and [g.to(dtype) for g in grads[0]])
 
     whole = inputs[0][1].numel() <= _ALL
-    small = inputs[0] if whole else (inputs[0][0], *(x.detach() for x in inputs[0][1:]))
     names = ("output", "grad_hidden_states", "grad_gate_up", "grad_down")
     ours_now = gate.differentiated(ours, inputs[0], grads and grads[0])
     exact = judged(torch.float64) if whole else judged(torch.float32)
@@ -210,6 +213,14 @@ def _block(case: cases.MoECase) -> Subject:
         grads=grads,
         definition=definition if whole else None,
     )
+
+
+def _product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """The reference's, of a weight that may be in another dtype."""
+    if rows.dtype is weight.dtype:
+        return reference.grouped_linear(rows, weight, offsets)
+    spans = zip(pairwise(offsets.tolist()), weight.unbind(), strict=True)
+    return torch.cat([rows[first:end] @ matrix.to(rows.dtype).mT for (first, end), matrix in spans])
 
 
 def _simple(

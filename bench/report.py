@@ -52,7 +52,7 @@ def table(rows: Iterable[Row], title: str) -> Table:
             "" if row.seconds is None else duration(row.seconds) + _calm(row),
             rate(row),
             f"{fraction}\n[dim]{row.limit}[/dim]" if fraction else "",
-            "\n".join(peers) or row.note,
+            "\n".join([*peers, *filter(None, [row.note])]),
             f"{max(row.errors.values(), default=0.0):.0%}\n[dim]of allowed[/dim]",
         )
     return made
@@ -91,9 +91,9 @@ def duration(seconds: float) -> str:
 
 
 def rate(row: Row) -> str:
-    if row.unit == "token" and row.rate is not None:
-        return f"{row.rate:,.0f} tokens/s"
-    return "" if row.rate is None else f"{row.rate / 1e9:.1f} {_UNITS.get(row.unit, row.unit + '/s')}"
+    if row.rate is None:
+        return ""
+    return f"{row.rate / 1e9:.1f} {_UNITS[row.unit]}" if row.unit in _UNITS else f"{row.rate:,.0f} {row.unit}/s"
 
 
 def as_json(rows: Sequence[Row]) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from dataclasses import replace
 
 from m4ov_bench.row import Row
 
-QUICK_FAMILIES = ("norm", "activation", "attention", "rope", "packing", "head", "gemm", "moe", "vision", "dispatch")
-FAMILIES = (*QUICK_FAMILIES, "step", "generate")
+_OPERATORS = ("norm", "activation", "attention", "rope", "packing", "head", "gemm", "moe", "vision", "dispatch")
+FAMILIES = (*_OPERATORS, "step", "sft", "generate")
+QUICK_FAMILIES = (*_OPERATORS, "sft")
 
 
 def check(families: Sequence[str] | None) -> None:
@@ -65,7 +66,7 @@ def run(
     Args:
         families: some of ``FAMILIES``; all of them by default.
         quick: the short run, under a minute: the main case of each operator, without compiled peers, without the
-            memory of the head, without the training step and without rollouts.
+            memory of the head and without the step of a patched model.
         say: called with a line of text at every stage.
         allocator: how the allocator is set up, in words, for the record.
         seed: of the values; fresh ones by default. Every row's ``machine`` names it.

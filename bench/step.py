@@ -144,22 +144,30 @@ def check() -> gate.Gate:
 
 
 def agreement(plain: nn.Module, data: dict[str, Any]) -> gate.Gate:
-    """Patched against unpatched, by float64: the loss, and a sample of every parameter's gradient (scaled to its
-    largest value). Works on copies of ``plain``; leaves gradients in it."""
+    """Patched against unpatched, by float64. Works on copies of ``plain``; leaves gradients in it."""
     patched = copy.deepcopy(plain)
     patch(patched)
     exact = copy.deepcopy(plain).double()
     doubled = {name: value.double() if _is_float(value) else value for name, value in data.items()}
     results = [(model(**inputs).loss, model) for model, inputs in ((patched, data), (plain, data), (exact, doubled))]
+    return judged(*results)
+
+
+Loss = tuple[Tensor, nn.Module]  # and the model that it is of
+
+
+def judged(ours: Loss, plain: Loss, exact: Loss) -> gate.Gate:
+    """The rule for a bf16 model; the three models' parameters have the same names. Of the losses, which it
+    differentiates, and of a sample of every parameter's gradient, scaled to its largest value."""
+    results = (ours, plain, exact)
     for loss, _ in results:
         loss.backward()
     # The loss is float32, but of bf16 hidden states: bf16's rounding is what the rule should allow for.
-    ours, plain_loss, exact_loss = (loss.detach() for loss, _ in results)
-    losses = gate.compare("loss", ours.bfloat16(), plain_loss.bfloat16(), exact_loss.double())
-    names = [name for name, _ in exact.named_parameters()]
+    our_loss, plain_loss, exact_loss = (loss.detach() for loss, _ in results)
+    losses = gate.compare("loss", our_loss.bfloat16(), plain_loss.bfloat16(), exact_loss.double())
     parameters = [dict(model.named_parameters()) for _, model in results]
     samples: list[list[Tensor]] = [[], [], []]
-    for name in names:
+    for name in parameters[2]:
         scale = parameters[2][name].grad.abs().max()
         index = torch.randint(parameters[2][name].numel(), (_SAMPLED,))
         for sample, owner in zip(samples, parameters, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,11 +13,12 @@ from m4ov_bench.peers.base import Absent, Peer, transformers_module
 
 def grouped_linear(offsets: Tensor) -> dict[str, Peer]:
     """Functions of ``(rows, weight)``. ``eager``: expert by expert, the bounds known on the host."""
-    bounds, ends = offsets.tolist(), offsets[1:].to(torch.int32)
+    sizes, ends = offsets.diff().tolist(), offsets[1:].to(torch.int32)
 
     def eager(rows: Tensor, weight: Tensor) -> Tensor:
-        spans = zip(pairwise(bounds), weight.unbind(), strict=True)
-        return torch.cat([F.linear(rows[first:end], matrix) for (first, end), matrix in spans])
+        # split, not rows[first:end]: the gradient of that is as large as all rows, for every expert
+        parts = zip(rows.split(sizes), weight.unbind(), strict=True)
+        return torch.cat([F.linear(part, matrix) for part, matrix in parts])
 
     def grouped(rows: Tensor, weight: Tensor) -> Tensor:
         return torch._grouped_mm(rows, weight.mT, offs=ends)

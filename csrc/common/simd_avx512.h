@@ -102,16 +102,20 @@ M4OV_INLINE __m512i pack_bf16_exact(Pair x) {
   return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(bf16_bits(x.a), 16), bf16_bits(x.b));
 }
 #ifdef __AVX512BF16__
+// A pair whose operands were in the order that `kTurns` calls of round_turned leave, rounded by the instruction and put in
+// the order of memory.
+template <int kTurns>
 M4OV_INLINE __m512i converted(Pair x) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  constexpr int kBy = 4 - kTurns;
+  alignas(64) short order[32];
+  for (int e = 0; e < 32; ++e) order[e] = static_cast<short>((e << kBy | e >> (5 - kBy)) & 31);
   const __m512bh halves = _mm512_cvtne2ps_pbh(x.b.v, x.a.v);
-  return _mm512_permutexvar_epi16(order, reinterpret_cast<const __m512i&>(halves));
+  return _mm512_permutexvar_epi16(_mm512_load_si512(order), reinterpret_cast<const __m512i&>(halves));
 }
 M4OV_INLINE bool any_zero(__m512i bf16) { return _mm512_testn_epi16_mask(bf16, _mm512_set1_epi16(0x7fff)) != 0; }
 // The instruction makes zeros of denormal numbers: what has any is done again.
 M4OV_INLINE __m512i pack_bf16(Pair x) {
-  const __m512i bits = converted(x);
+  const __m512i bits = converted<0>(x);
   return __builtin_expect(any_zero(bits), 0) ? pack_bf16_exact(x) : bits;
 }
 // For whom the caller knows that nothing is denormal but what is zero.
@@ -125,12 +129,7 @@ M4OV_INLINE Pair round_turned(Pair x) {
 }
 template <bool kStream, int kTurns>
 M4OV_INLINE void put_turned(Bf16* p, Pair x) {
-  constexpr int kBy = 4 - kTurns;
-  const auto from = [](int e) { return static_cast<short>((e << kBy | e >> (5 - kBy)) & 31); };
-  alignas(64) short order[32];
-  for (int e = 0; e < 32; ++e) order[e] = from(e);
-  const __m512bh halves = _mm512_cvtne2ps_pbh(x.b.v, x.a.v);
-  const __m512i bits = _mm512_permutexvar_epi16(_mm512_load_si512(order), reinterpret_cast<const __m512i&>(halves));
+  const __m512i bits = converted<kTurns>(x);
   kStream ? _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits) : _mm512_storeu_si512(p, bits);
 }
 // The smallest magnitude but zero of what was added.

@@ -13,7 +13,7 @@ template <typename Tile, QuantizedKind kKind, typename T>
 struct Product {
   static constexpr bool kBytes = kSame<Tile, BytesTile>;
   using E = typename Tile::Element;
-  using Right = typename Choice<kBytes, uint8_t, E>::type;
+  using Right = std::conditional_t<kBytes, uint8_t, E>;
   using Left = Input<Tile, kKind, T>;
   const QuantizedLinear& a;
   const Left left;

@@ -5,6 +5,8 @@
 // that bf16 and fp32 hold both. Scales come in fp32, once for each segment: the weight is nowhere rounded.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/pack.h"
 #include "../common/parallel.h"
 #include "../common/scratch.h"
@@ -33,15 +35,6 @@ template <QuantizedKind kKind>
 constexpr int64_t kStepPlaces = kKind == kInt4 ? 8 : kKind == kInt8 ? 4 : 2;
 template <QuantizedKind kKind>
 constexpr int64_t kStepBytes = kKind == kFp8 ? 2 * kPanel : 4 * kPanel;
-
-template <bool kYes, typename A, typename B>
-struct Choice {
-  using type = A;
-};
-template <typename A, typename B>
-struct Choice<false, A, B> {
-  using type = B;
-};
 
 struct Segment {
   int64_t begin, count, group;

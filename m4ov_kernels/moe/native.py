@@ -10,21 +10,15 @@ from torch import Tensor
 from m4ov_kernels import _C
 from m4ov_kernels.bounds import check_bounds
 from m4ov_kernels.layout import DTYPES, as_rows, output, padded, row_blocks, scratch
-from m4ov_kernels.moe.values import refuse_expert, refuse_order
+from m4ov_kernels.moe.values import Routing, refuse_expert, refuse_order, routing
 
 _Two = tuple[Tensor, Tensor]
 
 
-def route_topk_fwd(
-    logits: Tensor, top_k: int, normalize: bool, *, out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def route_topk_fwd(logits: Tensor, top_k: int, normalize: bool, *, out: Routing | None = None) -> Routing:
     """``(weights, experts, counts, probability)``."""
     tokens, count = logits.shape
-    given = out or (None, None, None, None)
-    weights = output(given[0], (tokens, top_k), logits, torch.float32)
-    experts = output(given[1], (tokens, top_k), logits, torch.int32)
-    counts = output(given[2], (count,), logits, torch.int64)
-    probability = output(given[3], (count,), logits, torch.float32)
+    weights, experts, counts, probability = routing(logits, top_k, out)
     logits, stride = as_rows(logits)
     blocks, threads = row_blocks(tokens), torch.get_num_threads()
     partials = torch.empty(blocks + threads, padded(count), dtype=torch.float32)

@@ -10,6 +10,7 @@ from m4ov_kernels import configs
 from m4ov_kernels.gpu import SIZES, Build, Config, Work, current_device
 from m4ov_kernels.layout import as_rows, output
 from m4ov_kernels.moe.triton_route_kernels import _route_topk_bwd_kernel, _route_topk_fwd_kernel
+from m4ov_kernels.moe.values import Routing, routing
 
 _PROGRAMS = 512  # enough to fill a large GPU; each makes one partial sum
 
@@ -21,16 +22,10 @@ def _config(name: str, logits: Tensor) -> Config:
     return config
 
 
-def route_topk_fwd(
-    logits: Tensor, top_k: int, normalize: bool, *, out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def route_topk_fwd(logits: Tensor, top_k: int, normalize: bool, *, out: Routing | None = None) -> Routing:
     """``(weights, experts, counts, probability)``."""
     tokens, count = logits.shape
-    given = out or (None, None, None, None)
-    weights = output(given[0], (tokens, top_k), logits, torch.float32)
-    experts = output(given[1], (tokens, top_k), logits, torch.int32)
-    counts = output(given[2], (count,), logits, torch.int64)
-    probability = output(given[3], (count,), logits, torch.float32)
+    weights, experts, counts, probability = routing(logits, top_k, out)
     config = _config("route_topk_fwd", logits)
     programs = min(triton.cdiv(tokens, config.constexprs["BLOCK_T"]), _PROGRAMS)
     chosen = torch.empty(programs, count, dtype=torch.int32, device=logits.device)

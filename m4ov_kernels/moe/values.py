@@ -1,4 +1,4 @@
-"""Errors of values that the host sees: experts, orders."""
+"""What the backends share: errors of values that the host sees (experts, orders), and the memory of a routing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+
+from m4ov_kernels.layout import output
+
+Routing = tuple[Tensor, Tensor, Tensor, Tensor]  # weights, experts, counts, probability
 
 
 def check_experts(experts: Tensor, num_experts: int) -> None:
@@ -38,3 +42,14 @@ def refuse_order(order: Tensor, position: int) -> NoReturn:
     value, count = int(order.flatten()[position]), order.numel()
     expected = "every row once" if 0 <= value < count else f"0 to {count - 1}, the rows"
     raise ValueError(f"unpermute: order[{position}] is {value}: expected {expected}")
+
+
+def routing(logits: Tensor, top_k: int, given: Routing | None) -> Routing:
+    """The results of ``route_topk``: fresh ones, or those that a raw function was given, checked."""
+    (tokens, count), (weights, experts, counts, probability) = logits.shape, given or (None, None, None, None)
+    return (
+        output(weights, (tokens, top_k), logits, torch.float32),
+        output(experts, (tokens, top_k), logits, torch.int32),
+        output(counts, (count,), logits, torch.int64),
+        output(probability, (count,), logits, torch.float32),
+    )

@@ -47,7 +47,8 @@ def rms_norm(
     Returns:
         ``y``, shaped as ``hidden_states``; with ``residual`` the pair ``(y, hidden_states + residual)``.
 
-    Saves for backward: ``hidden_states`` (or the returned sum), ``weight`` and the reciprocal root, float32 ``[...]``.
+    Saves for backward: ``hidden_states`` (or the returned sum; of float16 with ``"fp32"``, where that may be infinite
+    and what is normalised is not, both summands), ``weight`` and the reciprocal root, float32 ``[...]``.
     The gradient of ``weight`` is summed in float32 over a fixed split of the rows: its bits depend on nothing else.
 
     Invariance: a row's bits, results and gradients of activations, depend on that row and the parameters alone (not on
@@ -120,9 +121,10 @@ def layer_norm(
         ``y``, of the shape and dtype of ``hidden_states``; with ``residual`` the pair ``(y, hidden_states +
         residual)``.
 
-    Saves for backward: ``hidden_states`` (or the returned sum), ``weight``, the mean and the reciprocal root, float32
-    ``[...]``. The gradients of ``weight`` and ``bias`` are summed in float32 over a fixed split of the rows: their bits
-    depend on nothing else.
+    Saves for backward: ``hidden_states`` (or the returned sum; of float16 with ``"fp32"``, where that may be infinite
+    and what is normalised is not, both summands), ``weight``, the mean and the reciprocal root, float32 ``[...]``. The
+    gradients of ``weight`` and ``bias`` are summed in float32 over a fixed split of the rows: their bits depend on
+    nothing else.
 
     Invariance: a row's bits, results and gradients of activations, depend on that row and the parameters alone (not on
     other rows, their number, strides, alignment or threads): on the CPU always; on a GPU one configuration serves a
@@ -212,17 +214,37 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, total, rstd = output
     ctx.numerics, ctx.has_residual = numerics, residual is not None
     if residual is None:
-        ctx.save_for_backward(hidden_states, weight, rstd)
+        ctx.save_for_backward(hidden_states, None, weight, rstd)
     else:
-        ctx.save_for_backward(total, weight, rstd)
+        ctx.save_for_backward(*_summands(hidden_states, residual, total, numerics), weight, rstd)
         ctx.set_materialize_grads(False)  # one of the two results may be unused
 
 
+def _summands(hidden_states: Tensor, residual: Tensor, total: Tensor, numerics: str) -> tuple[Tensor, Tensor | None]:
+    """What the backward needs of a sum: the sum, and ``None``; or what it is the sum of, in float16 where it is not
+    rounded before it is normalised: there it may be beyond the range. (bfloat16's is that of float32.)"""
+    if numerics == "fp32" and hidden_states.dtype is torch.float16:
+        return hidden_states, residual
+    return total, None
+
+
+@torch.no_grad()
+def _in_single(
+    grads: tuple[Tensor | None, ...], x: Tensor, residual: Tensor, weight: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    """The first arguments of a backward, in float32."""
+    grad, grad_total, scale = (None if tensor is None else tensor.float() for tensor in (*grads, weight))
+    return grad, grad_total, x.float() + residual.float(), scale
+
+
 def _backward(ctx: Any, needs: Any, bwd: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, weight, rstd = ctx.saved_tensors
+    x, residual, weight, rstd = ctx.saved_tensors
     grad_total = grads[1] if ctx.has_residual else None
     if grads[0] is None:  # only the returned sum was used: nothing comes from the norm, whatever it holds
         grad_x, grad_weight = grad_total, torch.zeros_like(weight)
+    elif residual is not None:
+        found = bwd(*_in_single(grads[:2], x, residual, weight), rstd, ctx.numerics, needs[1])
+        grad_x, grad_weight = (gradient.to(x.dtype) for gradient in found)
     else:
         grad_x, grad_weight = bwd(grads[0], grad_total, x, weight, rstd, ctx.numerics, needs[1])
     return (
@@ -280,20 +302,28 @@ def _layer_norm_bwd_fake(
 
 
 def _layer_norm_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden_states, weight, _, residual, _, _ = inputs
+    hidden_states, weight, _, residual, eps, numerics = inputs
     _, total, mean, rstd = output
-    ctx.has_residual = residual is not None
-    ctx.save_for_backward(total if ctx.has_residual else hidden_states, weight, mean, rstd)
-    if ctx.has_residual:
+    ctx.eps, ctx.has_residual = eps, residual is not None
+    if residual is None:
+        ctx.save_for_backward(hidden_states, None, weight, mean, rstd)
+    else:
+        ctx.save_for_backward(*_summands(hidden_states, residual, total, numerics), weight, mean, rstd)
         ctx.set_materialize_grads(False)  # one of the two results may be unused
 
 
 def _layer_norm_backward(ctx: Any, needs: Any, bwd: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, weight, mean, rstd = ctx.saved_tensors
+    x, residual, weight, mean, rstd = ctx.saved_tensors
     grad_total = grads[1] if ctx.has_residual else None
     if grads[0] is None:  # only the returned sum was used: nothing comes from the norm, whatever it holds
         grad_x, grad_weight = grad_total, x.new_zeros(x.shape[-1])
         grad_bias = torch.zeros_like(grad_weight)
+    elif residual is not None:
+        arguments = _in_single(grads[:2], x, residual, weight)
+        # The moments that the forward keeps are those of the rounded sum.
+        _, mean, rstd = torch.native_layer_norm(arguments[2], x.shape[-1:], None, None, ctx.eps)
+        found = bwd(*arguments, mean.flatten(), rstd.flatten(), needs[1], needs[2])
+        grad_x, grad_weight, grad_bias = (gradient.to(x.dtype) for gradient in found)
     else:
         grad_x, grad_weight, grad_bias = bwd(grads[0], grad_total, x, weight, mean, rstd, needs[1], needs[2])
     return (

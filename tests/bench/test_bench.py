@@ -15,6 +15,7 @@ import torch
 
 import m4ov_bench
 from m4ov_bench import cases, machine, measure, memory, peers, plots, report, runner
+from m4ov_bench.peers import trainers
 from m4ov_bench.peers.gemm import EAGER
 from m4ov_bench.session import memory_bound
 from m4ov_kernels.dispatch import native_extension
@@ -86,6 +87,21 @@ def test_kernels_are_measured_where_there_are_kernels(tiny):
         assert not what
     else:
         assert {("rms_norm", "backward, kernel"), ("linear_cross_entropy", "forward + backward, kernel")} <= what
+
+
+def test_a_step_of_training_is_compared_with_a_trainers(tiny):
+    (row,) = [row for row in tiny[0] if row.family == "sft"]
+    assert row.errors.keys() == {"loss", "gradients", "first loss"}
+    assert row.rate > 0
+    assert row.unit == "tokens"
+    assert "100% fill" in row.note
+    trainer = row.peers[trainers.TRAINER]
+    assert trainer.ratio > 0
+    assert trainer.error <= 1
+    assert all(row.peers[name].absent for name in trainers.NAMES if name != trainers.TRAINER)
+    if sys.platform.startswith("linux"):
+        assert row.memory_mib > 0
+        assert trainer.memory_mib > 0
 
 
 def test_json_round_trip_and_table_and_plot(tiny, tmp_path):

@@ -251,3 +251,38 @@ def test_layer_norm_of_mixed_dtypes_keeps_the_inputs():
     assert layer_norm(x, weight, bias, eps=EPS).dtype == torch.bfloat16
     with pytest.raises(RuntimeError, match="different dtypes"), m4ov_kernels.backend("native"):
         layer_norm(x, weight, bias, eps=EPS)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm"])
+def test_gradients_of_a_sum_that_float16_does_not_hold(name, backend):
+    """The sum that is returned is infinite; what was normalised is not, nor what comes of it."""
+    operator = m4ov_kernels.dispatch.OPERATORS[name]
+    if (reason := operator.unavailable(backend, "cpu", torch.float16)) is not None:
+        pytest.skip(reason)
+    x, residual = (6e4 * (torch.rand(5, 48) - 0.2) for _ in range(2))
+    weight, bias = torch.rand(48) + 0.5, torch.randn(48)
+    parameters = [weight] if name == "rms_norm" else [weight, bias]
+    grads = [1e3 * torch.randn(5, 48), torch.randn(5, 48)]
+    given = [tensor.half() for tensor in (x, residual, *parameters, *grads)]
+
+    def results(function, dtype):
+        tensors = leaves(dtype, *given[:-2])
+        out = function(*tensors)
+        return [*out, *gradients(out, tensors, [grad.to(dtype) for grad in given[-2:]])]
+
+    def ours(x, residual, *parameters):
+        with m4ov_kernels.backend(backend):
+            return getattr(m4ov_kernels, name)(x, *parameters, eps=EPS, residual=residual, numerics="fp32")
+
+    def plain(x, residual, *parameters):
+        if name == "rms_norm":
+            return reference.rms_norm(x, *parameters, EPS, residual, "fp32")
+        return reference.layer_norm(x, *parameters, residual, EPS, "fp32")
+
+    found = [results(ours, torch.float16), results(plain, torch.float16), results(plain, torch.float64)]
+    assert found[0][1].isinf().any()
+    for place, one in enumerate(
+        ("normed", "total", "grad_x", "grad_residual", "grad_weight", "grad_bias")[: len(found[0])]
+    ):
+        assert_accurate(one, *(values[place] for values in found))

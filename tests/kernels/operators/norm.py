@@ -40,8 +40,10 @@ def _results(hidden_states: Tensor, weight: Tensor, residual: Tensor | None, num
 
 
 def _rounds_to_infinity(total: Tensor, call: Call) -> Tensor:
-    """Where the sum that is returned, and kept for the backward, is infinite though what was normalised is not."""
-    return total.abs() > 0.99 * torch.finfo(call.arguments["hidden_states"].dtype).max
+    """Where the sum that is returned, and kept for the backward, is infinite though what was normalised is not. (Of
+    float16 its summands are kept.)"""
+    dtype = call.arguments["hidden_states"].dtype
+    return total.abs() > (0.99 * torch.finfo(dtype).max if dtype is not torch.float16 else torch.inf)
 
 
 def _terms(call: Call) -> dict[str, Tensor]:
