@@ -16,7 +16,7 @@ import pickle
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +26,12 @@ from m4ov_bench import cases, gate, measure, sft_sides, step
 from m4ov_bench.peers import trainers
 from m4ov_bench.row import Peer, Row
 from m4ov_bench.session import Session
-from m4ov_bench.sft_sides import ADAMW, RECIPE, End
+from m4ov_bench.sft_sides import ADAMW, RECIPE, End, Work
 from m4ov_bench.turns import Side, by_turns
 from m4ov_kernels.dispatch import native_extension
 
 if TYPE_CHECKING:
-    from m4ov.recipe import QuickstartConfig
-    from m4ov.sft import Task
+    from m4ov.manifest import CurriculumConfig
 
 _NEEDED = ("transformers", "tokenizers", "tensorboard", "easy_vqa", "sklearn")
 _JUDGED = 12  # samples of which gradients are compared
@@ -66,34 +65,46 @@ def benchmark(session: Session) -> Iterator[Row]:
     from m4ov import sft
 
     session.say("SFT: data")
-    task = sft.prepare(configuration(wanted[0], session.machine.seed), Console(quiet=True))
+    seed = session.machine.seed
+    material = sft.gather(configuration(wanted[0]), Console(quiet=True))
     with tempfile.TemporaryDirectory(prefix="m4ov-bench-") as folder:
-        file = Path(folder) / "task"
-        file.write_bytes(pickle.dumps(task))
+        file = Path(folder) / "work"
         for case in wanted:
-            yield from _rows(session, case, task, file)
+            config = configuration(case)
+            pools = tuple(
+                replace(pool, questions=case.questions if name == "general" else 1)
+                for name, pool in material.pools.items()
+            )
+            work = Work(config, material.task, pools, {"general": case.images, "domain": case.digits}, seed)
+            file.write_bytes(pickle.dumps(work))
+            yield from _rows(session, case, work, file)
 
 
-def configuration(case: cases.SftCase, seed: int) -> QuickstartConfig:
+def configuration(case: cases.SftCase) -> CurriculumConfig:
     """The recipe's, with a step's samples as the case has them; no checkpoints, which no peer makes either."""
-    from m4ov.recipe import DataConfig, QuickstartConfig, RunConfig, TrainConfig
+    from m4ov.manifest import ArmConfig, CurriculumConfig, StageConfig
+    from m4ov.recipe import DataConfig, TrainConfig
 
-    return QuickstartConfig(
-        run=RunConfig(seed=seed),
-        data=DataConfig(images_per_step=case.images, digits_per_step=case.digits, questions_per_image=case.questions),
+    sources = {"general": "easy-vqa", "domain": "digits"}
+    stage = StageConfig(mixture={"general": case.images, "domain": case.digits})
+    return CurriculumConfig(
+        data=DataConfig(images_per_step=case.images + case.digits, questions_per_image=case.questions),
         train=TrainConfig(checkpoint_seconds=0.0),
+        pools=sources,
+        skills=sources,
+        arms={"bench": ArmConfig(steps=TrainConfig().steps, stages={"all": stage})},
     )
 
 
-def check(config: QuickstartConfig, task: Task) -> tuple[gate.Gate, Loss]:
+def check(work: Work) -> tuple[gate.Gate, Loss]:
     """Our model against transformers' class, of the same bf16 weights; and the loss of the first step."""
     from m4ov.data import to_hugging_face
-    from m4ov.sft.training import loss_of, model_of
+    from m4ov.sft.training import loss_of
 
-    batch = task.mixture(config.data, config.run.seed).batch(0)
+    task, batch = work.task, work.mixture().batch(0)
     samples = trainers.samples_of(batch)
     pad = trainers.Padded(samples, to_hugging_face(task.tokenizer).pad_token_id)
-    ours = model_of(config, task, config.run.seed).train()
+    ours = work.model().train()
     plain = sft_sides.hugging_face(task, {name: p.detach() for name, p in ours.named_parameters()}, torch.bfloat16)
     exact = copy.deepcopy(plain).double()
 
@@ -112,15 +123,14 @@ def check(config: QuickstartConfig, task: Task) -> tuple[gate.Gate, Loss]:
     return step.judged(*results), first
 
 
-def _rows(session: Session, case: cases.SftCase, task: Task, file: Path) -> Iterator[Row]:
-    config = configuration(case, session.machine.seed)
+def _rows(session: Session, case: cases.SftCase, work: Work, file: Path) -> Iterator[Row]:
     session.say(f"SFT {case}: gate")
-    checked, first = check(config, task)
+    checked, first = check(work)
     if not checked.green:
         yield _row(session, case, "not measured", checked)
         return
     session.say(f"SFT {case}: steps by turns")
-    times, ends, absent = _measure(config, file, session.quick)
+    times, ends, absent = _measure(file, session.quick)
     peers = {name: Peer(absent=reason) for name, reason in absent.items()}
     errors = {name: max(first.judge(end.loss).errors.values()) for name, end in ends.items()}
     for ours in (ADAMW, RECIPE):
@@ -154,9 +164,7 @@ def _rows(session: Session, case: cases.SftCase, task: Task, file: Path) -> Iter
         )
 
 
-def _measure(
-    config: QuickstartConfig, file: Path, quick: bool
-) -> tuple[dict[str, measure.Times], dict[str, End], dict[str, str]]:
+def _measure(file: Path, quick: bool) -> tuple[dict[str, measure.Times], dict[str, End], dict[str, str]]:
     """Times and ends of the loops that ran, by name; and why the others did not.
 
     Raises:
@@ -169,7 +177,7 @@ def _measure(
         sides: dict[str, Side] = {}
 
         def start(name: str, loop: Callable[..., End], *others: Any) -> None:
-            sides[name] = Side(f"SFT {name}", loop, name, config, file, threads, *others)
+            sides[name] = Side(f"SFT {name}", loop, name, file, threads, *others)
             stack.callback(sides[name].close)
 
         for name in (ADAMW,) if quick else (ADAMW, RECIPE):

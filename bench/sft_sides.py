@@ -23,7 +23,8 @@ from m4ov_bench.turns import Turns
 from m4ov_kernels.packing import PackedBatch
 
 if TYPE_CHECKING:
-    from m4ov.recipe import QuickstartConfig
+    from m4ov.data import Mixture, Pool
+    from m4ov.manifest import CurriculumConfig
     from m4ov.sft import Task
 
 ADAMW, RECIPE = "AdamW", "Muon and AdamW, as the recipe"  # what trains ours
@@ -47,6 +48,34 @@ class End:
     slots: int
     peak_mib: float | None
     wait: float | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all of them train, on what: the recipe's configuration, tokenizer and pools.
+
+    Attributes:
+        counts: pool → images of a step.
+        seed: of weights and samples.
+    """
+
+    config: CurriculumConfig
+    task: Task
+    pools: tuple[Pool, ...]
+    counts: dict[str, int]
+    seed: int
+
+    def mixture(self) -> Mixture:
+        """The samples of every step."""
+        from m4ov.data import Mixture
+
+        return Mixture(self.pools, self.counts, self.task.encoder, seed=self.seed, dtype=self.task.dtype)
+
+    def model(self) -> nn.Module:
+        """Ours, with the random weights that all begin with."""
+        from m4ov.sft.training import model_of
+
+        return model_of(self.config, self.task, self.seed)
 
 
 class AllAdamW(nn.Module):
@@ -80,15 +109,15 @@ def hugging_face(task: Task, weights: Mapping[str, Tensor], dtype: torch.dtype) 
     return cast_parameters(model, dtype).train()
 
 
-def ours(turns: Turns, kind: str, config: QuickstartConfig, file: Path, threads: int) -> End:
-    """The recipe's loop, with the recipe's model and data. ``kind``: ``ADAMW`` or ``RECIPE``; ``file``: the task."""
+def ours(turns: Turns, kind: str, file: Path, threads: int) -> End:
+    """The recipe's loop, with the recipe's model and data. ``kind``: ``ADAMW`` or ``RECIPE``; ``file``: the work."""
     torch.set_num_threads(threads)
-    task: Task = pickle.loads(file.read_bytes())
+    work: Work = pickle.loads(file.read_bytes())
     from rich.console import Console
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401  the loop imports it; a library is not its memory
 
     from m4ov.models.qwen3_vl import training_flops
-    from m4ov.sft.training import loss_of, model_of
+    from m4ov.sft.training import loss_of
     from m4ov.train import train
     from m4ov.train.machine import peak_mib, reset_peak_mib
     from m4ov.train.metrics import read
@@ -102,17 +131,17 @@ def ours(turns: Turns, kind: str, config: QuickstartConfig, file: Path, threads:
         return loss, labels
 
     held = reset_peak_mib()
-    model = model_of(config, task, config.run.seed)
+    model = work.model()
     with tempfile.TemporaryDirectory(prefix="m4ov-bench-") as name:
         train(
             AllAdamW(model) if kind == ADAMW else model,
-            task.mixture(config.data, config.run.seed),
+            work.mixture(),
             loss_with_notes,
-            config=config.train,
-            optim=config.optim,
+            config=work.config.train,
+            optim=work.config.optim,
             folder=Path(name),
             console=Console(quiet=True),
-            flops_of=lambda batch: training_flops(task.model_config, batch),
+            flops_of=lambda batch: training_flops(work.task.model_config, batch),
             callback=_Between(turns),
         )
         rows = read(Path(name) / "metrics.jsonl")
@@ -144,31 +173,30 @@ class _Between:
         return {}
 
 
-def theirs(turns: Turns, name: str, config: QuickstartConfig, file: Path, threads: int, steps: int) -> End:
+def theirs(turns: Turns, name: str, file: Path, threads: int, steps: int) -> End:
     """A peer's loop: ``name`` of :data:`m4ov_bench.peers.trainers.NAMES`; ``steps``: how many have samples."""
     torch.set_num_threads(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else it warns of the worker that is forked
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    task: Task = pickle.loads(file.read_bytes())
+    work: Work = pickle.loads(file.read_bytes())
     from transformers import Trainer, TrainerCallback  # noqa: F401  before the memory is looked at
     from transformers import logging as transformers_logging
 
     from m4ov.data import to_hugging_face
-    from m4ov.sft.training import model_of
     from m4ov.train.machine import peak_mib, reset_peak_mib
 
     if name == trainers.TRL:
         import trl.trainer.sft_trainer  # noqa: F401
 
     transformers_logging.set_verbosity_error()
-    mixture = task.mixture(config.data, config.run.seed)
+    mixture = work.mixture()
     by_step = [trainers.samples_of(mixture.batch(step)) for step in range(steps)]
     per_step = len(by_step[0])
     if any(len(samples) != per_step for samples in by_step):
         raise RuntimeError(f"steps differ in their samples: {sorted({len(samples) for samples in by_step})}")
     samples = [sample for samples in by_step for sample in samples]
-    weights = {name: weight.detach() for name, weight in model_of(config, task, config.run.seed).named_parameters()}
+    weights = {name: weight.detach() for name, weight in work.model().named_parameters()}
     first: dict[str, Any] = {}
 
     class Between(TrainerCallback):
@@ -190,14 +218,14 @@ def theirs(turns: Turns, name: str, config: QuickstartConfig, file: Path, thread
         first["labels"] = int((inputs["labels"][:, 1:] != -100).sum())
         looking.remove()
 
-    optim = config.optim
+    optim = work.config.optim
     held = reset_peak_mib()
-    model = hugging_face(task, weights, trainers.weights_dtype(name))
+    model = hugging_face(work.task, weights, trainers.weights_dtype(name))
     looking = model.register_forward_pre_hook(look, with_kwargs=True)
     with tempfile.TemporaryDirectory(prefix="m4ov-bench-") as folder:
         options = {
             "output_dir": folder,
-            "max_steps": config.train.steps,
+            "max_steps": work.config.train.steps,
             "learning_rate": optim.lr,
             "lr_scheduler_type": "cosine",
             "warmup_steps": optim.warmup_steps,
@@ -206,7 +234,7 @@ def theirs(turns: Turns, name: str, config: QuickstartConfig, file: Path, thread
             "weight_decay": 0.0,  # as ours: of Muon's matrices alone
             "max_grad_norm": optim.max_grad_norm,
         }
-        tokenizer = to_hugging_face(task.tokenizer)
+        tokenizer = to_hugging_face(work.task.tokenizer)
         loop = trainers.trainer(
             name, model, samples, per_step, tokenizer=tokenizer, callback=Between(), options=options
         )

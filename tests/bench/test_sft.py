@@ -16,7 +16,7 @@ from m4ov_bench.peers import trainers
 from m4ov_bench.session import Session
 from m4ov_bench.turns import Side, by_turns
 
-from ..tiny_task import mixture_batch, tiny_config, tiny_task
+from ..tiny_task import mixture_batch, tiny_config, tiny_material, tiny_task
 from . import loops
 
 
@@ -88,8 +88,10 @@ def test_without_the_recipes_data_the_row_says_so(monkeypatch):
 
 def test_a_step_has_as_many_samples_as_its_case_says():
     for case in cases.SFT:
-        config = sft.configuration(case, seed=5)
-        batch = tiny_task().mixture(config.data, config.run.seed).batch(7)
+        config, material = sft.configuration(case), tiny_material()
+        pools = tuple(replace(p, questions=case.questions if n == "general" else 1) for n, p in material.pools.items())
+        work = sft_sides.Work(config, material.task, pools, {"general": case.images, "domain": case.digits}, seed=5)
+        batch = work.mixture().batch(7)
         assert len(batch) == case.images * case.questions + case.digits
         assert batch.images.shared == (case.questions > 1)
 

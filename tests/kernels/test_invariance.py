@@ -209,8 +209,8 @@ def on_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(previous)
 
 
-def hold(name: str, draw: Draw) -> None:
-    """One drawn call, whole, and parts of it."""
+def hold(name: str, draw: Draw, *, gradients: bool = True) -> None:
+    """One drawn call, whole, and parts of it; ``gradients``: theirs too."""
     case, company = CASES[name], COMPANIES[name]
     call = case.call(draw)
     if case.kernel_dtype(call.arguments) is None:
@@ -236,7 +236,7 @@ def hold(name: str, draw: Draw) -> None:
             found = case.evaluate(company.some(call, units, draw))
         for result, tensor in found.items():
             of = result.removeprefix("grad_")
-            if of in company.tails:
+            if of in company.tails and (gradients or of == result):
                 expected = company.of(call.arguments, of, whole[result], units)
                 assert_same_bits(f"{result} of {units}", company.flat(of, tensor), expected)
 
@@ -255,6 +255,8 @@ def test_a_row_keeps_its_bits(name, isa, data):
     data.draw(strategies.drawn(lambda draw: hold(name, draw)))
 
 
+# Whose gradients are PyTorch's matrix products beside the Triton kernels, whose bits on a CPU depend on the other rows.
+PRODUCTS_IN_BACKWARD = ("linear_kl",)
 NOT_INTERPRETED = ("varlen_attention", "linear_logprob", "int4_linear", "int8_linear", "fp8_linear")
 
 
@@ -272,7 +274,7 @@ def test_a_row_keeps_its_bits_in_triton(name):
             call = CASES[name].call(Seeded(SEED, index))
             small = sum(value.numel() for value in call.arguments.values() if isinstance(value, Tensor)) < 600
             if small and CASES[name].kernel_dtype(call.arguments) is not None:
-                hold(name, Seeded(SEED, index))
+                hold(name, Seeded(SEED, index), gradients=name not in PRODUCTS_IN_BACKWARD)
                 held += 1
     assert held == 2
 

@@ -293,6 +293,11 @@ def _logprob_results(hidden_states: Tensor, targets: Tensor, entropy: bool, **_:
     return {name: (targets.shape, dtype) for name in ("logprob", "logsumexp", *(("entropy",) if entropy else ()))}
 
 
+def _flushed(tensor: Tensor) -> Tensor:
+    """1 where a number is below the normal range, and not 0."""
+    return ((tensor != 0) & (tensor.abs() < torch.finfo(torch.float32).tiny)).double()
+
+
 def _logprob_terms(call: Call) -> dict[str, Tensor]:
     """As :func:`_terms`. A gradient moves by its share of the softmax, by the entropy and by log p, each of which moves
     with the logits; where these are rounded, one may round to its neighbour."""
@@ -319,6 +324,11 @@ def _logprob_terms(call: Call) -> dict[str, Tensor]:
         "logsumexp": keep * (largest + log_vocab),
         "entropy": keep * (largest * spread + entropy + log_vocab),
     }
+    if flushed:  # of an infinity times what it takes for 0 it makes NaN
+        lost_rows = (
+            _flushed(hidden) @ weight.isinf().double().t() + hidden.isinf().double() @ _flushed(weight).t()
+        ) > 0
+        terms = {name: torch.where(lost_rows.any(-1), BEYOND, term) for name, term in terms.items()}
     terms = {name: term.reshape(arguments["targets"].shape) for name, term in terms.items()}
     if call.wanted:
         grads = [

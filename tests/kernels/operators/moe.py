@@ -63,11 +63,13 @@ def _route_results(logits: Tensor, top_k: int, **_: Any) -> Any:
 
 
 def _route_terms(call: Call) -> dict[str, Tensor]:
-    """Of the gradient: p · (|g| + Σ p |g|), and the same of the chosen among themselves."""
+    """Of the mean probability: itself, as p is an exponential over a sum of such. Of the gradient: p · (|g| + Σ p |g|),
+    and the same of the chosen among themselves."""
     logits = call.arguments["logits"].detach().double()
-    if not call.wanted:
-        return {}
     p = logits.softmax(-1).nan_to_num(0.0)
+    probability = p.sum(0) / max(len(p), 1)
+    if not call.wanted:
+        return {"probability": probability}
     chosen = logits.sort(descending=True, stable=True).indices[:, : call.arguments["top_k"]]
     slopes = torch.zeros_like(p)
     if "probability" in call.grads:
@@ -80,7 +82,8 @@ def _route_terms(call: Call) -> dict[str, Tensor]:
             among.scatter_(1, chosen, weights * (grads + (weights * grads).sum(-1, keepdim=True)))
         else:
             slopes.scatter_add_(1, chosen, grads)
-    return {"grad_logits": p * (slopes + (p * slopes).sum(-1, keepdim=True)) + among}
+    to_logits = p * (slopes + (p * slopes).sum(-1, keepdim=True)) + among
+    return {"probability": probability, "grad_logits": to_logits}
 
 
 ROUTE_TOPK = OperatorCase(
