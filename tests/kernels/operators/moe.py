@@ -63,27 +63,28 @@ def _route_results(logits: Tensor, top_k: int, **_: Any) -> Any:
 
 
 def _route_terms(call: Call) -> dict[str, Tensor]:
-    """Of the mean probability: itself, as p is an exponential over a sum of such. Of the gradient: p · (|g| + Σ p |g|),
-    and the same of the chosen among themselves."""
-    logits = call.arguments["logits"].detach().double()
+    """Of weights and mean probability: themselves, as each is an exponential over a sum of such. Of the gradient:
+    p · (|g| + Σ p |g|), and the same of the chosen among themselves."""
+    logits, normalize = call.arguments["logits"].detach().double(), call.arguments["normalize"]
     p = logits.softmax(-1).nan_to_num(0.0)
-    probability = p.sum(0) / max(len(p), 1)
-    if not call.wanted:
-        return {"probability": probability}
     chosen = logits.sort(descending=True, stable=True).indices[:, : call.arguments["top_k"]]
+    weights = p.gather(1, chosen)
+    weights = weights / weights.sum(-1, keepdim=True) if normalize else weights
+    terms = {"weights": weights, "probability": p.sum(0) / max(len(p), 1)}
+    if not call.wanted:
+        return terms
     slopes = torch.zeros_like(p)
     if "probability" in call.grads:
         slopes += call.grads["probability"].double().abs() / max(len(p), 1)
     among = torch.zeros_like(p)
     if "weights" in call.grads:
-        grads, weights = call.grads["weights"].double().abs(), p.gather(1, chosen)
-        if call.arguments["normalize"]:
-            weights = weights / weights.sum(-1, keepdim=True)
+        grads = call.grads["weights"].double().abs()
+        if normalize:
             among.scatter_(1, chosen, weights * (grads + (weights * grads).sum(-1, keepdim=True)))
         else:
             slopes.scatter_add_(1, chosen, grads)
-    to_logits = p * (slopes + (p * slopes).sum(-1, keepdim=True)) + among
-    return {"probability": probability, "grad_logits": to_logits}
+    terms["grad_logits"] = p * (slopes + (p * slopes).sum(-1, keepdim=True)) + among
+    return terms
 
 
 ROUTE_TOPK = OperatorCase(
