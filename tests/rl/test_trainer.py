@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 
+from m4ov.generate import Engine, SamplingOptions
 from m4ov.parallel import ranks
 from m4ov.rl.rewards import Rewards
 from m4ov.rl.rollouts import Rollouts
@@ -126,8 +127,7 @@ def test_what_nobody_can_solve_ends_with_its_reason():
 
 
 def test_the_engine_is_a_sampler():
-    """Through the real engine, where it is installed: the trainer's log-probabilities are its own, to the bit."""
-    generate = pytest.importorskip("m4ov.generate", reason="there is no engine yet")
+    """Through the real engine: the trainer's log-probabilities are its own, to the bit."""
     given = online.config(shared=True)
     model = online.policy()
 
@@ -135,8 +135,8 @@ def test_the_engine_is_a_sampler():
         def decode(self, tokens):
             return " ".join(map(str, tokens))
 
-    engine = generate.Engine(model, tokenizer=Words(), end_token_ids=[online.STOP])
-    sampler = EngineSampler(engine, generate.SamplingOptions(max_tokens=5, samples=4))
+    engine = Engine(model, tokenizer=Words(), end_token_ids=[online.STOP])
+    sampler = EngineSampler(engine, SamplingOptions(max_tokens=5, samples=4))
     data = Rollouts(model, online.prompts(), sampler, Rewards(given.rewards), given)
     data.batches(0)
     assert data.metrics["mismatch_max_abs"] == 0
