@@ -23,6 +23,7 @@ TASKS = {
     "quickstart": ("m4ov.quickstart_recipe:QuickstartConfig", "m4ov.quickstart:run"),
     "curriculum": ("m4ov.manifest:CurriculumConfig", "m4ov.curriculum:run"),
     "sft": ("m4ov.sft_recipe:SftConfig", "m4ov.sft_run:run"),
+    "hybrid-rl": ("m4ov.hybrid_recipe:HybridConfig", "m4ov.hybrid:run"),
     "data": ("m4ov.data_recipe:DataBuildConfig", "m4ov.data_command:run"),
 }
 
@@ -72,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     run = commands.add_parser("run", help="run a recipe; the same command goes on where it was")
-    run.add_argument("recipe", metavar="RECIPE", help="a name (quickstart, curriculum, sft) or a .yaml file")
+    run.add_argument("recipe", metavar="RECIPE", help="a name (quickstart, curriculum, sft, hybrid-rl) or a .yaml file")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. scale=0.2 run.folder=runs/mine")
     run.set_defaults(prepare=_load, execute=_run)
     data = commands.add_parser("data", help="produce training data by a recipe; check files of records")

@@ -69,6 +69,7 @@ def run_arm(
     console: Console,
     world: World,
     home: Path | None = None,
+    begin: Path | None = None,
 ) -> ArmEnd:
     """Train an arm, or go on with it, in ``home``; its model is ``home/model``. Collective.
 
@@ -77,6 +78,7 @@ def run_arm(
 
     Args:
         home: ``None``: ``folder/<name>``.
+        begin: a model's folder that an arm without a start begins with; ``None``: random weights.
 
     Raises:
         Interrupted, CheckpointError, TrainingError, RankError: see :func:`m4ov.train.train`.
@@ -91,7 +93,7 @@ def run_arm(
     before = _stages_before(config, name)
     stages = list(arm.stages.items())
     ends: list[dict[str, Any]] = []
-    at = folder / arm.start / "model" if arm.start else None
+    at = folder / arm.start / "model" if arm.start else begin
     for number, (stage_name, stage) in enumerate(stages, 1):
         here = home / f"{number}-{stage_name}"
         end = _known(here / "stage.json", world)

@@ -1,0 +1,166 @@
+"""The recipe from its data to its report; what was done before, in the same folder, is not done again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import logging as transformers_logging
+
+from m4ov import sft
+from m4ov.data.whole import write_whole
+from m4ov.evaluate import exact_match
+from m4ov.hybrid.material import Material, gather, start_of
+from m4ov.hybrid.measured import ArmRun, Figures, measure, sampler_of
+from m4ov.hybrid.report import write
+from m4ov.hybrid_recipe import START, HybridConfig
+from m4ov.models.qwen3_vl import from_pretrained, read
+from m4ov.quickstart import usable_cpus
+from m4ov.rl import Rewards, train_policy
+from m4ov.sft.training import save_model
+from m4ov.train import RunFolder, World, ranks_started
+from m4ov.train.metrics import check
+from m4ov.train.optim import learning_rate_scale
+
+
+def run(config: HybridConfig) -> None:
+    """The start, every arm with every seed, then ``report.html`` over all of them.
+
+    Started by torchrun, the ranks train together, each on its share of the samples; rank 0 measures.
+
+    Raises:
+        LayoutError: the recipe's ``parallel`` does not fit; before the ranks join.
+        RunFolderError, DataError, RewardError, CheckpointError, TrainingError, RankError, MetricsError: one line says
+            what is wrong.
+        Interrupted: Ctrl-C during training; a checkpoint was written.
+    """
+    check(config.train.wandb)
+    manifest, home = config.manifest(), Path(config.run.folder)
+    sft.check(manifest, ranks_started())
+    world = World.start(config.train.timeout_seconds)
+    console = Console(quiet=not world.first)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(config.run.threads or usable_cpus())
+    claim = world.alone("the run folder", lambda: RunFolder(home, fingerprint(config)))
+    try:
+        material = gather(config, console)
+        _start(config, material, home, console, world)
+        runs = [_measured(config, material, START, config.start.seed, home / START, console, world)]
+        for seed in config.seeds:
+            for name in config.arms:
+                folder = home / f"seed-{seed}" / name
+                _arm(config, material, name, seed, folder, console, world)
+                runs.append(_measured(config, material, name, seed, folder, console, world))
+        world.close()
+        if world.first:
+            write(config, material, runs, home, console)
+    finally:
+        if claim is not None:
+            claim.close()
+
+
+def fingerprint(config: HybridConfig) -> dict[str, Any]:
+    """What the models depend on, flat: key → value. Seeds and arms are not in it: each has a folder of its own."""
+    tree = asdict(config)
+    parts = {name: tree[name] for name in ("data", "chains", "model", "optim", "gates", "start", "steps", "scale")}
+    trained = {name: tree["train"][name] for name in ("precision", "patch", "fp8")}
+    policy = {"policy": tree["policy"], "policy_optim": tree["policy_optim"]}
+    return sft.flat({**parts, **policy, "train": trained})
+
+
+def _start(config: HybridConfig, material: Material, home: Path, console: Console, world: World) -> None:
+    options, task = config.evaluate, material.start.task
+
+    def figures(model: torch.nn.Module) -> dict[str, float]:
+        return {
+            skill: exact_match(
+                model,
+                split,
+                task.encoder,
+                tokens_per_batch=options.tokens_per_batch,
+                limit=config.gates.limit,
+                dtype=task.dtype,
+            ).value
+            for skill, split in material.start.gates.items()
+        }
+
+    sft.run_arm(
+        config.manifest(),
+        material.start,
+        START,
+        seed=config.start.seed,
+        folder=home,
+        measure=figures,
+        console=console,
+        world=world,
+        begin=Path(config.start.model) if config.start.model else None,
+    )
+
+
+def _arm(
+    config: HybridConfig, material: Material, name: str, seed: int, folder: Path, console: Console, world: World
+) -> None:
+    """Train an arm, or go on with it; its model is ``folder/model``, and then ``arm.json`` is there. Collective."""
+    done = folder / "arm.json"
+    if world.share("arm.json", world.alone("arm.json", done.exists)):
+        return
+    task, policy, steps = material.start.task, config.policy_of(name, seed), config.updates
+    console.print(f"[bold]{name}[/bold], seed {seed}: {', '.join(('accuracy', *config.arms[name]))}, {steps} updates")
+    start = dict(read(start_of(Path(config.run.folder)), task.config))
+    model = from_pretrained(start_of(Path(config.run.folder)), dtype=task.dtype)
+    torch.manual_seed(seed)
+    sampler = sampler_of(model, task.tokenizer, task.encoder.end_token, config, policy.rollout.samples)
+
+    def schedule(step: int) -> float:
+        warmup = config.policy_optim.warmup_steps
+        return learning_rate_scale(step, steps, 0) * min(1.0, (step + 1) / max(1, warmup))
+
+    result = train_policy(
+        model,
+        material.training.prompts,
+        sampler,
+        config=policy,
+        train_config=replace(config.train, steps=steps),
+        optim=config.policy_optim,
+        folder=folder,
+        console=console,
+        world=world,
+        start=start,
+        schedule=schedule,
+    )
+
+    def close() -> None:
+        save_model(task, start | result.weights, folder / "model")
+        numbers = {"steps": result.steps, "tokens": result.tokens, "seconds": result.seconds}
+        write_whole(done, json.dumps(numbers, indent=1))
+
+    world.alone(f"saving {name}", close)
+
+
+def _measured(
+    config: HybridConfig, material: Material, name: str, seed: int, folder: Path, console: Console, world: World
+) -> ArmRun:
+    """Figures of an arm's model, kept in ``figures.json``; on every rank."""
+    file = folder / "figures.json"
+
+    def ask() -> dict[str, Any]:
+        if not file.exists():
+            with console.status(f"asking {name} the held-out questions"), Rewards(config.policy.rewards) as rewards:
+                model = from_pretrained(folder / "model", dtype=material.start.task.dtype)
+                found = measure(model, material, config, rewards, config.start.seed)
+            write_whole(file, json.dumps(asdict(found), indent=1))
+        figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        console.print(
+            f"{name}: pass@1 {figures['pass_1']:.1%}, pass@{config.measure.samples} {figures['pass_k']:.1%}, "
+            f"{figures['length']:.1f} tokens, {figures['survival']:.1%} of right answers on a grey image too"
+        )
+        return {**figures, "arm": json.loads((folder / "arm.json").read_text(encoding="utf-8"))}
+
+    found = world.share("figures", world.alone(f"asking {name}", ask))
+    arm = found.pop("arm")
+    return ArmRun(name, seed, int(arm["steps"]), float(arm["seconds"]), Figures(**found))
