@@ -14,8 +14,9 @@ from transformers import logging as transformers_logging
 from m4ov import sft
 from m4ov.data.whole import write_whole
 from m4ov.evaluate import exact_match
+from m4ov.evaluate.policies import ArmRun, Figures
 from m4ov.hybrid.material import Material, gather, start_of
-from m4ov.hybrid.measured import ArmRun, Figures, measure, sampler_of
+from m4ov.hybrid.measured import measure, sampler_of
 from m4ov.hybrid.report import write
 from m4ov.hybrid_recipe import START, HybridConfig
 from m4ov.models.qwen3_vl import from_pretrained, read
@@ -145,14 +146,15 @@ def _arm(
 def _measured(
     config: HybridConfig, material: Material, name: str, seed: int, folder: Path, console: Console, world: World
 ) -> ArmRun:
-    """Figures of an arm's model, kept in ``figures.json``; on every rank."""
+    """Figures of an arm's model, kept in ``figures.json`` with its answers in ``answers.jsonl``; on every rank."""
     file = folder / "figures.json"
 
     def ask() -> dict[str, Any]:
         if not file.exists():
             with console.status(f"asking {name} the held-out questions"), Rewards(config.policy.rewards) as rewards:
                 model = from_pretrained(folder / "model", dtype=material.start.task.dtype)
-                found = measure(model, material, config, rewards, config.start.seed)
+                found, answers = measure(model, material, config, rewards, config.start.seed)
+            write_whole(folder / "answers.jsonl", "".join(json.dumps(row) + "\n" for row in answers))
             write_whole(file, json.dumps(asdict(found), indent=1))
         figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         console.print(

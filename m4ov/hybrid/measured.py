@@ -1,54 +1,21 @@
-"""What is asked of an arm's model, and what comes out: figures of one arm with one seed."""
+"""What is asked of an arm's model, and what comes out: figures, and every answer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from m4ov.evaluate import exact_match
+from m4ov.evaluate.policies import Figures
 from m4ov.generate import Engine, SamplingOptions
 from m4ov.hybrid.material import Material
 from m4ov.hybrid_recipe import HybridConfig
 from m4ov.models.qwen3_vl import Qwen3VL
 from m4ov.rl import Answer, Drawn, EngineSampler, Prompt, Rewards, pass_at_k
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Of the held-out chains, ``samples`` answers to each at the policy's temperature.
-
-    Attributes:
-        pass_1: share of right answers. ``pass_k``: of questions with one right among ``samples``.
-        length: tokens of an answer, mean; ``length_right``: of the right ones.
-        unfinished: share of answers that did not end by themselves.
-        survival: share of right answers that the same seed gives on a grey image too; NaN: none was right.
-        kinds: kind of question → share of right answers.
-        general, domain: exact match on the held-out questions of the start's own tasks.
-    """
-
-    pass_1: float
-    pass_k: float
-    length: float
-    length_right: float
-    unfinished: float
-    survival: float
-    kinds: dict[str, float]
-    general: float
-    domain: float
-
-
-@dataclass(frozen=True)
-class ArmRun:
-    """One arm with one seed: updates and seconds of its training, figures of its model."""
-
-    arm: str
-    seed: int
-    steps: int
-    seconds: float
-    figures: Figures
 
 
 @dataclass(frozen=True)
@@ -58,9 +25,19 @@ class Answered:
     drawn: list[list[Drawn]]
     right: np.ndarray  # bool [prompts, samples]
 
+    def rows(self, place: int) -> list[dict[str, Any]]:
+        """The answers to one prompt."""
+        return [
+            {"text": one.text, "tokens": len(one.tokens), "finished": one.finished, "right": bool(right)}
+            for one, right in zip(self.drawn[place], self.right[place], strict=True)
+        ]
 
-def measure(model: Qwen3VL, material: Material, config: HybridConfig, rewards: Rewards, seed: int) -> Figures:
-    """All figures of a model.
+
+def measure(
+    model: Qwen3VL, material: Material, config: HybridConfig, rewards: Rewards, seed: int
+) -> tuple[Figures, list[dict[str, Any]]]:
+    """All figures of a model, and a row for each held-out question: ``image`` (its grid), ``kind``, ``question``,
+    ``truth``, and of each sample ``answers`` and ``on_grey`` (``text``, ``tokens``, ``finished``, ``right``).
 
     Args:
         rewards: of the recipe's ``policy``: its correct component says what is right.
@@ -87,7 +64,7 @@ def measure(model: Qwen3VL, material: Material, config: HybridConfig, rewards: R
         ).value
         for name, split in material.start.tests.items()
     }
-    return Figures(
+    figures = Figures(
         pass_1=float(seen.right.mean()),
         pass_k=float(np.mean([pass_at_k(samples, int(count), samples) for count in counts])),
         length=float(lengths.mean()),
@@ -98,6 +75,18 @@ def measure(model: Qwen3VL, material: Material, config: HybridConfig, rewards: R
         general=shares["general"],
         domain=shares["domain"],
     )
+    rows = [
+        {
+            "image": asked.image_of[place],
+            "kind": asked.kinds[place],
+            "question": prompt.question,
+            "truth": prompt.ground_truth,
+            "answers": seen.rows(place),
+            "on_grey": blind.rows(place),
+        }
+        for place, prompt in enumerate(asked.prompts)
+    ]
+    return figures, rows
 
 
 def sampler_of(model: Qwen3VL, tokenizer: Tokenizer, end: int, config: HybridConfig, samples: int) -> EngineSampler:
