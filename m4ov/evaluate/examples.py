@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,27 @@ class Example:
         return self.said == self.answer
 
 
+def evenly(kinds: Sequence[str], images: Sequence[int], count: int, seed: int) -> list[int]:
+    """Places of ``count`` questions of different images, drawn by ``seed``, one kind after the other; fewer, where
+    there are not so many.
+
+    Args:
+        kinds, images: of each question.
+    """
+    order = np.random.default_rng(seed).permutation(len(kinds)).tolist()
+    by_kind = {kind: [place for place in order if kinds[place] == kind] for kind in sorted(set(kinds))}
+    chosen: list[int] = []
+    seen: set[int] = set()
+    while len(chosen) < count and any(by_kind.values()):
+        for places in by_kind.values():
+            while places and images[places[-1]] in seen:
+                places.pop()
+            if places and len(chosen) < count:
+                chosen.append(places.pop())
+                seen.add(images[chosen[-1]])
+    return chosen
+
+
 @torch.no_grad()
 def examples(
     model: Any,
@@ -47,19 +69,9 @@ def examples(
 
     ``model``: this package's, or transformers' class.
     """
-    random = np.random.default_rng(seed)
-    kinds = sorted({sample.kind for sample in split.samples})
-    shuffled = [split.samples[place] for place in random.permutation(len(split.samples))]
-    by_kind = {kind: [sample for sample in shuffled if sample.kind == kind] for kind in kinds}
-    chosen: list[Sample] = []
-    seen: set[int] = set()
-    while len(chosen) < count and any(by_kind.values()):
-        for kind in kinds:
-            while by_kind[kind] and by_kind[kind][-1].image in seen:
-                by_kind[kind].pop()
-            if by_kind[kind] and len(chosen) < count:
-                chosen.append(by_kind[kind].pop())
-                seen.add(chosen[-1].image)
+    asked = split.samples
+    kinds, images = [sample.kind for sample in asked], [sample.image for sample in asked]
+    chosen = [asked[place] for place in evenly(kinds, images, count, seed)]
     model.eval()
     answers = _engine if isinstance(model, Qwen3VL) else _transformers
     said = answers(model, split, encoder, chosen, dtype)

@@ -127,6 +127,27 @@ def courses(figures: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]]) ->
     return _svg(figure)
 
 
+def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> str:
+    """How numbers went: what it is → arm → (step, value); a panel for each, two in a row."""
+    arms = list(dict.fromkeys(arm for found in panels.values() for arm in found))
+    rows = (len(panels) + 1) // 2
+    figure = Figure(figsize=(9, 2.3 * rows + 0.4), layout="constrained")
+    places = figure.subplots(rows, 2, squeeze=False).flatten().tolist()
+    for axes, (title, found) in zip(places, panels.items(), strict=False):
+        for arm, values in found.items():
+            steps, numbers = zip(*values, strict=True)
+            color = _PALETTE[arms.index(arm) % len(_PALETTE)]
+            axes.plot(steps, numbers, color=color, linewidth=1.1, label=arm)
+        axes.set_title(title, fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+    for axes in places[len(panels) :]:
+        axes.set_axis_off()
+    lines = {line.get_label(): line for axes in places for line in axes.get_lines()}
+    figure.legend([lines[arm] for arm in arms], arms, fontsize=8, loc="outside upper right", ncols=len(arms))
+    return _svg(figure)
+
+
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})

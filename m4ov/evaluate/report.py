@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment
 from PIL import Image
 from rich.console import Console
@@ -49,7 +50,7 @@ class Section:
 
     Attributes:
         columns, rows: of the table; without columns there is none.
-        figure: an SVG; empty: none.
+        figure: an SVG, or HTML whose text is escaped (:mod:`m4ov.evaluate.viewer`); empty: none.
         note: below them.
         printed: whether the terminal shows the table too.
     """
@@ -101,7 +102,7 @@ def html(report: Report) -> str:
         accuracy_plot=plots.accuracies(report.accuracies) if report.accuracies else "",
         operator_plot=plots.operators(report.operators) if report.operators else "",
         step_plot=plots.steps(comparison.patched_seconds, comparison.unpatched_seconds) if comparison else "",
-        pictures=[_data_uri(example) for example in report.examples],
+        pictures=[data_uri(example.image) for example in report.examples],
         note=accuracy_note(),
     )
 
@@ -158,7 +159,8 @@ def _mib(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f} MiB"
 
 
-def _data_uri(example: Example) -> str:
+def data_uri(image: np.ndarray) -> str:
+    """uint8 ``[H, W, 3]`` as a PNG that needs no file."""
     buffer = io.BytesIO()
-    Image.fromarray(example.image).save(buffer, format="PNG")
+    Image.fromarray(image).save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
