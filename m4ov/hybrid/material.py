@@ -110,8 +110,8 @@ def _asked(made: Chains, encoder: Encoder, dtype: torch.dtype, limit: int = 0) -
     if limit and limit < len(problems):
         problems = [problems[place * len(problems) // limit] for place in range(limit)]
     geometry = encoder.geometry
-    grey = np.full_like(made.images[:1], 128)
-    blank = Patches(torch.from_numpy(patchify(grey, geometry)).to(dtype), geometry.grid_thw)
+    white = np.full_like(made.images[:1], 255)
+    blank = Patches(torch.from_numpy(patchify(white, geometry)).to(dtype), geometry.grid_thw)
     patches: dict[int, Patches] = {}
     sides: tuple[list[Prompt], list[Prompt]] = [], []
     for problem in problems:
