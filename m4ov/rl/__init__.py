@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from m4ov.rl.reference import Reference
     from m4ov.rl.rewards import Answer, RewardError, Rewards, Scores
     from m4ov.rl.rollouts import Drawn, Prompt, Rollouts, Sampler
+    from m4ov.rl.samplers import sampler
     from m4ov.rl.sampling import Sampled, informative
     from m4ov.rl.trainer import EngineSampler, train_policy
 
@@ -27,6 +28,7 @@ _HOMES = {
     "reference": ("Reference",),
     "rewards": ("Answer", "RewardError", "Rewards", "Scores"),
     "rollouts": ("Drawn", "Prompt", "Rollouts", "Sampler"),
+    "samplers": ("sampler",),
     "sampling": ("Sampled", "informative"),
     "trainer": ("EngineSampler", "train_policy"),
 }
@@ -55,6 +57,7 @@ __all__ = [
     "outcomes",
     "pairs_of",
     "pass_at_k",
+    "sampler",
     "train_policy",
     "twin",
 ]
