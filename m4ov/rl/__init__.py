@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from m4ov.rl.advantages import Composed, Outcomes, compose, outcomes, pass_at_k
     from m4ov.rl.algorithms import PolicyBatch, PolicyLoss
+    from m4ov.rl.certificates import Mismatch, mismatch
     from m4ov.rl.offline import PairBatch, PreferenceLoss, pairs_of
     from m4ov.rl.perception import mask_patches, twin
     from m4ov.rl.reference import Reference
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "advantages": ("Composed", "Outcomes", "compose", "outcomes", "pass_at_k"),
     "algorithms": ("PolicyBatch", "PolicyLoss"),
+    "certificates": ("Mismatch", "mismatch"),
     "offline": ("PairBatch", "PreferenceLoss", "pairs_of"),
     "perception": ("mask_patches", "twin"),
     "reference": ("Reference",),
@@ -38,6 +40,7 @@ __all__ = [
     "Composed",
     "Drawn",
     "EngineSampler",
+    "Mismatch",
     "Outcomes",
     "PairBatch",
     "PolicyBatch",
@@ -54,6 +57,7 @@ __all__ = [
     "compose",
     "informative",
     "mask_patches",
+    "mismatch",
     "outcomes",
     "pairs_of",
     "pass_at_k",

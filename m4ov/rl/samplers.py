@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from m4ov.generate import Engine, SamplingOptions
+from m4ov.generate.weights import check
 from m4ov.models.qwen3_vl import Qwen3VL
 from m4ov.rl.rollouts import Sampler
 from m4ov.rl.trainer import EngineSampler
@@ -42,8 +44,6 @@ def sampler(
     Raises:
         TypeError, ValueError, RuntimeError: the engine cannot be made of these; see :class:`m4ov.generate.Engine`.
     """
-    if rollout.engines:
-        raise NotImplementedError(f"rollout.engines: expected 0 at this commit; got {rollout.engines}")
     parameter = model.lm_head.weight
     reason = unavailable(parameter.device.type, parameter.dtype)
     settings: dict[str, Any] = {
@@ -53,4 +53,17 @@ def sampler(
         "max_running": max(256, rollout.samples),
     }
     options = SamplingOptions(rollout.max_tokens, rollout.temperature, samples=rollout.samples)
-    yield EngineSampler(Engine(model, tokenizer=tokenizer, **settings), options)
+    if not rollout.engines:
+        yield EngineSampler(Engine(model, tokenizer=tokenizer, **settings), options)
+        return
+    from m4ov.rl.engines import engines
+
+    check(model, settings["numerics"], rollout.weights)  # here, not in every process
+    made, folder = engines(
+        model, tokenizer, options, settings, count=rollout.engines, kind=rollout.engine_kind, folder=task_folder
+    )
+    try:
+        yield made
+    finally:
+        made.close()
+        shutil.rmtree(folder, ignore_errors=True)
