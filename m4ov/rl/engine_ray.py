@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -14,11 +15,15 @@ class RayHost:
     """Starts them. Ray is started on this machine, unless it runs already or ``RAY_ADDRESS`` names a cluster; then the
     file must be on a file system that all its machines see.
 
+    Args:
+        count: engines; each takes a CPU of the cluster.
+
     Raises:
         ImportError: Ray is not installed.
+        ValueError: the cluster has fewer CPUs than that, and would keep some waiting for ever.
     """
 
-    def __init__(self, start: str) -> None:
+    def __init__(self, start: str, count: int) -> None:
         try:
             import ray
         except ImportError as error:
@@ -26,7 +31,14 @@ class RayHost:
         self.file, self.ray = start, ray
         self._started = not ray.is_initialized()
         if self._started:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+            if not os.environ.get("RAY_ADDRESS"):
+                options["num_cpus"] = max(count, os.cpu_count() or 1)
+            ray.init(**options)
+        cpus = int(ray.cluster_resources().get("CPU", 0))
+        if cpus < count:
+            self.close()
+            raise ValueError(f"rollout.engines: expected at most {cpus}, the CPUs of the Ray cluster; got {count}")
         # An actor that died is started again by whoever asked it, with the weights as they are then.
         self._actor: Any = ray.remote(num_cpus=1, max_restarts=0)(Hosted)
 

@@ -210,7 +210,7 @@ def engines(
         if kind == "ray":
             from m4ov.rl.engine_ray import RayHost
 
-            host = RayHost(handover.start)
+            host = RayHost(handover.start, count)
         else:
             from m4ov.rl.engine_processes import ProcessHost
 
