@@ -92,10 +92,15 @@ class Found:
 
 @dataclass(frozen=True)
 class Truth:
-    """By transformers' class and the formula: in float64, and in the dtype in which the case computes."""
+    """By transformers' class and the formula: in float64, and in the dtype in which the case computes.
+
+    ``terms``: the mean size of what the loss is the mean of, and nearly cancels: ratio times advantage, times the
+    log-probability whose rounding reaches it through the ratio.
+    """
 
     exact: Found
     plain: Found
+    terms: Tensor
     dtype: torch.dtype
 
     def judge(self, found: Found) -> gate.Gate:
@@ -107,7 +112,7 @@ class Truth:
 
         losses = (found.loss.to(dtype), self.plain.loss.to(dtype), self.exact.loss.double())
         parts = (joined(found).to(dtype), joined(self.plain).to(dtype), joined(self.exact))
-        return gate.compare("loss", *losses) + gate.compare("gradients", *parts)
+        return gate.compare("loss", *losses, terms=self.terms) + gate.compare("gradients", *parts)
 
 
 def judged(theirs: Any) -> Judged:
@@ -141,14 +146,16 @@ def logprobs(model: Any, given: Judged) -> Tensor:
     return kept
 
 
-def formula(model: Any, given: Judged) -> Tensor:
-    """GRPO's loss as it is written down: the mean over answers of the mean over their tokens."""
+def formula(model: Any, given: Judged) -> tuple[Tensor, Tensor]:
+    """GRPO's loss as it is written down: the mean over answers of the mean over their tokens; and its terms' size."""
     new = logprobs(model, given)
-    lengths = torch.tensor([len(one) for one in given.completions])
-    advantage = given.advantages.to(new).repeat_interleave(lengths)
+    lengths = [len(one) for one in given.completions]
+    advantage = given.advantages.to(new).repeat_interleave(torch.tensor(lengths))
     ratio = (new - given.old.to(new)).exp()
     terms = -torch.minimum(ratio * advantage, ratio.clamp(1 - _CLIP, 1 + _CLIP) * advantage)
-    return torch.stack([part.mean() for part in terms.split(lengths.tolist())]).mean()
+    sizes = (ratio * advantage * new).detach().abs()
+    loss, size = (torch.stack([part.mean() for part in parts.split(lengths)]).mean() for parts in (terms, sizes))
+    return loss, size
 
 
 def truth(theirs: Any, given: Judged, dtype: torch.dtype, seed: int) -> Truth:
@@ -157,7 +164,8 @@ def truth(theirs: Any, given: Judged, dtype: torch.dtype, seed: int) -> Truth:
         parameter.data = parameter.data.to(dtype)
     if dtype != torch.float32:  # of the weights as they are rounded
         exact.load_state_dict(plain.state_dict())
-    return Truth(*(Found.of(formula(model, given), model, seed) for model in (exact, plain)), dtype)
+    loss, terms = formula(exact, given)
+    return Truth(Found.of(loss, exact, seed), Found.of(formula(plain, given)[0], plain, seed), terms, dtype)
 
 
 def ours(model: Any, given: Judged, seed: int) -> Found:

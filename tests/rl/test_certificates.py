@@ -11,14 +11,15 @@ import torch
 from m4ov.rl import mismatch
 from m4ov.rl.certificates import Correction
 from m4ov.rl_recipe import RolloutConfig
-from tests.rl import online
+from tests.rl import online, small
 
 ROLLOUT = RolloutConfig(samples=4, max_tokens=7, temperature=0.8, shared=True)
 
 
 def found(rollout=ROLLOUT, **options):
     samples = [prompt.sample for prompt in online.prompts()]
-    return mismatch(online.policy(), samples, rollout, end_token_ids=[online.STOP], **options)
+    model = small.model(dtype=torch.float32, intermediate_size=64)
+    return mismatch(model, samples, rollout, end_token_ids=[online.STOP], **options)
 
 
 def test_the_models_own_weights_differ_by_nothing():

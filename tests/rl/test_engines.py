@@ -80,7 +80,7 @@ def test_they_draw_what_the_embedded_engine_does(tmp_path, engines):
 
 def test_they_pack_weights_anew(tmp_path):
     for weights in ("int8", "int4"):
-        model = online.policy()
+        model = small.model(dtype=torch.float32, intermediate_size=64)
         with drawer(model, tmp_path, engines=1, weights=weights) as made:
             first = drawn(made)
             assert first == embedded(model, tmp_path, weights=weights) != embedded(model, tmp_path)
