@@ -13,7 +13,7 @@ from dataclasses import replace
 from m4ov_bench.row import Row
 
 _OPERATORS = ("norm", "activation", "attention", "rope", "packing", "head", "gemm", "moe", "vision", "dispatch")
-FAMILIES = (*_OPERATORS, "step", "sft", "generate")
+FAMILIES = (*_OPERATORS, "step", "sft", "generate", "rl")
 QUICK_FAMILIES = (*_OPERATORS, "sft")
 
 

@@ -12,6 +12,8 @@ OFFLINE = ("dpo", "mpo")
 REFERENCES = ("none", "frozen", "ema", "lora-off")
 CORRECTIONS = ("none", "tis", "icepop", "mis")
 CHOICES = ("pass_at_k", "pass_at_1", "skip")
+ENGINE_KINDS = ("processes", "ray")
+SAMPLER_WEIGHTS = ("model", "int8", "int4", "fp8")
 AMONG = ("all", "correct")
 
 
@@ -227,6 +229,9 @@ class RolloutConfig:
     )
     seed: int = 0
     shown: int = 4  # answers of a rollout that are kept for the report
+    engines: int = 0  # processes that draw, of each rank; 0: the engine is in the learner's own
+    engine_kind: str = "processes"  # of this machine, or the actors of a "ray" cluster
+    weights: str = "model"  # that the sampler draws with: the trained ones, or packed in int8, int4 or fp8
 
     def __post_init__(self) -> None:
         for name in ("prompts", "samples", "max_tokens", "epochs", "minibatches", "rounds", "row_tokens"):
@@ -237,6 +242,15 @@ class RolloutConfig:
         _require(ok, "rollout.temperature", "more than 0", self.temperature)
         expected = f"at most prompts = {self.prompts}, as each has a prompt at least"
         _require(self.minibatches <= self.prompts, "rollout.minibatches", expected, self.minibatches)
+        _require(self.engines >= 0, "rollout.engines", "at least 0", self.engines)
+        kinds = " or ".join(ENGINE_KINDS)
+        _require(self.engine_kind in ENGINE_KINDS, "rollout.engine_kind", kinds, self.engine_kind)
+        ok = self.engines > 0 or self.engine_kind == "processes"
+        _require(ok, "rollout.engines", f"at least 1 with engine_kind = {self.engine_kind}", self.engines)
+        known = ", ".join(SAMPLER_WEIGHTS)
+        _require(self.weights in SAMPLER_WEIGHTS, "rollout.weights", known, self.weights)
+        expected = f"true with weights = {self.weights}, whose log-probabilities are not the trainer's"
+        _require(self.rescore or self.weights == "model", "rollout.rescore", expected, self.rescore)
 
     @property
     def updates(self) -> int:

@@ -77,7 +77,7 @@ def test_imports_point_one_way(name):
         to = target.split(".")[0]
         if package != "m4ov":
             allowed = {package} if package == "m4ov_kernels" else {package, "m4ov_kernels"}
-            if package == "m4ov_bench" and room(name).startswith("sft"):  # measures the loop that trains
+            if package == "m4ov_bench" and room(name).startswith(("sft", "rl")):  # measure the loop that trains
                 allowed.add("m4ov")
                 assert to != "m4ov" or _level(target) <= _level("m4ov.sft"), f"{name} imports {target}"
             assert to in allowed or target.startswith(BENCHED.get(name, ())), f"{name} imports {target}"

@@ -11,22 +11,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from m4ov.rl.advantages import Composed, Outcomes, compose, outcomes, pass_at_k
     from m4ov.rl.algorithms import PolicyBatch, PolicyLoss
+    from m4ov.rl.certificates import Mismatch, mismatch
     from m4ov.rl.offline import PairBatch, PreferenceLoss, pairs_of
     from m4ov.rl.perception import mask_patches, twin
     from m4ov.rl.reference import Reference
     from m4ov.rl.rewards import Answer, RewardError, Rewards, Scores
     from m4ov.rl.rollouts import Drawn, Prompt, Rollouts, Sampler
+    from m4ov.rl.samplers import sampler
     from m4ov.rl.sampling import Sampled, informative
     from m4ov.rl.trainer import EngineSampler, train_policy
 
 _HOMES = {
     "advantages": ("Composed", "Outcomes", "compose", "outcomes", "pass_at_k"),
     "algorithms": ("PolicyBatch", "PolicyLoss"),
+    "certificates": ("Mismatch", "mismatch"),
     "offline": ("PairBatch", "PreferenceLoss", "pairs_of"),
     "perception": ("mask_patches", "twin"),
     "reference": ("Reference",),
     "rewards": ("Answer", "RewardError", "Rewards", "Scores"),
     "rollouts": ("Drawn", "Prompt", "Rollouts", "Sampler"),
+    "samplers": ("sampler",),
     "sampling": ("Sampled", "informative"),
     "trainer": ("EngineSampler", "train_policy"),
 }
@@ -36,6 +40,7 @@ __all__ = [
     "Composed",
     "Drawn",
     "EngineSampler",
+    "Mismatch",
     "Outcomes",
     "PairBatch",
     "PolicyBatch",
@@ -52,9 +57,11 @@ __all__ = [
     "compose",
     "informative",
     "mask_patches",
+    "mismatch",
     "outcomes",
     "pairs_of",
     "pass_at_k",
+    "sampler",
     "train_policy",
     "twin",
 ]
