@@ -56,7 +56,9 @@ class Chains:
         """
         weights = [float(shares.get(style, 0.0)) for style in STYLES]
         if not shares.keys() <= set(STYLES) or min(weights) < 0 or not sum(weights):
-            raise ValueError(f"styles: expected shares of {', '.join(STYLES)}, at least one above 0; got {dict(shares)}")
+            raise ValueError(
+                f"styles: expected shares of {', '.join(STYLES)}, at least one above 0; got {dict(shares)}"
+            )
         random = np.random.default_rng([seed, 31])
         drawn = random.choice(len(STYLES), len(self.problems), p=np.array(weights) / sum(weights))
         samples = (
@@ -144,7 +146,9 @@ def _figures(part: str, side: int, folder: str) -> tuple[np.ndarray, list[tuple[
                 found["shape"] = shape
     whole = {image: (found["colour"], found["shape"]) for image, found in known.items() if len(found) == 2}
     if len(whole) < 4:
-        raise DataError(f"easy-vqa: expected at least 4 {part} images whose colour and shape are told, got {len(whole)}")
+        raise DataError(
+            f"easy-vqa: expected at least 4 {part} images whose colour and shape are told, got {len(whole)}"
+        )
     images = np.stack([to_square(Image.fromarray(split.images[image]), side) for image in whole])
     return images, list(whole.values())
 

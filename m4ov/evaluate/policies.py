@@ -25,7 +25,7 @@ class Figures:
         pass_1: share of right answers. ``pass_k``: of questions with one right among the k.
         length: tokens of an answer, mean; ``length_right``: of the right ones.
         unfinished: share of answers that did not end by themselves.
-        survival: share of right answers that the same seed gives on a grey image too; NaN: none was right.
+        survival: share of right answers that the same seed gives on a blank image too; NaN: none was right.
         kinds: kind of question → share of right answers.
         general, domain: exact match on the held-out questions of the start's own tasks.
     """
@@ -76,14 +76,14 @@ def sections(runs: Sequence[ArmRun], k: int) -> list[Section]:
         ("tokens", "length", "{:.1f}"),
         ("tokens of right answers", "length_right", "{:.1f}"),
         ("unfinished", "unfinished", "{:.1%}"),
-        ("right on grey too", "survival", "{:.1%}"),
+        ("right on blank too", "survival", "{:.1%}"),
     )
     rows = [[name, *(_cell(by_seed(runs, name, key).values(), form) for _, key, form in figures)] for name in names]
     several = f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}. " if len(seeds) > 1 else ""
     note = (
         f"{several}pass@1: share of right answers, {k} to each held-out question; pass@{k}: of questions with one "
-        f"right among the {k}. “Right on grey too”: of right answers, those that the same seed gives where the image "
-        "is grey, so that the question was enough; lower is better."
+        f"right among the {k}. “Right on blank too”: of right answers, those that the same seed gives where the image "
+        "is blank, so that the question was enough; lower is better."
     )
     shown = (figures[0], figures[1], figures[-1])
     found = [Section("Arms", ["arm", *(column for column, _, _ in figures)], rows, note=note)]
@@ -116,7 +116,9 @@ def claims(runs: Sequence[ArmRun], k: int) -> list[list[str]]:
     if ACCURACY in there:
         rows.append(_against(runs, f"{ALL} has a higher pass@{k} than {ACCURACY}", "pass_k", higher=True))
         rows.append(_shorter(runs))
-        rows.append(_against(runs, f"fewer right answers of {ALL} survive a grey image than of {ACCURACY}", "survival"))
+        rows.append(
+            _against(runs, f"fewer right answers of {ALL} survive a blank image than of {ACCURACY}", "survival")
+        )
     if START in there:
         kept = retention(runs, ALL, "general")
         mean = statistics.fmean(kept) if kept else math.nan

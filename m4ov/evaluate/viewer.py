@@ -19,7 +19,7 @@ class Said:
 
     Attributes:
         tokens: how many it has.
-        on_grey: what the same seed says where the image is grey, and whether that is right; ``None``: it was not asked.
+        on_blank: what the same seed says where the image is blank, and whether that is right; ``None``: not asked.
         notes: more about it, each a few words.
     """
 
@@ -27,7 +27,7 @@ class Said:
     text: str
     right: bool
     tokens: int
-    on_grey: tuple[str, bool] | None = None
+    on_blank: tuple[str, bool] | None = None
     notes: Sequence[str] = ()
 
 
@@ -59,6 +59,6 @@ def viewer(cards: Sequence[Card]) -> str:
         arms=list(dict.fromkeys(said.arm for card in cards for said in card.said)),
         kinds=sorted({card.kind for card in cards}),
         steps=sorted({card.step for card in cards if card.step is not None}),
-        on_grey=any(said.on_grey is not None for card in cards for said in card.said),
+        on_blank=any(said.on_blank is not None for card in cards for said in card.said),
         notes=any(said.notes for card in cards for said in card.said),
     )

@@ -16,16 +16,14 @@ from m4ov.data.whole import write_whole
 from m4ov.evaluate import exact_match
 from m4ov.evaluate.policies import ArmRun, Figures
 from m4ov.hybrid.material import Material, gather, start_of
-from m4ov.hybrid.measured import measure, sampler_of
+from m4ov.hybrid.measured import measure
 from m4ov.hybrid.report import write
+from m4ov.hybrid.training import train_arm
 from m4ov.hybrid_recipe import START, HybridConfig
-from m4ov.models.qwen3_vl import from_pretrained, read
+from m4ov.models.qwen3_vl import from_pretrained
 from m4ov.quickstart import usable_cpus
-from m4ov.rl import Rewards, train_policy
-from m4ov.sft.training import save_model
 from m4ov.train import RunFolder, World, ranks_started
 from m4ov.train.metrics import check
-from m4ov.train.optim import learning_rate_scale
 
 
 def run(config: HybridConfig) -> None:
@@ -106,41 +104,21 @@ def _start(config: HybridConfig, material: Material, home: Path, console: Consol
 def _arm(
     config: HybridConfig, material: Material, name: str, seed: int, folder: Path, console: Console, world: World
 ) -> None:
-    """Train an arm, or go on with it; its model is ``folder/model``, and then ``arm.json`` is there. Collective."""
-    done = folder / "arm.json"
-    if world.share("arm.json", world.alone("arm.json", done.exists)):
-        return
-    task, policy, steps = material.start.task, config.policy_of(name, seed), config.updates
-    console.print(f"[bold]{name}[/bold], seed {seed}: {', '.join(('accuracy', *config.arms[name]))}, {steps} updates")
-    start = dict(read(start_of(Path(config.run.folder)), task.config))
-    model = from_pretrained(start_of(Path(config.run.folder)), dtype=task.dtype)
-    torch.manual_seed(seed)
-    sampler = sampler_of(model, task.tokenizer, task.encoder.end_token, config, policy.rollout.samples)
-
-    def schedule(step: int) -> float:
-        warmup = config.policy_optim.warmup_steps
-        return learning_rate_scale(step, steps, 0) * min(1.0, (step + 1) / max(1, warmup))
-
-    result = train_policy(
-        model,
+    """Train an arm, or go on with it. Collective."""
+    policy, parts = config.policy_of(name, seed), ", ".join(("accuracy", *config.arms[name]))
+    console.print(f"[bold]{name}[/bold], seed {seed}: {parts}, {config.updates} updates")
+    train_arm(
+        material.start.task,
         material.training.prompts,
-        sampler,
-        config=policy,
-        train_config=replace(config.train, steps=steps),
-        optim=config.policy_optim,
+        policy,
+        begin=start_of(Path(config.run.folder)),
         folder=folder,
+        train_config=replace(config.train, steps=config.updates),
+        optim=config.policy_optim,
+        seed=seed,
         console=console,
         world=world,
-        start=start,
-        schedule=schedule,
     )
-
-    def close() -> None:
-        save_model(task, start | result.weights, folder / "model")
-        numbers = {"steps": result.steps, "tokens": result.tokens, "seconds": result.seconds}
-        write_whole(done, json.dumps(numbers, indent=1))
-
-    world.alone(f"saving {name}", close)
 
 
 def _measured(
@@ -151,15 +129,24 @@ def _measured(
 
     def ask() -> dict[str, Any]:
         if not file.exists():
-            with console.status(f"asking {name} the held-out questions"), Rewards(config.policy.rewards) as rewards:
-                model = from_pretrained(folder / "model", dtype=material.start.task.dtype)
-                found, answers = measure(model, material, config, rewards, config.start.seed)
+            task = material.start.task
+            with console.status(f"asking {name} the held-out questions"):
+                found, answers = measure(
+                    from_pretrained(folder / "model", dtype=task.dtype),
+                    material.held_out,
+                    material.start.tests,
+                    task,
+                    policy=config.policy,
+                    samples=config.measure.samples,
+                    evaluate=config.evaluate,
+                    seed=config.start.seed,
+                )
             write_whole(folder / "answers.jsonl", "".join(json.dumps(row) + "\n" for row in answers))
             write_whole(file, json.dumps(asdict(found), indent=1))
         figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         console.print(
             f"{name}: pass@1 {figures['pass_1']:.1%}, pass@{config.measure.samples} {figures['pass_k']:.1%}, "
-            f"{figures['length']:.1f} tokens, {figures['survival']:.1%} of right answers on a grey image too"
+            f"{figures['length']:.1f} tokens, {figures['survival']:.1%} of right answers on a blank image too"
         )
         return {**figures, "arm": json.loads((folder / "arm.json").read_text(encoding="utf-8"))}
 

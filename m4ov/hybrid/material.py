@@ -29,7 +29,7 @@ class Asked:
 
     Attributes:
         prompts: one of each problem; prompts on one grid share its patches.
-        blank: the same, on a grey image.
+        blank: the same, on a white image.
         images: uint8 ``[N, size, size, 3]``; ``image_of``: of each prompt, which of them it asks about.
         kinds: of each prompt.
     """

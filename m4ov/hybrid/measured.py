@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
+from m4ov.data import Split
 from m4ov.evaluate import exact_match
 from m4ov.evaluate.policies import Figures
-from m4ov.generate import Engine, SamplingOptions
-from m4ov.hybrid.material import Material
-from m4ov.hybrid_recipe import HybridConfig
+from m4ov.hybrid.material import Asked
 from m4ov.models.qwen3_vl import Qwen3VL
-from m4ov.rl import Answer, Drawn, EngineSampler, Prompt, Rewards, pass_at_k
+from m4ov.recipe import EvaluateConfig
+from m4ov.rl import Answer, Drawn, Prompt, Rewards, Sampler, pass_at_k, sampler
+from m4ov.rl_recipe import RLConfig
+from m4ov.sft.task import Task
 
 
 @dataclass(frozen=True)
@@ -34,35 +36,44 @@ class Answered:
 
 
 def measure(
-    model: Qwen3VL, material: Material, config: HybridConfig, rewards: Rewards, seed: int
+    model: Qwen3VL,
+    asked: Asked,
+    tests: Mapping[str, Split],
+    task: Task,
+    *,
+    policy: RLConfig,
+    samples: int,
+    evaluate: EvaluateConfig,
+    seed: int,
 ) -> tuple[Figures, list[dict[str, Any]]]:
     """All figures of a model, and a row for each held-out question: ``image`` (its grid), ``kind``, ``question``,
-    ``truth``, and of each sample ``answers`` and ``on_grey`` (``text``, ``tokens``, ``finished``, ``right``).
+    ``truth``, and of each sample ``answers`` and ``on_blank`` (``text``, ``tokens``, ``finished``, ``right``).
 
     Args:
-        rewards: of the recipe's ``policy``: its correct component says what is right.
+        asked: held-out questions. ``tests``: the skills "general" and "domain" by name.
+        policy: its ``rollout`` says how answers are drawn, its ``rewards`` which are right.
+        samples: answers to a question.
         seed: of the draws.
     """
-    asked, samples = material.held_out, config.measure.samples
-    encoder, dtype = material.start.task.encoder, material.start.task.dtype
+    encoder, dtype = task.encoder, task.dtype
     model.eval()
-    sampler = sampler_of(model, encoder.tokenizer, encoder.end_token, config, samples)
-    seen = answer(sampler, asked.prompts, rewards, seed)
-    blind = answer(sampler, asked.blank, rewards, seed)
+    rollout = replace(policy.rollout, samples=samples, engines=0, weights="model")
+    ends = [encoder.end_token]
+    with (
+        Rewards(policy.rewards) as rewards,
+        sampler(model, encoder.tokenizer, rollout, end_token_ids=ends, task_folder=Path()) as drawer,
+    ):
+        seen = _answer(drawer, asked.prompts, rewards, seed)
+        blind = _answer(drawer, asked.blank, rewards, seed)
     counts = seen.right.sum(1)
     lengths = np.array([[len(one.tokens) for one in answers] for answers in seen.drawn])
     right = int(counts.sum())
     kinds = np.array(asked.kinds)
     shares = {
         name: exact_match(
-            model,
-            split,
-            encoder,
-            tokens_per_batch=config.evaluate.tokens_per_batch,
-            limit=config.evaluate.limit,
-            dtype=dtype,
+            model, split, encoder, tokens_per_batch=evaluate.tokens_per_batch, limit=evaluate.limit, dtype=dtype
         ).value
-        for name, split in material.start.tests.items()
+        for name, split in tests.items()
     }
     figures = Figures(
         pass_1=float(seen.right.mean()),
@@ -82,25 +93,17 @@ def measure(
             "question": prompt.question,
             "truth": prompt.ground_truth,
             "answers": seen.rows(place),
-            "on_grey": blind.rows(place),
+            "on_blank": blind.rows(place),
         }
         for place, prompt in enumerate(asked.prompts)
     ]
     return figures, rows
 
 
-def sampler_of(model: Qwen3VL, tokenizer: Tokenizer, end: int, config: HybridConfig, samples: int) -> EngineSampler:
-    """The embedded engine, at the policy's temperature and most tokens."""
-    rollout = config.policy.rollout
-    engine = Engine(model, tokenizer=tokenizer, end_token_ids=[end], cache_bytes=2**28)
-    options = SamplingOptions(max_tokens=rollout.max_tokens, temperature=rollout.temperature, samples=samples)
-    return EngineSampler(engine, options)
-
-
-def answer(sampler: EngineSampler, prompts: Sequence[Prompt], rewards: Rewards, seed: int) -> Answered:
+def _answer(drawer: Sampler, prompts: Sequence[Prompt], rewards: Rewards, seed: int) -> Answered:
     """Of each prompt as many answers as the sampler draws; the same seeds for the same places."""
     seeds = np.random.default_rng([seed, 43]).integers(2**62, size=len(prompts)).tolist()
-    drawn = sampler.draw([prompt.sample for prompt in prompts], seeds)
+    drawn = drawer.draw([prompt.sample for prompt in prompts], seeds)
     scores = rewards(
         [
             [

@@ -154,12 +154,12 @@ def _held_out(answers: Mapping[str, Sequence[Mapping[str, Any]]], asked: Asked, 
             Said(arm, one["text"], one["right"], one["tokens"], (blind["text"], blind["right"]))
             for arm, found in known.items()
             if (same := found.get((row["image"], row["question"])))
-            for one, blind in list(zip(same["answers"], same["on_grey"], strict=True))[:_SAMPLES]
+            for one, blind in list(zip(same["answers"], same["on_blank"], strict=True))[:_SAMPLES]
         ]
         cards.append(Card(asked.images[row["image"]], row["question"], str(row["truth"]), row["kind"], said))
     note = (
-        f"Seed {seed}; drawn at random, a kind of question at a time. “On grey”: what the same seed draws where the "
-        "image is grey. All of them stand in answers.jsonl of each arm."
+        f"Seed {seed}; drawn at random, a kind of question at a time. “On blank”: what the same seed draws where the "
+        "image is blank. All of them stand in answers.jsonl of each arm."
     )
     return [Section("Held-out questions and answers", figure=viewer(cards), note=note)] if cards else []
 

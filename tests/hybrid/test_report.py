@@ -145,7 +145,7 @@ def test_any_text_is_shown_as_text(text):
         assert attributes.get("src", "data:image/png;base64,").startswith("data:image/png;base64,")
     (row,) = [a for tag, a in page.tags if tag == "tr" and a.get("data-outcome") == "right"]
     assert without_nul(row["data-arm"]) == without_nul(text)
-    assert without_nul(page.text).count(without_nul(text)) >= 6  # arm twice, kind twice, answer, grey, note, question
+    assert without_nul(page.text).count(without_nul(text)) >= 6  # arm twice, kind twice, answer, blank, note, question
 
 
 def without_nul(text: str) -> str:
@@ -170,7 +170,7 @@ def test_the_viewer_has_what_its_filters_need():
     figures = [(a["data-kind"], a["data-step"]) for tag, a in page.tags if tag == "figure"]
     assert figures == [("count", "4"), ("locate", "9")]
     assert [(a["min"], a["max"]) for tag, a in page.tags if tag == "input"] == [("4", "9")] * 2
-    assert "on grey" not in page.text
+    assert "on blank" not in page.text
     held_out = viewer([replace(card, step=None) for card in cards])
     assert "input" not in [tag for tag, _ in Page(held_out).tags]
     assert not re.search(r"https?://", held_out)

@@ -79,9 +79,9 @@ def test_figures_are_those_of_the_answers(whole):
         figures = json.loads((home / arm / "figures.json").read_text())
         rows = read(home / arm / "answers.jsonl")
         assert [row["question"] for row in rows] == [prompt.question for prompt in found.held_out.prompts]
-        pairs = [pair for row in rows for pair in zip(row["answers"], row["on_grey"], strict=True)]
+        pairs = [pair for row in rows for pair in zip(row["answers"], row["on_blank"], strict=True)]
         assert len(pairs) == 3 * len(rows)
-        right = [(one, grey) for one, grey in pairs if one["right"]]
+        right = [(one, blank) for one, blank in pairs if one["right"]]
         some += len(right)
         assert figures["pass_1"] == pytest.approx(len(right) / len(pairs))
         assert figures["pass_k"] == pytest.approx(
@@ -90,7 +90,7 @@ def test_figures_are_those_of_the_answers(whole):
         assert figures["length"] == pytest.approx(sum(one["tokens"] for one, _ in pairs) / len(pairs))
         assert all(1 <= one["tokens"] <= 6 and (one["finished"] or one["tokens"] == 6) for one, _ in pairs)
         if right:
-            assert figures["survival"] == pytest.approx(sum(grey["right"] for _, grey in right) / len(right))
+            assert figures["survival"] == pytest.approx(sum(blank["right"] for _, blank in right) / len(right))
         page = (home / "report.html").read_text()
         assert f"{figures['pass_1']:.1%}" in page
     assert some
