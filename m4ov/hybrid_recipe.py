@@ -21,7 +21,7 @@ from m4ov.recipe import (
 )
 from m4ov.rl_recipe import PerceptionConfig, RLConfig, RuleConfig
 
-#: What an arm may have beside accuracy: the ``rules`` and other objectives of ``policy.advantages``, its ``perception``.
+#: What an arm may have beside accuracy: rules and other objectives of ``policy.advantages``, ``policy.perception``.
 PARTS = ("pass_at_k", "perception", "conciseness")
 #: The name of the supervised arm that all others begin with.
 START = "start"
