@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from m4ov.evaluate.accuracy import Accuracy
 
@@ -139,6 +140,8 @@ def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> s
             color = _PALETTE[arms.index(arm) % len(_PALETTE)]
             axes.plot(steps, numbers, color=color, linewidth=1.1, label=arm)
         axes.set_title(title, fontsize=9)
+        axes.set_xlabel("step", fontsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
     for axes in places[len(panels) :]:

@@ -114,15 +114,15 @@ def claims(runs: Sequence[ArmRun], k: int) -> list[list[str]]:
     if others:
         rows.append(_best(runs, others))
     if ACCURACY in there:
-        rows.append(_against(runs, f"{ALL} has a higher pass@{k} than {ACCURACY}", "pass_k", higher=True))
+        rows.append(_against(runs, f"“{ALL}” has a higher pass@{k} than “{ACCURACY}”", "pass_k", higher=True))
         rows.append(_shorter(runs))
         rows.append(
-            _against(runs, f"fewer right answers of {ALL} survive a blank image than of {ACCURACY}", "survival")
+            _against(runs, f"fewer right answers of “{ALL}” than of “{ACCURACY}” survive a blank image", "survival")
         )
     if START in there:
         kept = retention(runs, ALL, "general")
         mean = statistics.fmean(kept) if kept else math.nan
-        claim = f"{ALL} keeps at least {RETAINED:.0%} of the start's general skill"
+        claim = f"“{ALL}” keeps at least {RETAINED:.0%} of the start's general skill"
         rows.append([claim, _judged(mean >= RETAINED, bool(kept)), _cell(kept)])
     return rows
 
@@ -138,7 +138,7 @@ def _best(runs: Sequence[ArmRun], others: Sequence[str]) -> list[str]:
             verdicts.append("yes" if mean >= 0 else lower)
             figures.append(f"{arm} {_cell(by_seed(runs, arm, 'pass_1').values())} ({_points(mean, error)})")
     worst = [verdict for verdict in ("no", "equal within the spread", "yes") if verdict in verdicts]
-    claim = f"{ALL} keeps the best pass@1"
+    claim = f"“{ALL}” keeps the best pass@1"
     return [claim, worst[0] if worst else _judged(False, False), f"{figures[0]} {', '.join(figures[1:])}"]
 
 
@@ -156,7 +156,11 @@ def _shorter(runs: Sequence[ArmRun]) -> list[str]:
     ours, theirs = (by_seed(runs, arm, "length") for arm in (ALL, ACCURACY))
     share = statistics.fmean(ours.values()) / statistics.fmean(theirs.values())
     figures = f"{_cell(ours.values(), '{:.1f}')} against {_cell(theirs.values(), '{:.1f}')} tokens: {share:.0%}"
-    return [f"answers of {ALL} have at most {SHORTER:.0%} of {ACCURACY}'s length", _judged(share <= SHORTER), figures]
+    return [
+        f"“{ALL}” answers in at most {SHORTER:.0%} of the tokens of “{ACCURACY}”",
+        _judged(share <= SHORTER),
+        figures,
+    ]
 
 
 def _differences(runs: Sequence[ArmRun], other: str, figure: str) -> list[float]:

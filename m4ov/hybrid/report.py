@@ -32,7 +32,7 @@ _WATCHED = {
     "length_mean": "tokens of an answer",
     "unfinished": "share of answers that do not end",
     "entropy": "entropy (nats a token)",
-    "perception_kl": "perception: divergence from the policy that sees it masked",
+    "perception_kl": "perception KL (nats a token)",
     "mismatch_max_abs": "largest |Δ log-prob| of sampler and trainer",
 }
 
@@ -101,7 +101,8 @@ def _facts(config: HybridConfig, material: Material, runs: list[ArmRun], home: P
         "questions": "; ".join(asked) + f"; {config.measure.samples} answers to each that is held out",
         "questions of the start's tasks": "; ".join(tests),
         "an update": f"{config.policy.algorithm.name} on {rollout.samples} answers of at most {rollout.max_tokens} "
-        f"tokens to each of {rollout.prompts} questions, drawn for {rollout.updates}",
+        f"tokens to each of {rollout.prompts} questions"
+        + (f", learned from {rollout.updates} times" if rollout.updates > 1 else ""),
         "training": f"{sum(found.steps for found in trained):,} updates, "
         f"{clock(sum(found.seconds for found in trained))} minutes in all (without measuring)",
         f"minutes, with seed {', '.join(map(str, config.seeds))}": "; ".join(took),

@@ -71,7 +71,7 @@ def test_claims_are_judged_by_what_came_out(changed, came_out):
 def test_figures_of_claims():
     best, above, shorter, blind, kept = claims(runs(), 8)
     assert "65.0% ± 1.4% against start 40.0% (+25.0 ± 1.0 points), accuracy 63.5% ± 2.1% (+1.5 ± 0.5 points)" in best[2]
-    assert above[0] == "all has a higher pass@8 than accuracy"
+    assert above[0] == "“all” has a higher pass@8 than “accuracy”"
     assert above[2] == "84.0% ± 0.0% against 81.0% ± 1.4% (+3.0 ± 1.0 points)"
     assert shorter[2] == "22.0 ± 2.8 against 40.0 ± 0.0 tokens: 55%"
     assert blind[2].startswith("20.0% ± 0.0% against 30.0% ± 0.0%")
@@ -88,7 +88,7 @@ def test_of_one_seed_a_lower_mean_is_lower():
 def test_what_is_not_there_is_not_judged():
     assert claims([run for run in runs() if run.arm != "all"], 8) == []
     alone = [run for run in runs() if run.arm in ("all", "pass_at_k")]
-    assert [row[0] for row in claims(alone, 8)] == ["all keeps the best pass@1"]
+    assert [row[0] for row in claims(alone, 8)] == ["“all” keeps the best pass@1"]
 
 
 def test_the_tables_have_it_all():
@@ -109,7 +109,7 @@ def test_the_tables_have_it_all():
     assert page.count("<svg") == 1
     console = Console(record=True, width=200, file=io.StringIO())
     print_table(report, console)
-    assert "all keeps the best pass@1" in console.export_text()
+    assert "“all” keeps the best pass@1" in console.export_text()
 
 
 def test_curves_have_a_panel_each():
