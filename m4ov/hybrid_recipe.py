@@ -32,14 +32,15 @@ POOLS = ("general", "domain", "chains")
 class ChainsConfig:
     """Verifiable questions on grids of real images (:mod:`m4ov.data.chains`)."""
 
-    grids: int = 2400  # to train on
+    grids: int = 6000  # that the start is trained on
+    policy_grids: int = 1500  # that policies are: of the same images, other grids
     held_out: int = 150  # grids of held-out images
     questions: int = 3  # on a grid, at most
     styles: dict[str, float] = field(default_factory=lambda: {"long": 0.5, "short": 0.3, "direct": 0.2})
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("grids", "held_out", "questions"):
+        for name in ("grids", "policy_grids", "held_out", "questions"):
             _require(getattr(self, name) >= 1, f"chains.{name}", "at least 1", getattr(self, name))
         known = {"long", "short", "direct"}
         ok = self.styles.keys() <= known and all(0 <= share < math.inf for share in self.styles.values())

@@ -57,7 +57,8 @@ def gather(config: HybridConfig, console: Console) -> Material:
         DataError: a package is missing, its data are broken, or ``start.model`` is no model that a curriculum wrote.
     """
     data, made = config.data, config.chains
-    training, held_out = (
+    parts = (("train", made.grids, 0), ("train", made.policy_grids, 1), ("test", made.held_out, 0))
+    imitated, training, held_out = (
         chains(
             part,
             data.image_size,
@@ -65,10 +66,10 @@ def gather(config: HybridConfig, console: Console) -> Material:
             questions=made.questions,
             held_out_digits=data.held_out_digits,
             split_seed=data.split_seed,
-            seed=made.seed,
+            seed=made.seed + other,
             easy_vqa_folder=data.easy_vqa,
         )
-        for part, grids in (("train", made.grids), ("test", made.held_out))
+        for part, grids, other in parts
     )
     options = {"folder": data.easy_vqa, "on_bad_image": data.on_bad_image}
     figures = {part: easy_vqa(part, data.image_size, **options) for part in ("train", "test")}
@@ -78,7 +79,7 @@ def gather(config: HybridConfig, console: Console) -> Material:
     pools = {
         "general": Pool("general", figures["train"], data.questions_per_image, flip=data.flip),
         "domain": Pool("domain", scans[0], shift=data.shift),
-        "chains": Pool("chains", training.split("chains", made.styles, made.seed), data.questions_per_image),
+        "chains": Pool("chains", imitated.split("chains", made.styles, made.seed), data.questions_per_image),
     }
     divided = {
         name: divide(split, config.gates.share) for name, split in (("general", figures["test"]), ("domain", scans[1]))
