@@ -12,7 +12,7 @@ import numpy as np
 from m4ov.data import Split
 from m4ov.evaluate import shares
 from m4ov.evaluate.policies import Figures
-from m4ov.hybrid.material import Asked
+from m4ov.hybrid.asked import Asked
 from m4ov.models.qwen3_vl import Qwen3VL
 from m4ov.recipe import EvaluateConfig
 from m4ov.rl import Answer, Drawn, Prompt, Rewards, Sampler, pass_at_k, sampler
