@@ -13,6 +13,7 @@ from rich.console import Console
 from m4ov import sft
 from m4ov.evaluate import shares
 from m4ov.quickstart.data import Produced, gather, produce
+from m4ov.quickstart.policy import learn
 from m4ov.quickstart.report import write
 from m4ov.quickstart_recipe import ARM, QuickstartConfig
 from m4ov.train import RunFolder, World, command, ranks_started
@@ -43,7 +44,7 @@ def run(config: QuickstartConfig) -> None:
 
     try:
         produced = world.alone("producing the data", data)
-        material = gather(config, console)
+        material, (training, held_out) = gather(config, console)
         _say(material, config, console, world)
         measure = partial(
             shares,
@@ -66,7 +67,8 @@ def run(config: QuickstartConfig) -> None:
         )
         command.end(world)
         if produced is not None:
-            write(config, material, produced, end, home, console)
+            policy = learn(config, material, training, held_out, home, console) if config.updates else None
+            write(config, material, produced, end, policy, home, console)
     finally:
         if folder is not None:
             folder.close()
@@ -76,7 +78,8 @@ def fingerprint(config: QuickstartConfig) -> dict[str, Any]:
     """What the data and the training depend on, flat: key → value. Another folder, other ranks and other ways of
     looking at it are not in it; the records that came out are told apart by their content."""
     tree = asdict(config)
-    parts = {name: tree[name] for name in ("scale", "pools", "data", "model", "optim", "gates", "stages", "production")}
+    names = ("scale", "pools", "data", "model", "optim", "gates", "stages", "production", "chains", "reinforcement")
+    parts = {name: tree[name] for name in names}
     parts["production"].pop("engine")
     trained = {name: tree["train"][name] for name in ("steps", "precision", "patch", "fp8")}
     return sft.flat({**parts, "run": {"seed": config.run.seed}, "train": trained})
