@@ -46,7 +46,7 @@ class ChainsConfig:
     policy_grids: int = 1500  # that policies are: of the same images, other grids
     held_out: int = 150  # grids of held-out images
     questions: int = 3  # on a grid, at most
-    styles: dict[str, float] = field(default_factory=lambda: {"long": 0.5, "short": 0.3, "direct": 0.2})
+    styles: dict[str, float] = field(default_factory=lambda: {"long": 0.4, "short": 0.4, "direct": 0.2})
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -70,9 +70,9 @@ def policy() -> RLConfig:
         advantages=AdvantageConfig(
             k=8,
             rules=[RuleConfig(0.5, "pass_at_k"), RuleConfig(1.0, "pass_at_1")],
-            objectives={"accuracy": ObjectiveConfig(), "concise": ObjectiveConfig(0.5, "correct", scaled=False)},
+            objectives={"accuracy": ObjectiveConfig(), "concise": ObjectiveConfig(0.4, "correct", scaled=False)},
         ),
-        perception=PerceptionConfig(weight=0.005, cap=2.0),
+        perception=PerceptionConfig(weight=0.003, cap=2.0),
         algorithm=AlgorithmConfig("grpo", clip_high=0.28),
     )
 

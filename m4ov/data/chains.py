@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -78,6 +79,7 @@ def chains(
     split_seed: int = 0,
     seed: int = 0,
     easy_vqa_folder: str = "",
+    on_bad_image: str = "refuse",
 ) -> Chains:
     """Grids and problems, the first half of figures and the rest of digits.
 
@@ -87,6 +89,7 @@ def chains(
         questions: on each grid at most.
         held_out_digits, split_seed: see :func:`m4ov.data.digits`.
         seed: of what stands in the grids and is asked.
+        easy_vqa_folder, on_bad_image: see :func:`m4ov.data.easy_vqa`.
 
     Raises:
         DataError: a package is missing, or its data are broken.
@@ -100,7 +103,7 @@ def chains(
     if size < 2 or size % 2:
         raise ValueError(f"size: expected an even number, at least 2, got {size}")
     random = np.random.default_rng([seed, ("train", "test").index(part), 29])
-    figures, described = _figures(part, size // 2, easy_vqa_folder)
+    figures, described = _figures(part, size // 2, easy_vqa_folder, on_bad_image)
     scans, read = _scans(part, size // 2, held_out_digits, split_seed)
     images = np.full((grids, size, size, 3), 255, dtype=np.uint8)
     problems: list[Problem] = []
@@ -130,9 +133,10 @@ def _fill(grid: np.ndarray, cells: Sequence[int], parts: np.ndarray) -> None:
         grid[y : y + side, x : x + side] = part
 
 
-def _figures(part: str, side: int, folder: str) -> tuple[np.ndarray, list[tuple[str, str]]]:
+@lru_cache(maxsize=4)
+def _figures(part: str, side: int, folder: str, on_bad_image: str) -> tuple[np.ndarray, list[tuple[str, str]]]:
     """easy-vqa's images of which colour and shape are both known, and these."""
-    split = easy_vqa(part, 64, folder=folder)
+    split = easy_vqa(part, 64, folder=folder, on_bad_image=on_bad_image)
     known: dict[int, dict[str, str]] = {}
     for sample in split.samples:
         words = set(sample.question.strip("?").split())

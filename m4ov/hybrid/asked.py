@@ -52,6 +52,7 @@ def grids_of(data: DataConfig, made: ChainsConfig) -> tuple[Chains, Chains, Chai
             split_seed=data.split_seed,
             seed=made.seed + other,
             easy_vqa_folder=data.easy_vqa,
+            on_bad_image=data.on_bad_image,
         )
         for part, grids, other in parts
     )

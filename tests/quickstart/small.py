@@ -51,4 +51,12 @@ def digest(folder: Path, *patterns: str) -> dict[str, str]:
 
 
 #: What does not depend on how often a run was stopped.
-KEPT = ("data/records/*", "data/images/*/*", "data/results.json", "decisions.jsonl", "model/*", "[123]-*/model/*", "reinforcement/*.json")
+KEPT = (
+    "data/records/*",
+    "data/images/*/*",
+    "data/results.json",
+    "decisions.jsonl",
+    "model/*",
+    "[123]-*/model/*",
+    "reinforcement/*.json",
+)

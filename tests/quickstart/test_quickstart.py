@@ -54,12 +54,22 @@ def test_from_images_to_the_report(whole):
     assert results["produced"]["counts"]["select"]["accepted"] > 200
     assert results["produced"]["seconds"] > 0
     page = (home / "report.html").read_text()
-    for title in ("Stages", "Decisions of the stages", "Data: what each step made", "Data: records by topic", "Loss"):
+    for title in (
+        "Stages",
+        "Decisions of the stages",
+        "Data: what each step made",
+        "Data: records by topic",
+        "Loss",
+        "Reinforcement learning",
+    ):
         assert f"<h2>{title}" in page, title
     assert "information density of the images" in page
     assert (home / "data" / "report.html").exists()
     steps = [row["step"] for file in sorted(home.glob("*/metrics.jsonl")) for row in read_metrics(file)]
-    assert steps == [1, 2, 1, 2, 1, 2]
+    assert steps == [1, 2, 1, 2, 1, 2, 1, 2]
+    assert results["reinforcement"]["steps"] == 2
+    assert digest(home / "model", "*.safetensors") == digest(home / "reinforcement" / "model", "*.safetensors")
+    assert digest(home / "model", "*.safetensors") != digest(home / "3-refine" / "model", "*.safetensors")
     model = AutoModelForImageTextToText.from_pretrained(home / "model")
     saved = load_file(home / "model" / "model.safetensors")
     assert all(torch.equal(parameter, saved[name]) for name, parameter in model.named_parameters())
@@ -72,7 +82,7 @@ def decisions(home: Path) -> list[dict]:
 def test_what_is_held_out_is_in_no_pool_and_no_gate(whole):
     """Of the digits the recipe's own split; of easy-vqa the training images alone."""
     config = load(whole[0])
-    material = quickstart.gather(config, Console(quiet=True))
+    material, _ = quickstart.gather(config, Console(quiet=True))
     _, held_out = digits(64, held_out=30, split_seed=0)
     test = easy_vqa("test", 64)
     assert (material.tests["domain"].images == held_out.images).all()
@@ -88,7 +98,7 @@ def test_what_is_held_out_is_in_no_pool_and_no_gate(whole):
 
 
 def test_questions_are_asked_as_the_held_out_ones_are(whole):
-    material = quickstart.gather(load(whole[0]), Console(quiet=True))
+    material, _ = quickstart.gather(load(whole[0]), Console(quiet=True))
     pool = material.pools["general"]
     assert all(sample.question[0].islower() for sample in pool.split.samples)
     asked = {sample.question for sample in material.tests["general"].samples}
@@ -103,7 +113,9 @@ def test_questions_are_asked_as_the_held_out_ones_are(whole):
 def test_what_is_done_is_not_done_again(whole, monkeypatch):
     home = whole[0] / "run"
     before = {file: file.stat().st_mtime_ns for file in home.glob("**/*") if file.is_file() and file.name != ".lock"}
-    monkeypatch.setattr(flow, "write", lambda config, material, produced, end, folder, console: seen.append(produced))
+    monkeypatch.setattr(
+        flow, "write", lambda config, material, produced, end, policy, folder, console: seen.append(produced)
+    )
     seen: list[data.Produced] = []
     quickstart.run(load(whole[0]))
     assert seen[0].seconds is None
@@ -187,7 +199,8 @@ def test_a_broken_image_is_named(tmp_path, without_report):
 
 
 def test_under_torchrun_with_tensor_ranks(whole, tmp_path):
-    """One rank makes the data, both train, and the model is that of one process."""
+    """One rank makes the data, both train, and the model of the last stage is that of one process; the first alone goes
+    on from there."""
     load(tmp_path)
     worker = tmp_path / "worker.py"
     worker.write_text(
@@ -200,11 +213,12 @@ def test_under_torchrun_with_tensor_ranks(whole, tmp_path):
     child = subprocess.run(torchrun, env=environment, capture_output=True, text=True, timeout=240)
     assert child.returncode == 0, child.stderr[-3000:]
     home, one = tmp_path / "run", whole[0] / "run"
+    assert json.loads((home / "reinforcement" / "arm.json").read_text())["steps"] == 2
     assert digest(home, "data/records/*") == digest(one, "data/records/*")
     for row, expected in zip(decisions(home), decisions(one), strict=True):
         assert row["figures"] == expected["figures"]
         assert row["action"] == expected["action"]
-    found, weights = (load_file(folder / "model" / "model.safetensors") for folder in (home, one))
+    found, weights = (load_file(folder / "3-refine" / "model" / "model.safetensors") for folder in (home, one))
     for name, weight in weights.items():
         # AdamW divides gradients by their size, those of the keys' biases too, which are nothing but rounding.
         far = 1e-1 if name.endswith("attn.qkv.bias") else 1e-4
