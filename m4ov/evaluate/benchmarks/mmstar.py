@@ -54,14 +54,14 @@ def _question(index: str, row: dict[str, Any], where: Where, image: str) -> Ques
 def options_in(question: str) -> dict[str, str]:
     """Letter → text of a question as the Parquet file has it: ``…\\nOptions: A: one, B: two, C: three``."""
     _, _, listed = question.rpartition("Options:")
-    places = []
+    places: list[re.Match[str]] = []
     for match in _OPTION.finditer(listed):
         if match[1] == LETTERS[len(places)]:  # another letter is part of a text
             places.append(match)
             if len(places) == len(LETTERS):
                 break
     ends = [match.start() for match in places[1:]] + [len(listed)]
-    return {match[1]: listed[match.end() : end].strip() for match, end in zip(places, ends, strict=True)}
+    return {match[1]: listed[match.end() : end].strip() for match, end in zip(places, ends, strict=False)}
 
 
 def by_category(questions: Sequence[Question], right: Sequence[bool]) -> Share:
