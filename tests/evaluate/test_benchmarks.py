@@ -50,7 +50,10 @@ def test_rotations_that_are_missing_are_made(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"image": {1_000_001: "77"}}, "image: expected an image in base64 or the index of a row that has one, got '77'"),
+        (
+            {"image": {1_000_001: "77"}},
+            "image: expected an image in base64 or the index of a row that has one, got '77'",
+        ),
         ({"image": {1_000_001: "2000001"}}, "got '2000001'"),  # a reference to a reference
         ({"answer": {2: "D\tE"}}, "answer: expected one of A, B, C, D, got"),
         ({"answer": {1: ""}}, "answer: expected the truth; this split has none"),

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from m4ov import cli, evaluation
+from m4ov.data import ChatEncoder, encoder_of, patchify
+from m4ov.data.pictures import to_uri
+from m4ov.data.pretrained import reading_of
 from m4ov.data.records import RecordError
+from m4ov.data.tokenizer import prompt
 from m4ov.evaluate.answered import AnswersError, keep, read
-from m4ov.evaluate.asking import Asking, Said
+from m4ov.evaluate.asking import Asking, Said, prompt_of
 from m4ov.evaluate.benchmarks import BENCHMARKS
 from m4ov.evaluate.benchmarks.base import Question
 from m4ov.sft.training import save_model
 from tests.data.chat_server import ChatServer
 from tests.evaluate import published
-from tests.tiny_task import tiny_task, weights_of
+from tests.tiny_task import tiny_splits, tiny_task, weights_of
 
 NAMES = ",".join(BENCHMARKS)
 
@@ -95,6 +102,24 @@ def test_an_answer_depends_on_its_image(made):
     for row in rows(made / "mmstar.jsonl"):
         by_id.setdefault(row["id"], {})[row["with_image"]] = row["answer"]
     assert any(said[True] != said[False] for said in by_id.values())
+
+
+def test_a_question_reaches_the_model_as_it_was_trained_on_questions(model):
+    """The tokens and pixels of the quickstart's own encoder, of which its exact match is made."""
+    split, encoder = tiny_splits()[1][0], encoder_of(model)
+    reading = reading_of(model)
+    other = ChatEncoder(reading.tokenizer, reading.pixels, reading.chat)
+    for sample in split.samples[:20]:
+        buffer = io.BytesIO()
+        Image.fromarray(split.images[sample.image]).save(buffer, format="PNG")
+        question = Question("1", sample.question, (to_uri(buffer.getvalue()),), sample.answer, "free")
+        made = prompt_of(Asking(question), other, torch.float32)
+        assert made.input_ids.tolist() == encoder.tokenizer.encode(prompt(sample.question, encoder.geometry.tokens)).ids
+        pixels = patchify(split.images[sample.image][None], encoder.geometry)
+        assert torch.equal(made.images[0].pixel_values, torch.from_numpy(pixels))
+        blind = prompt_of(Asking(question, blind=True), other, torch.float32)
+        assert not blind.images
+        assert encoder.image_token not in blind.input_ids.tolist()
 
 
 def test_stopped_and_begun_again_it_comes_to_the_same(made, model, data, tmp_path):
