@@ -49,6 +49,7 @@ def _scores(outcomes: Sequence[Outcome], judge: str) -> Section:
     asked = "; ".join(
         f"{outcome.benchmark.name}: {outcome.questions:,} questions, the rules disagree on {outcome.disagreements:,}, "
         f"{outcome.cut:,} answers cut off, {outcome.refused:,} not asked"
+        + (f"; {outcome.note}" if outcome.note else "")
         for outcome in outcomes
     )
     note = (

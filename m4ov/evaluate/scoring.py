@@ -109,6 +109,7 @@ class Outcome:
         unread: kind → a few such answers.
         gains: rule → S_v, S_wv, MG, S_t, ML (the last two only where the language model beneath is known).
         disagreements: questions that some rules call right and others wrong.
+        note: what is not as published.
         cut: answers that ended at the most tokens; ``refused``: questions that could not be asked.
     """
 
@@ -120,6 +121,7 @@ class Outcome:
     unread: Mapping[str, Sequence[str]]
     gains: Mapping[str, Mapping[str, float]]
     disagreements: int
+    note: str
     cut: int
     refused: int
 
@@ -140,6 +142,7 @@ class Outcome:
             "extraction_failures": {kind: dict(found) for kind, found in self.failures.items()},
             "gain_and_leakage": {rule: dict(found) for rule, found in self.gains.items()},
             "disagreements": self.disagreements,
+            **({"note": self.note} if self.note else {}),
             "cut_off": self.cut,
             "not_asked": self.refused,
         }
@@ -174,6 +177,7 @@ def outcome(benchmark: Benchmark, scored: Sequence[Scored], base: Sequence[Score
         {kind: [one.said.answer for one in failed if one.kind == kind][:3] for kind in kinds},
         _gains(benchmark, seen, blind, base) if blind else {},
         sum(len(found) > 1 for found in verdicts),
+        benchmark.note([one.asking.question for one in seen]),
         sum(one.said.finish in ("length", "window") for one in seen),
         sum(one.said.finish == "refused" for one in seen),
     )

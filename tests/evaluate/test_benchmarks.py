@@ -191,6 +191,16 @@ def test_a_circle_is_right_if_every_rotation_is(tmp_path):
     assert slip.failures == {"no answer": {"official": 1, "VLMEvalKit": 1, "lmms-eval": 1}}
 
 
+def test_circles_that_are_not_whole_are_told(tmp_path):
+    bench = BENCHMARKS["mmbench"]
+    questions = bench.read([published.write_mmbench(tmp_path / "x.tsv", 6)])
+    assert outcome(bench, answered(bench, questions, lambda one: "A")).note == ""
+    some = [question for question in questions if question.id not in ("1000004", "5")]
+    found = outcome(bench, answered(bench, some, lambda one: "A"))
+    assert found.note == "2 of 6 questions lack rotations; 1 have rotations alone"
+    assert found.to_json()["note"] == found.note
+
+
 def test_two_tools_differ_by_more_than_ten_points_on_mmstar(tmp_path):
     """lmms-eval#901: all questions alike, or all categories. 16 of one category right, 4 of another wrong."""
     bench = BENCHMARKS["mmstar"]

@@ -99,6 +99,7 @@ class Benchmark:
         read: its files → its questions.
         rules: the official one first.
         blind: whether every question is asked without its image too.
+        note: of questions what is not as published; empty: nothing.
     """
 
     name: str
@@ -108,3 +109,4 @@ class Benchmark:
     read: Callable[[Sequence[Path]], list[Question]]
     rules: tuple[Rule, ...]
     blind: bool = False
+    note: Callable[[Sequence[Question]], str] = lambda questions: ""

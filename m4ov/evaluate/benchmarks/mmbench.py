@@ -108,6 +108,17 @@ def circular(questions: Sequence[Question], right: Sequence[bool]) -> Share:
     return micro(list(whole.values()))
 
 
+def incomplete(questions: Sequence[Question]) -> str:
+    """Circles that are not whole, which are easier than they should be; and those without the question as it stands."""
+    groups: dict[str, list[Question]] = {}
+    for question in questions:
+        groups.setdefault(question.group, []).append(question)
+    open_circles = sum(len(found) < len(found[0].options) for found in groups.values())
+    headless = sum(all(question.id != group for question in found) for group, found in groups.items())
+    parts = [f"{open_circles} of {len(groups)} questions lack rotations"] if open_circles else []
+    return "; ".join([*parts, *([f"{headless} have rotations alone"] if headless else [])])
+
+
 def vanilla(questions: Sequence[Question], right: Sequence[bool]) -> Share:
     """The share of right answers to the questions as they stand."""
     return micro([ok for question, ok in zip(questions, right, strict=True) if question.id == question.group])
@@ -157,4 +168,5 @@ MMBENCH = Benchmark(
             'an LLM for the rest (and, there, a random letter); a missing option is the text "nan"',
         ),
     ),
+    note=incomplete,
 )
