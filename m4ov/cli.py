@@ -1,4 +1,4 @@
-"""The command ``m4ov``: ``run``, ``data``, ``evaluate``, ``quantize``, ``doctor``, ``bench``, ``kernels``, ``certify``,
+"""The command ``m4ov``: ``run``, ``data``, ``eval``, ``quantize``, ``doctor``, ``bench``, ``kernels``, ``certify``,
 ``parity``.
 
 torch is imported only by a command that computes, and after the allocator is set up (:mod:`m4ov.allocator`). What goes
@@ -79,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="produce training data by a recipe; check files of records")
     data_command.add_arguments(data)
     data.set_defaults(prepare=data_command.prepare, execute=data_command.execute)
-    evaluate = commands.add_parser("evaluate", help="the quickstart's held-out questions asked of a checkpoint")
+    evaluate = commands.add_parser(
+        "eval", aliases=["evaluate"], help="benchmarks, by every tool's rule; held-out questions"
+    )
     evaluation.add_arguments(evaluate)
     evaluate.set_defaults(prepare=evaluation.prepare, execute=evaluation.execute)
     quantize = commands.add_parser("quantize", help="a checkpoint in four or eight bits, and what that did to it")

@@ -20,6 +20,7 @@ from m4ov.quantize.data import Calibration
 from m4ov.quantize.linears import linears_of
 from m4ov_kernels.gemm.weights import Fp8Weight, Int4Weight, Int8Weight, read
 from m4ov_kernels.gemm.weights.bits import same
+from tests.evaluate import published
 from tests.kernels import tiny_models
 from tests.quantize import tiny
 from tests.tiny_task import tiny_task
@@ -350,6 +351,19 @@ def test_evaluate_asks_a_quantised_checkpoint(made, source, tmp_path):
         numbers.append(json.loads((tmp_path / "a.json").read_text())["accuracy"])
     assert numbers[0].keys() == {"general", "domain"}
     assert abs(numbers[0]["general"] - numbers[1]["general"]) <= 0.05
+
+
+def test_eval_asks_benchmarks_of_a_quantised_checkpoint(made, tmp_path, capsys):
+    data = published.write_mmbench(tmp_path / "mmbench.tsv", 2)
+    arguments = ["eval", str(everything(made, "w8a8")), "--bench", "mmbench", "--data", str(data), "--max-tokens", "4"]
+    arguments += ["--threads", "1", "--out", str(tmp_path / "out")]
+    assert cli.main(["--traceback", *arguments]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out/mmbench.jsonl").read_text().splitlines()]
+    assert len(rows) == 5
+    assert all(row["tokens"] for row in rows)
+    assert "quantised linears" in (tmp_path / "out/report.html").read_text()
+    assert cli.main([*arguments[:-1], str(tmp_path / "other"), "--weights", "int8"]) == 2
+    assert "is quantised already" in capsys.readouterr().err
 
 
 def test_the_commands_schemes_are_the_packages():
