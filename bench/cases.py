@@ -44,12 +44,14 @@ ACTIVATION = (
     GeluCase(4096, 4304, quick=True, compiled=True),  # Qwen3-VL's tower, and the merger below
     GeluCase(4096, 4608, approximate="none", bias=False, compiled=True),
     GeluCase(4096, 4304, dtype=torch.float32),
+    GeluCase(1024, 1152),
     GatedCase(4096, 4096, operator="geglu", compiled=True),
 )
 ROPE = (
     RopeCase("text", 4096, 32, 8, 128, quick=True, compiled=True),
     RopeCase("text", 4096, 28, 4, 128, norm=False),
     RopeCase("text", 4096, 32, 8, 128, dtype=torch.float32),
+    RopeCase("text", 1024, 16, 8, 128),
     RopeCase("decode", 8, 32, 8, 128),
 )
 VISION_ROPE = (

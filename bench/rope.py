@@ -25,7 +25,7 @@ EPS, THETA, VISION_THETA, MERGE = 1e-6, 5e6, 1e4, 2
 
 def benchmark(session: Session) -> Iterator[Row]:
     for case in (*cases.ROPE, *cases.VISION_ROPE):
-        if case.quick or not session.quick:
+        if session.wants(case):
             made = vision_subject if case.grid else subject
             yield from rows(session, made(case, session.compiled if case.compiled else False))
     yield from rope_positions.benchmark(session)

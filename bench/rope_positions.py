@@ -23,7 +23,7 @@ NAMES = ("position_ids", "deltas")
 
 def benchmark(session: Session) -> Iterator[Row]:
     for case in cases.POSITIONS:
-        if case.quick or not session.quick:
+        if session.wants(case):
             yield from rows(session, subject(case))
 
 

@@ -9,8 +9,12 @@ import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from m4ov_bench.row import Row
+
+if TYPE_CHECKING:
+    from m4ov_bench.measure import Effort
 
 _OPERATORS = ("norm", "activation", "attention", "rope", "packing", "head", "gemm", "moe", "vision", "dispatch")
 FAMILIES = (*_OPERATORS, "step", "sft", "generate", "rl")
@@ -32,6 +36,7 @@ def stream(
     only: str = "",
     seed: int | None = None,
     in_processes: bool = False,
+    effort: Effort | None = None,
 ) -> Iterator[Row]:
     """The rows of :func:`run`, each as soon as it is measured; ``only``: of the cases whose name holds it;
     ``in_processes``: each family in one of its own. Leaves the generator seeded."""
@@ -42,11 +47,11 @@ def stream(
 
     check(families)
     say("measuring the machine's limits")
-    here = replace(machine.describe(allocator), limits=machine.limits(measure.QUICK))
+    here = replace(machine.describe(allocator), limits=machine.limits(effort or measure.QUICK))
     if seed is None:
         seed = int.from_bytes(os.urandom(4), "little")
     torch.manual_seed(seed)
-    session = Session(replace(here, seed=seed), quick, say, only=only)
+    session = Session(replace(here, seed=seed), quick, say, given_effort=effort, only=only)
     for family in families or (QUICK_FAMILIES if quick else FAMILIES):
         if in_processes:
             yield from apart.rows(family, session)
@@ -60,6 +65,8 @@ def run(
     say: Callable[[str], None] = lambda _: None,
     allocator: str = "",
     seed: int | None = None,
+    only: str = "",
+    effort: Effort | None = None,
 ) -> list[Row]:
     """Measure on the CPU, in bfloat16 unless a case says otherwise.
 
@@ -70,6 +77,8 @@ def run(
         say: called with a line of text at every stage.
         allocator: how the allocator is set up, in words, for the record.
         seed: of the values; fresh ones by default. Every row's ``machine`` names it.
+        only: a part of the names of the cases to measure, main ones or not.
+        effort: how long to measure, instead of what ``quick`` says.
 
     Returns:
         One row for each measurement. A row with ``green=False`` failed the numerics rule and carries no speed.
@@ -80,4 +89,4 @@ def run(
     import torch
 
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as if nothing had happened
-        return list(stream(families, quick, say, allocator, seed=seed))
+        return list(stream(families, quick, say, allocator, only, seed, effort=effort))

@@ -250,9 +250,12 @@ def _side_by_side(comparison: sft.Comparison) -> SideBySide:
 def _operators(say: Any) -> tuple[list[dict[str, Any]], str]:
     """A short run of the operators' benchmark: rows as dictionaries, and the machine in words."""
     import m4ov_bench
+    from m4ov_bench.measure import Effort
 
     families = ("norm", "activation", "rope")  # the head takes minutes
-    rows = m4ov_bench.run(families, quick=True, say=say, allocator=allocator_status().how)
+    # One case an operator, of 1,024 rows, in half a second each: the main cases take two minutes.
+    effort, how = Effort(seconds=0.5, each=0.25, fewest=3, most=15), allocator_status().how
+    rows = m4ov_bench.run(families, quick=True, say=say, allocator=how, only="1024, ", effort=effort)
     if not rows:
         return [], ""
     machine = rows[0].machine
