@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from m4ov import hybrid
 from m4ov.evaluate.policies import ArmRun, Figures
-from m4ov.hybrid import flow, material, report
+from m4ov.hybrid import flow, material, report, training
 from m4ov.parallel import ranks
 from m4ov.train import RunFolderError
 from m4ov.train.metrics import read
@@ -114,7 +114,7 @@ def test_what_is_done_is_not_done_again(whole):
 
 
 def test_stopped_between_arms_it_goes_on_to_the_same_bits(whole, tmp_path, monkeypatch):
-    train, arms = flow.train_policy, 0
+    train, arms = training.train_policy, 0
 
     def stopping(*arguments, **options):
         nonlocal arms
@@ -127,7 +127,7 @@ def test_stopped_between_arms_it_goes_on_to_the_same_bits(whole, tmp_path, monke
     monkeypatch.setattr(flow, "write", lambda *_: reported.append(home))
     reported: list[Path] = []
     with monkeypatch.context() as patched:
-        patched.setattr(flow, "train_policy", stopping)
+        patched.setattr(training, "train_policy", stopping)
         with pytest.raises(KeyboardInterrupt):
             hybrid.run(config)
     assert (home / "seed-0" / "accuracy" / "figures.json").exists()
@@ -160,8 +160,8 @@ def test_certificates_are_shown(whole, tmp_path):
     results = json.loads((whole[0] / "run" / "results.json").read_text())
     runs = [ArmRun(**{**arm, "figures": Figures(**arm["figures"])}) for arm in results["arms"]]
     rows = [
-        {"weights": "model", "correction": "none", "largest |Δ|": 0.0},
-        {"weights": "int8", "correction": "tis", "largest |Δ|": 0.12345},
+        {"weights": "model", "tokens": 400, "max_abs": 0.0, "effective": 1.0, "sequence_effective_truncated": 1.0},
+        {"weights": "int4", "tokens": 401, "max_abs": 0.12345, "effective": 0.876, "sequence_effective_truncated": 0.5},
     ]
     console = Console(record=True, width=200, file=io.StringIO())
     home = tmp_path / "run"
@@ -170,7 +170,9 @@ def test_certificates_are_shown(whole, tmp_path):
         (home / arm).symlink_to(whole[0] / "run" / arm)
     report.write(config, material.gather(config, Console(quiet=True)), runs, home, console, rows)
     page, text = (home / "report.html").read_text(), console.export_text()
-    for found in ("int8", "tis", "0.123"):
+    for found in ("int4", "401", "0.123", "87.6%", "50.0%"):
         assert f"<td>{found}</td>" in page
         assert found in text
+    for column in ("largest |Δ|", "tokens: worth", "answers: worth, TIS"):
+        assert f"<th>{column}</th>" in page
     assert json.loads((home / "results.json").read_text())["certificates"] == rows
