@@ -9,20 +9,16 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import logging as transformers_logging
 
 from m4ov import sft
 from m4ov.allocator import status as allocator_status
-from m4ov.data import Split
 from m4ov.data.whole import write_whole
-from m4ov.evaluate import Accuracy, Example, Report, exact_match, examples, html, print_table
+from m4ov.evaluate import Example, Report, accuracies, examples, html, print_table, shares
 from m4ov.evaluate.arms import CURRICULUM, ArmRun, claims, sections
 from m4ov.manifest import CurriculumConfig, scaled
 from m4ov.models.qwen3_vl import from_pretrained
-from m4ov.quickstart import usable_cpus
 from m4ov.sft.decisions import read as read_decisions
-from m4ov.train import RunFolder, World, ranks_started
-from m4ov.train.metrics import check
+from m4ov.train import RunFolder, World, command, ranks_started
 from m4ov.train.metrics import read as read_metrics
 from m4ov.train.progress import clock
 
@@ -40,20 +36,15 @@ def run(config: CurriculumConfig) -> None:
         Interrupted: Ctrl-C during training; a checkpoint was written.
     """
     config = scaled(config)
-    check(config.train.wandb)
     sft.check(config, ranks_started())
-    world = World.start(config.train.timeout_seconds)
-    console = Console(quiet=not world.first)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    torch.set_num_threads(config.run.threads or usable_cpus())
+    world, console = command.begin(config.train, config.run.threads)
     material = sft.gather(config, console)
     for name in config.arms:
         missing = sft.missing_pools(config, name)
         if missing:
             console.print(f"[yellow]{name} is left out: pools.{missing[0]} names no data[/yellow]")
     runs = [found for seed in config.seeds for found in _run_seed(config, material, seed, console, world)]
-    world.close()
+    command.end(world)
     if world.first:
         _report(config, material, runs, console)
 
@@ -63,19 +54,22 @@ def _run_seed(
 ) -> list[ArmRun]:
     folder = Path(config.run.folder) / f"seed-{seed}"
     claim = world.alone("the run folder", lambda: RunFolder(folder, sft.fingerprint_of(config, seed)))
-
-    def measure(model: torch.nn.Module) -> dict[str, float]:
-        found = _asked(model, config, material, material.gates, config.gates.limit)
-        return {skill: accuracy.value for skill, accuracy in found.items()}
-
+    measure = partial(
+        shares,
+        splits=material.gates,
+        encoder=material.task.encoder,
+        tokens_per_batch=config.evaluate.tokens_per_batch,
+        limit=config.gates.limit,
+        dtype=material.task.dtype,
+    )
     try:
         runs = []
         for name, _ in sft.arms_of(config):
             end = sft.run_arm(
                 config, material, name, seed=seed, folder=folder, measure=measure, console=console, world=world
             )
-            shares = world.alone(f"asking {name}", partial(_final, config, material, folder / name, console))
-            runs.append(ArmRun(name, seed, end.steps, end.tokens, end.seconds, world.share("figures", shares)))
+            figures = world.alone(f"asking {name}", partial(_final, config, material, folder / name, console))
+            runs.append(ArmRun(name, seed, end.steps, end.tokens, end.seconds, world.share("figures", figures)))
         return runs
     finally:
         if claim is not None:
@@ -88,23 +82,20 @@ def _final(config: CurriculumConfig, material: sft.Material, folder: Path, conso
     if not file.exists():
         with console.status(f"asking {folder.name} the held-out questions"):
             model = from_pretrained(folder / "model", dtype=material.task.dtype)
-            found = _asked(model, config, material, material.tests, config.evaluate.limit)
+            found = accuracies(
+                model,
+                material.tests,
+                material.task.encoder,
+                tokens_per_batch=config.evaluate.tokens_per_batch,
+                limit=config.evaluate.limit,
+                dtype=material.task.dtype,
+            )
         numbers = {
             skill: {"share": accuracy.value, "asked": len(accuracy.right), "kinds": accuracy.kinds}
             for skill, accuracy in found.items()
         }
         write_whole(file, json.dumps(numbers, indent=1))
     return {skill: row["share"] for skill, row in json.loads(file.read_text(encoding="utf-8")).items()}
-
-
-def _asked(
-    model: torch.nn.Module, config: CurriculumConfig, material: sft.Material, splits: dict[str, Split], limit: int
-) -> dict[str, Accuracy]:
-    capacity, dtype = config.evaluate.tokens_per_batch, material.task.dtype
-    return {
-        skill: exact_match(model, split, material.task.encoder, tokens_per_batch=capacity, limit=limit, dtype=dtype)
-        for skill, split in splits.items()
-    }
 
 
 def _report(config: CurriculumConfig, material: sft.Material, runs: list[ArmRun], console: Console) -> None:

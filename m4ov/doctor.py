@@ -18,6 +18,7 @@ from rich.table import Table
 
 import m4ov_kernels  # noqa: F401  (registers every operator)
 from m4ov import allocator
+from m4ov.cores import usable_cores
 from m4ov_kernels.dispatch import BACKENDS, FUNCTIONS, Operator, native_extension, triton_interpreted
 
 PACKAGES = ("m4ov", "torch", "triton", "transformers", "tokenizers", "omegaconf", "flash-attn", "transformer-engine")
@@ -59,7 +60,7 @@ def collect() -> Report:
         "kernels": _kernel_facts(extension, reason),
         "threads": [
             ("PyTorch", f"{torch.get_num_threads()} in a call, {torch.get_num_interop_threads()} between calls"),
-            ("cores", f"{_usable_cores()} usable of {os.cpu_count()}"),
+            ("cores", f"{usable_cores()} usable of {os.cpu_count()}"),
             *((name, os.environ[name]) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ),
             ("OpenMP runtimes mapped", _runtimes_text(runtimes)),
         ],
@@ -178,8 +179,8 @@ def _advice(extension: Any, reason: str, memory: allocator.Status, runtimes: lis
         advice.append("large tensors are page-faulted afresh: see m4ov/allocator.py, or run through a command of m4ov")
     if runtimes is not None and len(runtimes) > 1:
         advice.append(f"{len(runtimes)} OpenMP runtimes are mapped: their threads compete for the cores")
-    if torch.get_num_threads() > _usable_cores():
-        advice.append(f"{torch.get_num_threads()} threads on {_usable_cores()} cores: set OMP_NUM_THREADS")
+    if torch.get_num_threads() > usable_cores():
+        advice.append(f"{torch.get_num_threads()} threads on {usable_cores()} cores: set OMP_NUM_THREADS")
     return advice
 
 
@@ -193,10 +194,6 @@ def _driver_version() -> str | None:
     if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
         return None
     return f"{version.value // 1000}.{version.value % 1000 // 10}"
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu() -> str:

@@ -46,18 +46,6 @@ def prepare(options: argparse.Namespace) -> Path:
     return checkpoint(options.model)
 
 
-def set_threads(threads: int) -> None:
-    """PyTorch's; 0: as the quickstart has them."""
-    import torch
-    from transformers import logging
-
-    from m4ov.quickstart import usable_cpus
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_num_threads(threads or usable_cpus())
-
-
 def held_out(encoder: Encoder) -> tuple[Split, Split]:
     """The quickstart's held-out splits, at the size of image that the encoder is for."""
     from m4ov.data import digits, easy_vqa
@@ -98,9 +86,10 @@ def execute(options: argparse.Namespace, folder: Path) -> int:
     from m4ov import quantize
     from m4ov.data import encoder_of
     from m4ov.models.qwen3_vl import cast_parameters
+    from m4ov.train import command
     from m4ov_kernels.patches import patch
 
-    set_threads(options.threads)
+    command.set_up(options.threads)
     encoder = encoder_of(folder)
     if encoder is None:
         raise ValueError(f"MODEL: {folder}: expected a quickstart's model; its tokenizer and processor are others")

@@ -19,7 +19,17 @@ from m4ov.recipe import (
     TrainConfig,
     _require,
 )
-from m4ov.rl_recipe import PerceptionConfig, RLConfig, RuleConfig
+from m4ov.rl_recipe import (
+    AdvantageConfig,
+    AlgorithmConfig,
+    ObjectiveConfig,
+    PerceptionConfig,
+    RewardConfig,
+    RewardsConfig,
+    RLConfig,
+    RolloutConfig,
+    RuleConfig,
+)
 
 #: What an arm may have beside accuracy: rules and other objectives of ``policy.advantages``, ``policy.perception``.
 PARTS = ("pass_at_k", "perception", "conciseness")
@@ -32,18 +42,44 @@ POOLS = ("general", "domain", "chains")
 class ChainsConfig:
     """Verifiable questions on grids of real images (:mod:`m4ov.data.chains`)."""
 
-    grids: int = 2400  # to train on
+    grids: int = 6000  # that the start is trained on
+    policy_grids: int = 1500  # that policies are: of the same images, other grids
     held_out: int = 150  # grids of held-out images
     questions: int = 3  # on a grid, at most
     styles: dict[str, float] = field(default_factory=lambda: {"long": 0.5, "short": 0.3, "direct": 0.2})
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("grids", "held_out", "questions"):
+        for name in ("grids", "policy_grids", "held_out", "questions"):
             _require(getattr(self, name) >= 1, f"chains.{name}", "at least 1", getattr(self, name))
         known = {"long", "short", "direct"}
         ok = self.styles.keys() <= known and all(0 <= share < math.inf for share in self.styles.values())
         _require(ok and sum(self.styles.values()) > 0, "chains.styles", "shares of long, short, direct", self.styles)
+
+
+def policy() -> RLConfig:
+    """How a policy learns on chains, with all :data:`PARTS`: what recipes change by name."""
+    return RLConfig(
+        rollout=RolloutConfig(prompts=16, samples=8, max_tokens=64, shared=True, rescore=False),
+        rewards=RewardsConfig(
+            components={
+                "accuracy": RewardConfig("exact-match"),
+                "concise": RewardConfig("adaptive-length", {"max_length": 64}),
+            }
+        ),
+        advantages=AdvantageConfig(
+            k=8,
+            rules=[RuleConfig(0.5, "pass_at_k"), RuleConfig(1.0, "pass_at_1")],
+            objectives={"accuracy": ObjectiveConfig(), "concise": ObjectiveConfig(0.5, "correct", scaled=False)},
+        ),
+        perception=PerceptionConfig(weight=0.005, cap=2.0),
+        algorithm=AlgorithmConfig("grpo", clip_high=0.28),
+    )
+
+
+def policy_optim() -> OptimConfig:
+    """Learning rates of a policy: a tenth of the start's for Muon, half for AdamW."""
+    return OptimConfig(muon_lr=0.001, lr=1e-3, weight_decay=0.0, warmup_steps=5)
 
 
 @dataclass
@@ -85,8 +121,8 @@ class HybridConfig:
     gates: GateConfig = field(default_factory=lambda: GateConfig(limit=256))
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     start: StartConfig = field(default_factory=StartConfig)
-    policy: RLConfig = field(default_factory=RLConfig)
-    policy_optim: OptimConfig = field(default_factory=OptimConfig)
+    policy: RLConfig = field(default_factory=policy)
+    policy_optim: OptimConfig = field(default_factory=policy_optim)
     steps: int = 60  # updates of an arm
     arms: dict[str, list[str]] = field(default_factory=dict)  # name → its parts, of PARTS
     measure: MeasureConfig = field(default_factory=MeasureConfig)

@@ -105,11 +105,12 @@ def execute(options: argparse.Namespace, out: Path) -> int:
     from m4ov import quantize
     from m4ov.data import encoder_of
     from m4ov.models.qwen3_vl import cast_parameters
+    from m4ov.train import command
     from m4ov_kernels.patches import patch
 
     keep = quantize.Keep.parse(options.keep)
     quantize.model_class(options.model)
-    evaluation.set_threads(options.threads)
+    command.set_up(options.threads)
     console = Console()
     encoder = encoder_of(options.model)
     calibration = _calibration(options, encoder)

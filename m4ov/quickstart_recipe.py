@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field, replace
 
 from m4ov.data_recipe import AllotConfig, DataBuildConfig, EngineConfig, QualityConfig, SourcesConfig
+from m4ov.hybrid_recipe import ChainsConfig, policy, policy_optim
 from m4ov.manifest import ArmConfig, CurriculumConfig, GateConfig, StageConfig, scaled
 from m4ov.recipe import (
     CompareConfig,
@@ -18,9 +19,12 @@ from m4ov.recipe import (
     TrainConfig,
     _require,
 )
+from m4ov.rl_recipe import RLConfig
 
 #: The name of the one arm.
 ARM = "quickstart"
+#: The name of the pool that is composed, not produced.
+CHAINS = "chains"
 _SOURCES = ("easy_vqa", "scenes", "digits", "sheets", "flags", "photos")
 
 
@@ -35,6 +39,22 @@ class ProductionConfig:
     # Two of the single figures are alike far more often than two photographs: only copies are near duplicates.
     quality: QualityConfig = field(default_factory=lambda: QualityConfig(near_image=0))
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(kind="processes", shard_images=128))
+
+
+@dataclass
+class ReinforcementConfig:
+    """A short stage of reinforcement learning behind the supervised ones, on chains, by one process."""
+
+    steps: int = 20  # updates; 0: no such stage
+    policy: RLConfig = field(default_factory=policy)
+    optim: OptimConfig = field(default_factory=policy_optim)
+    samples: int = 8  # answers to a held-out chain, before and after
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 0, "reinforcement.steps", "at least 0", self.steps)
+        _require(self.samples >= 1, "reinforcement.samples", "at least 1", self.samples)
+        components = self.policy.rewards.components
+        _require(bool(components), "reinforcement.policy.rewards.components", "at least one", components)
 
 
 @dataclass
@@ -56,6 +76,10 @@ class QuickstartConfig:
     gates: GateConfig = field(default_factory=lambda: GateConfig(share=1 / 20, limit=256))  # of the produced images
     stages: dict[str, StageConfig] = field(default_factory=dict)  # one after the other
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    chains: ChainsConfig = field(  # a pool of the stages too, in addition to ``pools``
+        default_factory=lambda: ChainsConfig(grids=3000, policy_grids=400, held_out=80)
+    )
+    reinforcement: ReinforcementConfig = field(default_factory=ReinforcementConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
     operators: bool = True  # a short benchmark of the operators, for the report
 
@@ -80,6 +104,7 @@ class QuickstartConfig:
             raise ValueError(re.sub(rf"\barms\.{ARM}\.", "", named)) from None
 
     def _check_pools(self) -> None:
+        _require(CHAINS not in self.pools, f"pools.{CHAINS}", "another name", CHAINS)
         expected, owner = f"sources: {', '.join(_SOURCES)}", dict[str, str]()
         for pool, sources in self.pools.items():
             _require(bool(sources), f"pools.{pool}", expected, sources)
@@ -103,11 +128,19 @@ class QuickstartConfig:
                 parallel=self.parallel,
                 evaluate=self.evaluate,
                 gates=self.gates,
-                pools=of_pool,
+                pools=of_pool | {CHAINS: "grids of easy_vqa and digits"},
                 skills={pool: f"held back: {sources}" for pool, sources in of_pool.items()},
                 arms={ARM: ArmConfig(steps=self.train.steps, stages=self.stages)},
             )
         )
+
+    @property
+    def updates(self) -> int:
+        """Steps of reinforcement learning, ``scale`` applied: whole rollouts."""
+        if not self.reinforcement.steps:
+            return 0
+        each = self.reinforcement.policy.rollout.updates
+        return max(1, round(self.reinforcement.steps * self.scale / each)) * each
 
     def build(self) -> DataBuildConfig:
         """The data production; what is held out of the digits, and where easy-vqa stands, is as ``data`` has it."""

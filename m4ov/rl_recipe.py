@@ -73,6 +73,7 @@ class ObjectiveConfig:
 
     weight: float = 1.0
     among: str = "all"  # which answers of a prompt are compared: "all", or the "correct" ones (others get nothing)
+    scaled: bool = True  # False: not over the standard deviation of the prompt's answers: as far apart as they are
 
     def __post_init__(self) -> None:
         _require(_finite(self.weight) and self.weight >= 0, "advantages.weight", "at least 0", self.weight)

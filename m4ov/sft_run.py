@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from transformers import AutoModelForImageTextToText
-from transformers import logging as transformers_logging
 
 from m4ov.allocator import status as allocator_status
 from m4ov.data.whole import write_whole
@@ -21,12 +19,11 @@ from m4ov.evaluate import Accuracy, Example, Report, html, print_table
 from m4ov.evaluate.answers import answered, last_answers
 from m4ov.evaluate.report import Section
 from m4ov.models.qwen3_vl import cast_parameters, from_pretrained
-from m4ov.quickstart import usable_cpus
 from m4ov.sft import layout_of, streamed
 from m4ov.sft.source import sizes
 from m4ov.sft_recipe import SftConfig, resolved
-from m4ov.train import RunFolder, World, ranks_started
-from m4ov.train.metrics import check, read
+from m4ov.train import RunFolder, World, command, ranks_started
+from m4ov.train.metrics import read
 from m4ov.train.progress import clock
 from m4ov_kernels.patches import patch
 
@@ -41,26 +38,19 @@ def run(config: SftConfig) -> None:
         RunFolderError, CheckpointError, TrainingError, RankError, MetricsError: one line says what is wrong.
         Interrupted: Ctrl-C during training; a checkpoint was written.
     """
-    check(config.train.wandb)
     config = resolved(config)
     layout = layout_of(config.parallel, ranks_started(), sizes(config))
     if config.data.rows % layout.data:
         expected = f"a multiple of {layout.data}, the ranks that have samples of their own (layout {layout})"
         raise ValueError(f"data.rows: expected {expected}; got {config.data.rows}")
-    world = World.start(config.train.timeout_seconds)
-    console = Console(quiet=not world.first)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    torch.set_num_threads(config.run.threads or usable_cpus())
+    world, console = command.begin(config.train, config.run.threads)
     folder = Path(config.run.folder)
     claim = world.alone("the run folder", lambda: RunFolder(folder, streamed.fingerprint_of(config)))
     try:
         material = _prepared(config, folder, world, console)
         trained = streamed.run(config, material, layout, folder, console, world)
-        world.close()
+        command.end(world)
         if world.first:
-            # torchrun gives each rank one thread; the others' cores are free now
-            torch.set_num_threads(torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
             _report(config, material, trained, folder, console)
     finally:
         if claim is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +80,36 @@ def exact_match(
         hits, asked = kinds.get(sample.kind, (0, 0))
         kinds[sample.kind] = (hits + ok, asked + 1)
     return Accuracy(split.name, dict(sorted(kinds.items())), tuple(right), tuple(said))
+
+
+def accuracies(
+    model: torch.nn.Module,
+    splits: Mapping[str, Split],
+    encoder: Encoder,
+    *,
+    tokens_per_batch: int,
+    limit: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Accuracy]:
+    """:func:`exact_match` on each of the splits, by their skills."""
+    return {
+        skill: exact_match(model, split, encoder, tokens_per_batch=tokens_per_batch, limit=limit, dtype=dtype)
+        for skill, split in splits.items()
+    }
+
+
+def shares(
+    model: torch.nn.Module,
+    splits: Mapping[str, Split],
+    encoder: Encoder,
+    *,
+    tokens_per_batch: int,
+    limit: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, float]:
+    """Skill → share of right answers, as gates ask for them; see :func:`accuracies`."""
+    found = accuracies(model, splits, encoder, tokens_per_batch=tokens_per_batch, limit=limit, dtype=dtype)
+    return {skill: accuracy.value for skill, accuracy in found.items()}
 
 
 def _most_likely(model: torch.nn.Module, batch: PackedBatch, where: torch.Tensor) -> torch.Tensor:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from transformers import logging as transformers_logging
 
 from m4ov import sft
 from m4ov.data.whole import write_whole
-from m4ov.evaluate import exact_match
+from m4ov.evaluate import shares
 from m4ov.evaluate.policies import ArmRun, Figures
 from m4ov.hybrid.material import Material, gather, start_of
 from m4ov.hybrid.measured import measure
@@ -21,9 +20,7 @@ from m4ov.hybrid.report import write
 from m4ov.hybrid.training import train_arm
 from m4ov.hybrid_recipe import START, HybridConfig
 from m4ov.models.qwen3_vl import from_pretrained
-from m4ov.quickstart import usable_cpus
-from m4ov.train import RunFolder, World, ranks_started
-from m4ov.train.metrics import check
+from m4ov.train import RunFolder, World, command, ranks_started
 
 
 def run(config: HybridConfig) -> None:
@@ -37,14 +34,9 @@ def run(config: HybridConfig) -> None:
             what is wrong.
         Interrupted: Ctrl-C during training; a checkpoint was written.
     """
-    check(config.train.wandb)
-    manifest, home = config.manifest(), Path(config.run.folder)
-    sft.check(manifest, ranks_started())
-    world = World.start(config.train.timeout_seconds)
-    console = Console(quiet=not world.first)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    torch.set_num_threads(config.run.threads or usable_cpus())
+    home = Path(config.run.folder)
+    sft.check(config.manifest(), ranks_started())
+    world, console = command.begin(config.train, config.run.threads)
     claim = world.alone("the run folder", lambda: RunFolder(home, fingerprint(config)))
     try:
         material = gather(config, console)
@@ -55,7 +47,7 @@ def run(config: HybridConfig) -> None:
                 folder = home / f"seed-{seed}" / name
                 _arm(config, material, name, seed, folder, console, world)
                 runs.append(_measured(config, material, name, seed, folder, console, world))
-        world.close()
+        command.end(world)
         if world.first:
             write(config, material, runs, home, console)
     finally:
@@ -73,21 +65,15 @@ def fingerprint(config: HybridConfig) -> dict[str, Any]:
 
 
 def _start(config: HybridConfig, material: Material, home: Path, console: Console, world: World) -> None:
-    options, task = config.evaluate, material.start.task
-
-    def figures(model: torch.nn.Module) -> dict[str, float]:
-        return {
-            skill: exact_match(
-                model,
-                split,
-                task.encoder,
-                tokens_per_batch=options.tokens_per_batch,
-                limit=config.gates.limit,
-                dtype=task.dtype,
-            ).value
-            for skill, split in material.start.gates.items()
-        }
-
+    task = material.start.task
+    figures = partial(
+        shares,
+        splits=material.start.gates,
+        encoder=task.encoder,
+        tokens_per_batch=config.evaluate.tokens_per_batch,
+        limit=config.gates.limit,
+        dtype=task.dtype,
+    )
     sft.run_arm(
         config.manifest(),
         material.start,

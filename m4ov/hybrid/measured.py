@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from m4ov.data import Split
-from m4ov.evaluate import exact_match
+from m4ov.evaluate import shares
 from m4ov.evaluate.policies import Figures
-from m4ov.hybrid.material import Asked
+from m4ov.hybrid.asked import Asked
 from m4ov.models.qwen3_vl import Qwen3VL
 from m4ov.recipe import EvaluateConfig
 from m4ov.rl import Answer, Drawn, Prompt, Rewards, Sampler, pass_at_k, sampler
@@ -55,7 +55,7 @@ def measure(
         samples: answers to a question.
         seed: of the draws.
     """
-    encoder, dtype = task.encoder, task.dtype
+    encoder = task.encoder
     model.eval()
     rollout = replace(policy.rollout, samples=samples, engines=0, weights="model")
     ends = [encoder.end_token]
@@ -69,12 +69,9 @@ def measure(
     lengths = np.array([[len(one.tokens) for one in answers] for answers in seen.drawn])
     right = int(counts.sum())
     kinds = np.array(asked.kinds)
-    shares = {
-        name: exact_match(
-            model, split, encoder, tokens_per_batch=evaluate.tokens_per_batch, limit=evaluate.limit, dtype=dtype
-        ).value
-        for name, split in tests.items()
-    }
+    kept = shares(
+        model, tests, encoder, tokens_per_batch=evaluate.tokens_per_batch, limit=evaluate.limit, dtype=task.dtype
+    )
     figures = Figures(
         pass_1=float(seen.right.mean()),
         pass_k=float(np.mean([pass_at_k(samples, int(count), samples) for count in counts])),
@@ -83,8 +80,8 @@ def measure(
         unfinished=float(np.mean([not one.finished for answers in seen.drawn for one in answers])),
         survival=float((seen.right & blind.right).sum() / right) if right else float("nan"),
         kinds={str(kind): float(seen.right[kinds == kind].mean()) for kind in sorted(set(asked.kinds))},
-        general=shares["general"],
-        domain=shares["domain"],
+        general=kept["general"],
+        domain=kept["domain"],
     )
     rows = [
         {

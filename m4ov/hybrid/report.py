@@ -19,7 +19,8 @@ from m4ov.evaluate.examples import evenly
 from m4ov.evaluate.policies import ArmRun, claims, sections
 from m4ov.evaluate.report import Section
 from m4ov.evaluate.viewer import Card, Said, viewer
-from m4ov.hybrid.material import Asked, Material, start_of
+from m4ov.hybrid.asked import Asked
+from m4ov.hybrid.material import Material, start_of
 from m4ov.hybrid_recipe import START, HybridConfig
 from m4ov.models.qwen3_vl import from_pretrained
 from m4ov.train.metrics import read

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from m4ov.quickstart.data import gather, produce
-from m4ov.quickstart.flow import fingerprint, run, usable_cpus
+from m4ov.quickstart.flow import fingerprint, run
 
-__all__ = ["fingerprint", "gather", "produce", "run", "usable_cpus"]
+__all__ = ["fingerprint", "gather", "produce", "run"]

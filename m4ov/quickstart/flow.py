@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import logging as transformers_logging
 
 from m4ov import sft
-from m4ov.evaluate import exact_match
+from m4ov.evaluate import shares
 from m4ov.quickstart.data import Produced, gather, produce
+from m4ov.quickstart.policy import learn
 from m4ov.quickstart.report import write
 from m4ov.quickstart_recipe import ARM, QuickstartConfig
-from m4ov.train import RunFolder, World, ranks_started
-from m4ov.train.metrics import check
+from m4ov.train import RunFolder, World, command, ranks_started
 
 
 def run(config: QuickstartConfig) -> None:
@@ -31,14 +30,9 @@ def run(config: QuickstartConfig) -> None:
             what is wrong.
         Interrupted, KeyboardInterrupt: Ctrl-C; what was done is kept.
     """
-    check(config.train.wandb)
     manifest, home = config.manifest(), Path(config.run.folder)
     sft.check(manifest, ranks_started())
-    world = World.start(config.train.timeout_seconds)
-    console = Console(quiet=not world.first)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    torch.set_num_threads(config.run.threads or usable_cpus())
+    world, console = command.begin(config.train, config.run.threads)
     folder = world.alone("the run folder", lambda: RunFolder(home, fingerprint(config)))
 
     def data() -> Produced:
@@ -50,18 +44,16 @@ def run(config: QuickstartConfig) -> None:
 
     try:
         produced = world.alone("producing the data", data)
-        material = gather(config, console)
+        material, (training, held_out) = gather(config, console)
         _say(material, config, console, world)
-
-        def measure(model: torch.nn.Module) -> dict[str, float]:
-            capacity, limit, task = config.evaluate.tokens_per_batch, config.gates.limit, material.task
-            return {
-                skill: exact_match(
-                    model, split, task.encoder, tokens_per_batch=capacity, limit=limit, dtype=task.dtype
-                ).value
-                for skill, split in material.gates.items()
-            }
-
+        measure = partial(
+            shares,
+            splits=material.gates,
+            encoder=material.task.encoder,
+            tokens_per_batch=config.evaluate.tokens_per_batch,
+            limit=config.gates.limit,
+            dtype=material.task.dtype,
+        )
         end = sft.run_arm(
             manifest,
             material,
@@ -73,11 +65,10 @@ def run(config: QuickstartConfig) -> None:
             world=world,
             home=home,
         )
-        world.close()
+        command.end(world)
         if produced is not None:
-            # torchrun gives each rank one thread; the others' cores are free now
-            torch.set_num_threads(torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-            write(config, material, produced, end, home, console)
+            policy = learn(config, material, training, held_out, home, console) if config.updates else None
+            write(config, material, produced, end, policy, home, console)
     finally:
         if folder is not None:
             folder.close()
@@ -87,19 +78,11 @@ def fingerprint(config: QuickstartConfig) -> dict[str, Any]:
     """What the data and the training depend on, flat: key → value. Another folder, other ranks and other ways of
     looking at it are not in it; the records that came out are told apart by their content."""
     tree = asdict(config)
-    parts = {name: tree[name] for name in ("scale", "pools", "data", "model", "optim", "gates", "stages", "production")}
+    names = ("scale", "pools", "data", "model", "optim", "gates", "stages", "production", "chains", "reinforcement")
+    parts = {name: tree[name] for name in names}
     parts["production"].pop("engine")
     trained = {name: tree["train"][name] for name in ("steps", "precision", "patch", "fp8")}
     return sft.flat({**parts, "run": {"seed": config.run.seed}, "train": trained})
-
-
-def usable_cpus() -> int:
-    """Cores this process may run on, not more than the machine's physical share given to PyTorch by default."""
-    try:
-        allowed = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        allowed = os.cpu_count() or 1
-    return max(1, min(allowed, torch.get_num_threads()))
 
 
 def _say(material: sft.Material, config: QuickstartConfig, console: Console, world: World) -> None:

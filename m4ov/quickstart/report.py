@@ -27,6 +27,7 @@ from m4ov.evaluate.arms import decided
 from m4ov.evaluate.report import Section
 from m4ov.models.qwen3_vl import cast_parameters
 from m4ov.quickstart.data import Produced
+from m4ov.quickstart.policy import FOLDER, Learnt
 from m4ov.quickstart_recipe import QuickstartConfig
 from m4ov.sft.decisions import read as read_decisions
 from m4ov.sft.stage import first_replay, images_of
@@ -40,6 +41,7 @@ def write(
     material: sft.Material,
     produced: Produced,
     end: sft.ArmEnd,
+    policy: Learnt | None,
     folder: Path,
     console: Console,
 ) -> None:
@@ -78,7 +80,7 @@ def write(
         title="m4ov quickstart: a tiny Qwen3-VL on real images",
         facts=_facts(config, model, end, material)
         | {"time of evaluation, comparison, operators": ", ".join(map(clock, spent))},
-        sections=[*_of_stages(decisions), *_of_production(produced, config)],
+        sections=[*_of_stages(decisions), *_of_policy(policy, config, folder), *_of_production(produced, config)],
         metrics=_metrics(folder),
         accuracies=results,
         examples=shown,
@@ -91,6 +93,7 @@ def write(
         "produced": produced.production.to_json() | {"seconds": produced.seconds},
         **_numbers(results, comparison, end),
         "decisions": decisions,
+        "reinforcement": None if policy is None else asdict(policy),
     }
     write_whole(folder / "results.json", json.dumps(numbers, indent=1) + "\n")
     print_table(report, console)
@@ -122,6 +125,39 @@ def _of_stages(decisions: list[dict[str, Any]]) -> list[Section]:
         Section("Stages", ["stage", "ended at step", "because", "measured"], rows, note=note),
         Section("Skills along the training", figure=plots.courses(course)),
         decided(decisions, "Decisions of the stages"),
+    ]
+
+
+def _of_policy(policy: Learnt | None, config: QuickstartConfig, folder: Path) -> list[Section]:
+    """Chains before and after reinforcement learning, and how that went."""
+    if policy is None:
+        return []
+    k = config.reinforcement.samples
+    forms = (
+        ("pass@1", "pass_1", "{:.1%}"),
+        (f"pass@{k}", "pass_k", "{:.1%}"),
+        ("tokens of an answer", "length", "{:.1f}"),
+        ("right on a blank image too", "survival", "{:.1%}"),
+        ("general", "general", "{:.1%}"),
+        ("domain", "domain", "{:.1%}"),
+    )
+    rows = [
+        [name, *(form.format(getattr(of, key)) for _, key, form in forms)]
+        for name, of in (("before", policy.before), ("after", policy.after))
+    ]
+    log = read_metrics(folder / FOLDER / "rl.jsonl")
+    courses = {
+        title: {"quickstart": [(row["step"], row[name]) for row in log if name in row]}
+        for name, title in (("pass@1", "pass@1 of the rollout"), ("length_mean", "tokens of an answer"))
+    }
+    note = (
+        f"{policy.steps} updates of {config.reinforcement.policy.algorithm.name} in {clock(policy.seconds)} minutes, "
+        f"on questions that take a short chain of steps; {k} answers to each held-out one. General and domain: the "
+        "gates' questions. All of it, arm against arm: m4ov run hybrid-rl."
+    )
+    return [
+        Section("Reinforcement learning", ["", *(title for title, _, _ in forms)], rows, note=note),
+        Section("Along the reinforcement learning", figure=plots.curves(courses), printed=False),
     ]
 
 

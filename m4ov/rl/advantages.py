@@ -160,17 +160,19 @@ def compose(
             expected = f"[{count}] finite values"
             raise ValueError(f"compose: values[{name!r}]: expected {expected}; got {rewards}")
         among = right if objective.among == "correct" else torch.ones_like(right)
-        raw[name] = _relative(rewards, among, group, bounds, config)
+        kind = config.kind if objective.scaled else "dr_grpo"
+        raw[name] = _relative(rewards, among, group, bounds, kind, config.min_std)
     return _summed(raw, choices, bounds, config, reduce)
 
 
-def _relative(rewards: Tensor, among: Tensor, group: Tensor, bounds: Tensor, config: AdvantageConfig) -> Tensor:
-    """Values less their group's mean (over its standard deviation) among some of the answers; 0 for the others."""
+def _relative(rewards: Tensor, among: Tensor, group: Tensor, bounds: Tensor, kind: str, min_std: float) -> Tensor:
+    """Values less their group's mean ("grpo": over its standard deviation) among some of the answers; 0 for the
+    others."""
     count = bounds.shape[0] - 1
     inner = torch.zeros(count + 1, dtype=torch.int64)
     inner[1:] = torch.bincount(group[among], minlength=count).cumsum(0) if count else inner[1:]
-    found = group_advantages(rewards[among], inner, kind=config.kind, unbiased=False)
-    told = torch.where((found.std >= config.min_std)[group[among]], found.advantages, 0.0)
+    found = group_advantages(rewards[among], inner, kind=kind, unbiased=False)
+    told = torch.where((found.std >= min_std)[group[among]], found.advantages, 0.0)
     return torch.zeros_like(rewards).masked_scatter(among, told)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ class Along:
     def _measure(self, step: int) -> None:
         if self.held_out is None:
             return
-        with self._averaged():
+        with nullcontext() if self.average is None else self.average.in_place(self.model):
             loss = self._loss(self.held_out, step)
         self.losses.append((step, loss))
         self.console.print(f"step {step} · held-out loss {loss:.4f}")
@@ -115,21 +115,3 @@ class Along:
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """The model with the averages as its weights, and then with its own again, to the bit."""
-        if self.average is None:
-            yield
-            return
-        parameters = dict(self.model.named_parameters())
-        kept = {name: parameters[name].detach().clone() for name in self.average.averages}
-        with torch.no_grad():
-            for name, average in self.average.averages.items():
-                parameters[name].copy_(average)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, value in kept.items():
-                    parameters[name].copy_(value)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from m4ov.manifest import AverageConfig
 from m4ov.train.muon import local
@@ -48,3 +49,18 @@ class Average:
             return
         rate = 1.0 - self.config.decay if self.config.kind == "ema" else 1.0 / place
         torch._foreach_lerp_(self._averages, self._weights, rate)
+
+    @contextmanager
+    def in_place(self, model: nn.Module) -> Iterator[None]:
+        """The model with the averages as its weights, and then with its own again, to the bit."""
+        parameters = dict(model.named_parameters())
+        kept = {name: parameters[name].detach().clone() for name in self.averages}
+        with torch.no_grad():
+            for name, average in self.averages.items():
+                parameters[name].copy_(average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in kept.items():
+                    parameters[name].copy_(value)

@@ -19,6 +19,7 @@ from m4ov.manifest import CurriculumConfig, whole_of
 from m4ov.models.qwen3_vl import new, read
 from m4ov.parallel.mesh import Layout
 from m4ov.sft.decisions import DecisionLog
+from m4ov.sft.folder import replacing
 from m4ov.sft.layout import layout_of, sizes_of
 from m4ov.sft.material import Material
 from m4ov.sft.stage import Measure, Place, StageEnd, run_stage
@@ -139,7 +140,8 @@ def run_arm(
     whole = ArmEnd(**sums, figures=ends[-1]["figures"])
 
     def close() -> None:
-        _copy(at, home / "model")
+        with replacing(home / "model") as temporary:
+            shutil.copytree(at, temporary)
         write_whole(home / "arm.json", json.dumps(dataclasses.asdict(whole), indent=1))
 
     world.alone(f"finishing {name}", close)
@@ -177,16 +179,6 @@ def _known(path: Path, world: World) -> Any:
     """What rank 0 finds in a file that is written when something is done; ``None``: it is not done."""
     found = world.alone(path.name, lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else None)
     return world.share(path.name, found)
-
-
-def _copy(source: Path, target: Path) -> None:
-    """A folder's copy; there whole or not at all."""
-    temporary = target.with_name(".copying")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    if target.exists():
-        shutil.rmtree(target)
-    temporary.rename(target)
 
 
 def _stages_before(config: CurriculumConfig, name: str) -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -33,11 +31,13 @@ from m4ov.models.sharded import stored
 from m4ov.parallel.mesh import Layout, Mesh, ModelSizes
 from m4ov.parallel.parallelize import load
 from m4ov.sft import lora
+from m4ov.sft.folder import replacing
 from m4ov.sft.layout import is_split, sizes_of, spread
 from m4ov.sft.parts import freeze
 from m4ov.sft.task import DTYPES
+from m4ov.sft.training import fill
 from m4ov.sft_recipe import SftConfig, SftDataConfig
-from m4ov.train import CheckpointError, World
+from m4ov.train import World
 
 _AROUND = 16  # tokens of a record beside those of an image, at the least: turns, a word of question and answer
 _TEXTS = 50_000  # records that a new tokenizer is trained on, at most
@@ -174,7 +174,7 @@ def build(
         return model, mesh, {}
     dtype = torch.float32 if split else DTYPES[config.train.precision]
     start = dict(source.weights())
-    _fill(model, start, dtype)
+    fill(model.to(dtype).to_empty(device="cpu"), start)
     freeze(model, config.freeze)
     if adapters:
         lora.attach(model, config.lora, config.freeze, seed=config.run.seed)
@@ -195,37 +195,19 @@ def save(source: Source, config: SftConfig, trained: Mapping[str, Tensor | None]
     if config.lora.rank:
         with torch.device("meta"):
             plain = Qwen3VL(source.config)
-        _fill(plain, dict(source.weights()), torch.float32)
+        fill(plain.to(torch.float32).to_empty(device="cpu"), dict(source.weights()))
         lora.attach(plain, config.lora, config.freeze, seed=config.run.seed)
         before = {name for name, parameter in plain.named_parameters() if not parameter.requires_grad}
         adapted = {name.replace(".base_layer.", ".") for name in before if ".base_layer." in name}
         merged = lora.merged(plain, changed)
         changed = {name: merged[name] for name in adapted}
-    temporary = folder.with_name(f".writing-{os.getpid()}")
-    try:
-        for left in folder.parent.glob(".writing-*"):
-            shutil.rmtree(left)
+    with replacing(folder) as temporary:
         tensors = ((name, changed.get(name, value)) for name, value in source.weights())
         export(source.config, tensors, temporary, dtype=_written_dtype(source, config))
         if source.folder is not None:
             copy_reading(source.folder, temporary)
         else:
             write_reading(temporary, source.reading.tokenizer, source.reading.pixels)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    except (OSError, WeightsError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CheckpointError(f"model {folder}: cannot be written ({reason})") from error
-
-
-def _fill(model: Qwen3VL, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """A model on meta, with these weights."""
-    model.to(dtype).to_empty(device="cpu")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
 
 
 def _written_dtype(source: Source, config: SftConfig) -> torch.dtype:

@@ -3,8 +3,8 @@ decides."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -179,30 +179,12 @@ class Rounds:
                 model = self.plain()
                 fill(model, whole)
                 return self.measure(model)
-            with self._averaged():
+            with nullcontext() if self.average is None else self.average.in_place(self.model):
                 return self.measure(self.model)
 
         found = self.world.share("figures", self.world.alone("measuring the skills", alone))
         self.model.train()
         return dict(found)
-
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """The model with the averages as its weights, and then with its own again, to the bit."""
-        if self.average is None:
-            yield
-            return
-        parameters = dict(self.model.named_parameters())
-        kept = {name: parameters[name].detach().clone() for name in self.average.averages}
-        with torch.no_grad():
-            for name, average in self.average.averages.items():
-                parameters[name].copy_(average)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, value in kept.items():
-                    parameters[name].copy_(value)
 
     def _write(self, round: int, targets: dict[str, Any], guards: dict[str, Any], before: dict[str, float]) -> None:
         self.log.write(

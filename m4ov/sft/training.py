@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -16,7 +14,6 @@ from m4ov.manifest import CurriculumConfig
 from m4ov.models.qwen3_vl import (
     Qwen3VL,
     TokenLoss,
-    WeightsError,
     build,
     cast_parameters,
     export,
@@ -27,8 +24,8 @@ from m4ov.models.qwen3_vl import (
 from m4ov.parallel import data, expert
 from m4ov.parallel.mesh import Mesh
 from m4ov.quickstart_recipe import QuickstartConfig
+from m4ov.sft.folder import replacing
 from m4ov.sft.task import Task
-from m4ov.train import CheckpointError
 from m4ov_kernels.integrations import transformer_engine
 from m4ov_kernels.nn import load_balancing_loss
 from m4ov_kernels.packing import PackedBatch
@@ -99,10 +96,7 @@ def save_model(task: Task, weights: Mapping[str, Tensor | None], folder: Path) -
             assert value is not None, name
             yield name, value
 
-    temporary = folder.with_name(f".writing-{os.getpid()}")
-    try:
-        for left in folder.parent.glob(".writing-*"):
-            shutil.rmtree(left)
+    with replacing(folder) as temporary:
         export(config, tensors(), temporary, dtype=torch.float32)
         tokenizer, processor = to_hugging_face(task.tokenizer), image_processor(task.geometry)
         tokenizer.save_pretrained(temporary)
@@ -124,10 +118,3 @@ def save_model(task: Task, weights: Mapping[str, Tensor | None], folder: Path) -
             ("processor_config.json", {"processor_class": "Qwen3VLProcessor"}),
         ):
             (temporary / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    except (OSError, WeightsError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CheckpointError(f"model {folder}: cannot be written ({reason})") from error

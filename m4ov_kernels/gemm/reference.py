@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from m4ov_kernels.activation.reference import plain_gelu
 from m4ov_kernels.gemm.reference_quantize import quantize_fp8, quantize_int8, rms_norm_quantize, swiglu_quantize
 from m4ov_kernels.gemm.weights import Fp8Weight, Int4Weight, Int8Weight
 from m4ov_kernels.gemm.weights.fp8 import BLOCK, LARGEST
@@ -39,7 +40,7 @@ def quantized_linear(
         result = F.silu(gate) * up
     elif epilogue != "none":
         # The product by one hands GELU's backward (oneDNN's) a gradient of its own: it refuses one whose rows overlap.
-        result = F.gelu(result, approximate="tanh" if epilogue == "gelu_tanh" else "none") * 1.0
+        result = plain_gelu(result, "tanh" if epilogue == "gelu_tanh" else "none") * 1.0
     if residual is not None:
         result = result + residual.to(compute)
     return result.to(input.dtype)

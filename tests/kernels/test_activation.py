@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,8 @@ from m4ov_kernels import geglu, gelu, gelu_tanh, swiglu
 from m4ov_kernels.activation import reference
 
 from . import strategies
+from .numerics import assert_accurate
+from .operators.activation import GEGLU, geglu_far_below_zero
 
 
 def test_halves_of_one_projection(isa):
@@ -78,12 +82,76 @@ def test_gelu_of_extreme_values(isa, approximate):
 def test_gelu_keeps_its_relative_precision_below_zero(isa, approximate):
     """1 + tanh and 1 + erf cancel there; an exponential does not. Down to results of 1e-36."""
     x = torch.linspace(-12.0 if approximate == "none" else -9.5, 0.0, 4001)
-    if approximate == "none":  # float64's own erf cancels too
-        exact = x.double() * torch.special.erfc(-x.double() / 2**0.5) / 2
-    else:
-        exact = x.double() * (2 * (2 / torch.pi) ** 0.5 * (x.double() + 0.044715 * x.double() ** 3)).sigmoid()
+    exact = reference.gelu(x.double(), None, approximate)
     error = (gelu(x, approximate=approximate).double() - exact).abs() / exact.abs().clamp(min=1e-36)
     assert error.max() < 2e-5, error.max()
+
+
+@pytest.mark.parametrize("numerics", ["hf", "fp32"])
+@pytest.mark.parametrize("approximate", APPROXIMATIONS)
+def test_geglu_far_below_zero(isa, approximate, numerics):
+    """A value of -1e-37, which times 16 is a number and times infinity is infinite. Plain PyTorch has 0 and NaN."""
+    for dtype in strategies.HALF_AND_SINGLE:
+        for up in (16.0, math.inf):
+            call = geglu_far_below_zero(dtype, up, approximate, numerics)
+            got = GEGLU.evaluate(call)
+            GEGLU.judge(call, got)
+            if dtype is torch.float32:
+                exact = GEGLU.evaluate(call, torch.float64)
+                assert (exact["activated"] < 0).all()
+                torch.testing.assert_close(got["activated"].double(), exact["activated"], rtol=1e-5, atol=0)
+
+
+def _gelu(x: float, approximate: str) -> tuple[float, float]:
+    """The value and the slope, by Python's exponentials, which do not cancel."""
+    if approximate == "none":
+        share, density = math.erfc(-x / math.sqrt(2)) / 2, math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    else:
+        rate = 2 * math.sqrt(2 / math.pi)
+        odds = math.exp(min(700.0, -rate * (x + 0.044715 * x**3)))
+        share = 1 / (1 + odds)
+        density = share * odds / (1 + odds) * rate * (1 + 3 * 0.044715 * x * x)
+    return x * share, share + x * density
+
+
+@pytest.mark.parametrize("approximate", APPROXIMATIONS)
+def test_the_definition_in_float64(approximate):
+    points = [-1e4, -30.0, -20.0, -12.0, -10.0, -9.0, -8.4, -6.0, -2.0, -0.7, -1e-3, -0.0]
+    points += [-point for point in points]
+    x = torch.tensor(points, dtype=torch.float64, requires_grad=True)
+    value = reference.plain_gelu(x, approximate)
+    (slope,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    exact = torch.tensor([_gelu(point, approximate) for point in points], dtype=torch.float64)
+    torch.testing.assert_close(torch.stack((value, slope), 1), exact, rtol=1e-12, atol=1e-290)
+    (curvature,) = torch.autograd.grad(slope.sum(), x)
+    assert curvature.isfinite().all()
+    assert torch.equal(value.signbit(), x.signbit())
+
+
+@pytest.mark.parametrize("approximate", APPROXIMATIONS)
+def test_the_definition_is_pytorchs_wherever_that_is_exact(approximate):
+    """In other dtypes to the bit; and what is not finite comes out of float64 as it does out of PyTorch's."""
+    for dtype in strategies.HALF_AND_SINGLE:
+        x = torch.linspace(-12, 12, 2001).to(dtype)
+        assert torch.equal(reference.plain_gelu(x, approximate), F.gelu(x, approximate=approximate))
+    found = []
+    for function in (reference.plain_gelu, lambda x, name: F.gelu(x, approximate=name)):
+        ends = [math.inf, -math.inf, math.nan, 1e100, -1e100, 30.0, 1e4, -1e4, 0.5, -0.5]
+        x = torch.tensor(ends, dtype=torch.float64, requires_grad=True)
+        value = function(x, approximate)
+        found.append((value, *torch.autograd.grad(value.sum(), x)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15, equal_nan=True)
+
+
+def test_an_infinity_that_only_float64_has_is_judged():
+    """Where plain PyTorch has NaN of 0 · inf, ours may have that or the infinity, and nothing else."""
+    exact, plain = torch.tensor([-math.inf, 1.0]).double(), torch.tensor([math.nan, 1.0])
+    for right in (-math.inf, math.nan):
+        assert_accurate("activated", torch.tensor([right, 1.0]), plain, exact)
+    for wrong in (math.inf, 0.0, -3e38):
+        with pytest.raises(AssertionError, match="1 neither that infinity nor NaN"):
+            assert_accurate("activated", torch.tensor([wrong, 1.0]), plain, exact)
 
 
 def test_gelu_adds_its_bias_in_float32_and_rounds_once(isa):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,9 +18,9 @@ from m4ov_kernels.norm import triton_layer_norm as layer_norm
 
 from . import strategies
 from .numerics import assert_accurate, gradients, layer_norm_terms, leaves, poisoned
-from .operators.activation import GEGLU, GELU
+from .operators.activation import GEGLU, GELU, geglu_far_below_zero
 from .operators.case import Call
-from .triton_blocks import DEVICE, EPS, dtypes, shapes, small_blocks, tensor
+from .triton_blocks import DEVICE, DTYPES, EPS, dtypes, on_device, shapes, small_blocks, tensor
 
 __all__ = ["small_blocks"]  # a fixture of every test here
 
@@ -121,18 +123,21 @@ def test_gelu(shape, dtype, layout, magnitude, approximate, bias, programs):
 @settings(max_examples=40, deadline=None)
 def test_geglu(shape, dtype, layout, magnitude, numerics, approximate):
     gate, up, grad = tensor(shape, dtype, layout, magnitude), tensor(shape, dtype, layout), tensor(shape, dtype)
-    got = (
-        activation.geglu_fwd(gate, up, approximate, numerics, out=poisoned(gate)[0]),
-        *activation.geglu_bwd(grad, gate, up, approximate, numerics, out=poisoned(gate, up)),
-    )
+    arguments = {"gate": gate, "up": up, "approximate": approximate, "numerics": numerics}
+    judge_geglu(Call(arguments, {"activated": grad}, ("gate", "up")))
 
-    def reference(dtype: torch.dtype) -> list[Tensor]:
-        inputs = leaves(dtype, gate, up)
-        result = activation_reference.geglu(*inputs, approximate, numerics)
-        return [result, *gradients(result, inputs, [grad.to(dtype)])]
 
-    arguments = {"gate": gate, "up": up, "approximate": approximate}
-    terms = GEGLU.terms(Call(arguments, {"activated": grad}, ("gate",)))
-    names = ("activated", "grad_gate", "grad_up")
-    for name, *tensors in zip(names, got, reference(dtype), reference(torch.float64), strict=True):
-        assert_accurate(name, *tensors, terms.get(name))
+@pytest.mark.parametrize("numerics", ["hf", "fp32"])
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_geglu_far_below_zero(approximate, numerics):
+    for dtype in DTYPES:
+        for up in (16.0, math.inf):
+            judge_geglu(on_device(geglu_far_below_zero(dtype, up, approximate, numerics)))
+
+
+def judge_geglu(call: Call) -> None:
+    gate, up, approximate, numerics = (call.arguments[name] for name in ("gate", "up", "approximate", "numerics"))
+    grad = call.grads["activated"]
+    activated = activation.geglu_fwd(gate, up, approximate, numerics, out=poisoned(gate)[0])
+    grad_gate, grad_up = activation.geglu_bwd(grad, gate, up, approximate, numerics, out=poisoned(gate, up))
+    GEGLU.judge(call, {"activated": activated, "grad_gate": grad_gate, "grad_up": grad_up})

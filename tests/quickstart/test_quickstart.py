@@ -21,7 +21,7 @@ from m4ov import quickstart
 from m4ov.data import DataError, digits, easy_vqa, read_records
 from m4ov.quickstart import data, flow
 from m4ov.sft import stage
-from m4ov.train import Interrupted, RunFolderError
+from m4ov.train import Interrupted, RunFolderError, command
 from m4ov.train.metrics import read as read_metrics
 from tests.quickstart.small import KEPT, digest, load
 
@@ -32,7 +32,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
     console = Console(record=True, width=200, file=io.StringIO())
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(flow, "Console", lambda quiet: console)
+        patched.setattr(command, "Console", lambda quiet: console)
         quickstart.run(load(folder))
     return folder, console.export_text()
 

@@ -17,7 +17,7 @@ from m4ov.data import DataError
 from m4ov.data.records import Record, assistant, image, user
 from m4ov.data.shards import write_records
 from m4ov.manifest import CurriculumConfig
-from m4ov.train import RunFolderError
+from m4ov.train import RunFolderError, command
 
 MANIFEST = """
 task: curriculum
@@ -77,7 +77,7 @@ def load(manifest: Path, *overrides: str) -> CurriculumConfig:
 
 def said(function, monkeypatch) -> str:
     console = Console(record=True, width=200, file=io.StringIO())
-    monkeypatch.setattr(curriculum, "Console", lambda quiet: console)
+    monkeypatch.setattr(command, "Console", lambda quiet: console)
     function()
     return console.export_text()
 

@@ -24,14 +24,14 @@ import torch
 from rich.console import Console
 
 from m4ov import config as recipes
-from m4ov import quickstart, sft
+from m4ov import sft
 from m4ov.data import Mixture
 from m4ov.models.qwen3_vl import training_flops
 from m4ov.parallel.checkpoint import Checkpoints
 from m4ov.quickstart_recipe import QuickstartConfig
 from m4ov.sft.stage import first_replay, images_of
 from m4ov.sft.training import loss_of, model_of
-from m4ov.train import Optimizer, train
+from m4ov.train import Optimizer, command, train
 from m4ov_kernels.packing import PackedBatch
 from tests.tiny_task import tiny_material
 
@@ -86,7 +86,7 @@ class Turns:
 
 
 def measure(steps: int, threads: int) -> str:
-    torch.set_num_threads(threads or quickstart.usable_cpus())
+    command.set_up(threads)
     config = recipes.load(QuickstartConfig, "quickstart", [f"train.steps={steps + WARM + 1}"])
     pools = tiny_material().pools  # the packaged questions, about as many as are produced, on the same images
     material = sft.material_of(config.manifest(), pools, {}, {})

@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
 
+from m4ov.cores import usable_cores
 from m4ov.data.production.steps import BuildError, Done, Task, run
 from m4ov.data_recipe import EngineConfig
 
@@ -48,7 +49,7 @@ class ProcessEngine:
     on from there."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self.workers = config.workers or _usable_cpus()
+        self.workers = config.workers or usable_cores()
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=_belong_to_parent)
 
@@ -82,13 +83,6 @@ def _belong_to_parent() -> None:
             os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-
-
-def _usable_cpus() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        return os.cpu_count() or 1
 
 
 class RayEngine:

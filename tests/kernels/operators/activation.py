@@ -12,7 +12,6 @@ from m4ov_kernels import geglu, gelu, swiglu
 
 from .. import draws
 from ..draws import Draw
-from ..numerics import ROUNDED_TO_ZERO
 from . import corruptions
 from .case import Call, OperatorCase
 from .options import NUMERICS, tensor_dtype
@@ -67,15 +66,22 @@ def _swiglu_terms(call: Call) -> dict[str, Tensor]:
     return terms
 
 
+def gelu_share(x: Tensor, approximate: str) -> Tensor:
+    """``gelu(x) / x`` of float64, to its last places far below 0 too."""
+    if approximate == "tanh":
+        return (2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).sigmoid()
+    return torch.erfc(x * -math.sqrt(0.5)) / 2
+
+
 def gelu_parts(x: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
     """``gelu(x)`` and the two terms of its slope, which cancel near -0.75, in float64. A value below 0 is an
     exponential, which multiplies the rounding of its exponent by that exponent."""
+    share = gelu_share(x, approximate)
     if approximate == "tanh":
         exponent = 2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
-        share = exponent.sigmoid()
         density = share * (-exponent).sigmoid() * 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)
     else:
-        exponent, share = x * x / 2, torch.special.ndtr(x)
+        exponent = x * x / 2
         density = torch.exp(-exponent) / math.sqrt(2 * math.pi)
     amplified = 1 + exponent.abs() * (1 - share)
     value = (x * share).abs() * amplified / 4
@@ -85,15 +91,18 @@ def gelu_parts(x: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
 def _geglu_terms(call: Call) -> dict[str, Tensor]:
     gate, up = call.arguments["gate"].double(), call.arguments["up"].double()
     value, slope = gelu_parts(gate, call.arguments["approximate"])
-    # Far below 0, PyTorch's 1 + erf is 0 in float64 too, and 0 times infinity NaN. The value is not 0: ours is -inf.
-    far = (gate < -5) & gate.isfinite()
-    terms = {"activated": torch.where(far & up.isinf(), ROUNDED_TO_ZERO, value * up.abs())}
+    terms = {"activated": value * up.abs()}
     if call.wanted:
         grad = call.grads["activated"].double().abs()
-        to_up, to_gate = grad * value, grad * up.abs() * slope
-        terms["grad_up"] = torch.where(far & grad.isinf(), ROUNDED_TO_ZERO, to_up)
-        terms["grad_gate"] = torch.where(far & (grad * up.abs()).isinf(), ROUNDED_TO_ZERO, to_gate)
+        terms |= {"grad_up": grad * value, "grad_gate": grad * up.abs() * slope}
     return terms
+
+
+def geglu_far_below_zero(dtype: torch.dtype, up: float, approximate: str, numerics: str) -> Call:
+    """Where PyTorch's 1 + tanh and 1 + erf are 0 and the value is not; all rows share their memory."""
+    gate, up_, grad = (torch.full((1, 1), value, dtype=dtype).expand(4, 1) for value in (-10.0, up, 3.0))
+    arguments = {"gate": gate, "up": up_, "approximate": approximate, "numerics": numerics}
+    return Call(arguments, {"activated": grad}, ("gate", "up"))
 
 
 def _gelu_terms(call: Call) -> dict[str, Tensor]:
