@@ -99,7 +99,7 @@ def _facts(config: HybridConfig, material: Material, runs: list[ArmRun], home: P
     begins = f"from {config.start.model}" if config.start.model else f"from random weights (seed {config.start.seed})"
     asked = (
         f"{what}: {len(part.prompts):,} on {len(part.images):,} grids of real images"
-        for what, part in (("to train on", material.training), ("held out", material.held_out))
+        for what, part in (("that arms learn from", material.training), ("held out", material.held_out))
     )
     tests = (f"{name}: {len(split.samples):,} held out" for name, split in material.start.tests.items())
     trained = [found for found in runs if found.arm != START]
