@@ -92,7 +92,8 @@ def _arm(
 ) -> None:
     """Train an arm, or go on with it. Collective."""
     policy, parts = config.policy_of(name, seed), ", ".join(("accuracy", *config.arms[name]))
-    console.print(f"[bold]{name}[/bold], seed {seed}: {parts}, {config.updates} updates")
+    if not (folder / "arm.json").exists():
+        console.print(f"[bold]{name}[/bold], seed {seed}: {parts}, {config.updates} updates")
     train_arm(
         material.start.task,
         material.training.prompts,

@@ -36,6 +36,18 @@ _WATCHED = {
     "perception_kl": "perception KL (nats a token)",
     "mismatch_max_abs": "largest |Δ log-prob| of sampler and trainer",
 }
+#: Of a certificate's row (:meth:`m4ov.rl.Mismatch.row`): name → column.
+_APART = {"identical": "identical tokens", "max_abs": "largest |Δ|", "mean_abs": "mean |Δ|"}
+_WORTH = {
+    f"{prefix}{name}": f"{of}: {title}"
+    for prefix, of in (("", "tokens"), ("sequence_", "answers"))
+    for name, title in (
+        ("effective", "worth"),
+        ("effective_truncated", "worth, TIS"),
+        ("truncated", "truncated"),
+        ("bias", "lost"),
+    )
+}
 
 
 def write(
@@ -87,7 +99,7 @@ def _facts(config: HybridConfig, material: Material, runs: list[ArmRun], home: P
     begins = f"from {config.start.model}" if config.start.model else f"from random weights (seed {config.start.seed})"
     asked = (
         f"{what}: {len(part.prompts):,} on {len(part.images):,} grids of real images"
-        for what, part in (("to train on", material.training), ("held out", material.held_out))
+        for what, part in (("that arms learn from", material.training), ("held out", material.held_out))
     )
     tests = (f"{name}: {len(split.samples):,} held out" for name, split in material.start.tests.items())
     trained = [found for found in runs if found.arm != START]
@@ -113,12 +125,28 @@ def _facts(config: HybridConfig, material: Material, runs: list[ArmRun], home: P
 
 
 def _certified(rows: Sequence[Mapping[str, Any]]) -> list[Section]:
+    """What a certificate says of the tokens, and what importance weights are worth, as they are and truncated."""
     if not rows:
         return []
-    columns = list(rows[0])
-    table = [[_said(row[column]) for column in columns] for row in rows]
-    note = "Δ = the trainer's log-probability of a token less the sampler's; ratio = exp(Δ)."
-    return [Section("How far the sampler is from the trainer", columns, table, note=note)]
+    apart = [name for name in rows[0] if name not in _WORTH]
+    table = [[_said(row[name]) for name in apart] for row in rows]
+    note = (
+        "The same model draws answers with weights of each kind, and scores them as the trainer does. Δ: the trainer's "
+        "log-probability of a token less the sampler's (nats); k3: mean of exp(Δ) − 1 − Δ."
+    )
+    found = [Section("How far the sampler is from the trainer", [_APART.get(n, n) for n in apart], table, note=note)]
+    worth = [name for name in _WORTH if all(name in row for row in rows)]
+    if worth:
+        names = ["weights", *worth] if "weights" in rows[0] else worth
+        table = [[f"{row[name]:.1%}" if name in _WORTH else _said(row[name]) for name in names] for row in rows]
+        note = (
+            "Weights π_train/π_sampler of tokens, and of whole answers (their products). Worth: (Σw)²/(N Σw²), the "
+            "share of the sample that it is worth; “TIS”: of weights that are truncated; lost: the share of the mean "
+            "weight that truncation takes away."
+        )
+        title = "What importance weights are worth, without and with truncation"
+        found.append(Section(title, [_WORTH.get(name, name) for name in names], table, note=note))
+    return found
 
 
 def _curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], config: HybridConfig, seed: int) -> list[Section]:

@@ -8,8 +8,9 @@ import pytest
 
 from m4ov import config
 from m4ov.config import ConfigError
-from m4ov.hybrid_recipe import PARTS, START, HybridConfig
-from m4ov.rl_recipe import PerceptionConfig
+from m4ov.hybrid_recipe import PARTS, START, HybridConfig, StartConfig, policy
+from m4ov.manifest import StageConfig
+from m4ov.rl_recipe import PerceptionConfig, RLConfig
 
 
 def load(*overrides: str) -> HybridConfig:
@@ -21,15 +22,15 @@ def test_an_arm_has_its_parts_and_no_others():
     assert set(found.arms) == {"accuracy", *PARTS, "all"}
     assert found.arms["all"] == list(PARTS)
     for name, parts in found.arms.items():
-        policy = found.policy_of(name, 7)
-        assert policy.rollout.seed == 7
-        assert ("pass_at_k" in {rule.use for rule in policy.advantages.rules}) == ("pass_at_k" in parts)
-        assert (policy.perception.weight > 0) == ("perception" in parts)
-        assert policy.perception == (found.policy.perception if "perception" in parts else PerceptionConfig())
-        others = set(policy.advantages.objectives) - {"accuracy"}
+        own = found.policy_of(name, 7)
+        assert own.rollout.seed == 7
+        assert ("pass_at_k" in {rule.use for rule in own.advantages.rules}) == ("pass_at_k" in parts)
+        assert (own.perception.weight > 0) == ("perception" in parts)
+        assert own.perception == (found.policy.perception if "perception" in parts else PerceptionConfig())
+        others = set(own.advantages.objectives) - {"accuracy"}
         assert others == (set(found.policy.advantages.objectives) - {"accuracy"} if "conciseness" in parts else set())
-        assert policy.rewards == found.policy.rewards
-        assert policy.algorithm == found.policy.algorithm
+        assert own.rewards == found.policy.rewards
+        assert own.algorithm == found.policy.algorithm
     assert found.policy == load().policy  # it was not changed
 
 
@@ -58,6 +59,7 @@ def test_the_start_is_a_curriculum_of_one_arm():
         (["steps=0"], "steps: expected at least 1, got 0"),
         (["scale=0"], "scale: expected more than 0, got 0"),
         (["chains.grids=0"], "chains.grids: expected at least 1, got 0"),
+        (["chains.policy_grids=0"], "chains.policy_grids: expected at least 1, got 0"),
         (["chains.held_out=0"], "chains.held_out: expected at least 1, got 0"),
         (["chains.questions=0"], "chains.questions: expected at least 1, got 0"),
         (["chains.styles={long: 0, short: 0, direct: 0}"], "chains.styles: expected shares of long, short, direct"),
@@ -85,17 +87,17 @@ def test_a_wrong_value_is_named(overrides, message):
         load(*overrides)
 
 
-def test_conciseness_needs_an_objective_beside_accuracy(tmp_path):
-    file = tmp_path / "one.yaml"
-    stage = "{mixture: {chains: 1}, steps: 1, rounds: 1}"
-    rewards = "{components: {accuracy: {function: exact-match}}}"
-    file.write_text(
-        f"task: hybrid-rl\nstart: {{steps: 1, stages: {{all: {stage}}}}}\npolicy: {{rewards: {rewards}}}\n"
-        "arms: {short: [conciseness]}\n"
-    )
+def test_what_a_recipe_of_its_own_lacks_is_named():
+    """Objectives and arms are names in a file, to which the recipe's are added; so not by one."""
+    start = StartConfig(steps=1, stages={"all": StageConfig(mixture={"chains": 1.0}, steps=1, rounds=1)})
+    one = policy()
+    del one.advantages.objectives["concise"]
     message = "policy.advantages.objectives: expected another objective than accuracy, for arms.short, got ['accuracy']"
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        config.load(HybridConfig, file)
-    file.write_text(file.read_text().replace("{short: [conciseness]}", "{}"))
-    with pytest.raises(ConfigError, match="arms: expected at least one"):
-        config.load(HybridConfig, file)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        HybridConfig(start=start, policy=one, arms={"short": ["conciseness"]})
+    with pytest.raises(ValueError, match="arms: expected at least one"):
+        HybridConfig(start=start, arms={})
+    with pytest.raises(ValueError, match=r"start\.stages: expected at least one"):
+        HybridConfig(arms={"accuracy": []})
+    with pytest.raises(ValueError, match=r"policy\.rewards\.components: expected at least one"):
+        HybridConfig(start=start, policy=RLConfig(), arms={"accuracy": []})

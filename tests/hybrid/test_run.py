@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from m4ov import hybrid
 from m4ov.evaluate.policies import ArmRun, Figures
-from m4ov.hybrid import flow, material, report
+from m4ov.hybrid import flow, material, report, training
 from m4ov.parallel import ranks
-from m4ov.train import RunFolderError
+from m4ov.train import RunFolderError, command
 from m4ov.train.metrics import read
 from tests.hybrid import small
 from tests.quickstart.small import digest
@@ -35,7 +35,7 @@ def said(config) -> str:
     """What a run prints."""
     console = Console(record=True, width=200, file=io.StringIO())
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(flow, "Console", lambda quiet: console)
+        patched.setattr(command, "Console", lambda quiet: console)
         hybrid.run(config)
     return console.export_text()
 
@@ -68,6 +68,7 @@ def test_from_data_to_the_report(whole):
     rows = read(home / "seed-0" / "all" / "rl.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     assert rows[0].keys() >= {"reward_accuracy", "reward_concise", "pass@2", "length_mean", "perception_kl"}
+    assert all(row["mismatch_max_abs"] == 0 for row in rows)  # the sampler computes as the trainer does
     assert "perception_kl" not in read(home / "seed-0" / "accuracy" / "rl.jsonl")[0]
 
 
@@ -106,7 +107,9 @@ def test_what_is_done_is_not_done_again(whole):
 
     before, results = stamps(), (home / "results.json").read_text()
     again = said(small.load(whole[0]))
-    assert "updates" not in again.split("m4ov hybrid-rl")[0]
+    began, reported, _ = again.partition("m4ov hybrid-rl")
+    assert reported
+    assert "updates" not in began
     assert stamps() == before
     assert (home / "results.json").read_text() == results
     with pytest.raises(RunFolderError, match=r"policy\.rollout\.samples \(4 there, 2 now\)"):
@@ -114,7 +117,7 @@ def test_what_is_done_is_not_done_again(whole):
 
 
 def test_stopped_between_arms_it_goes_on_to_the_same_bits(whole, tmp_path, monkeypatch):
-    train, arms = flow.train_policy, 0
+    train, arms = training.train_policy, 0
 
     def stopping(*arguments, **options):
         nonlocal arms
@@ -127,7 +130,7 @@ def test_stopped_between_arms_it_goes_on_to_the_same_bits(whole, tmp_path, monke
     monkeypatch.setattr(flow, "write", lambda *_: reported.append(home))
     reported: list[Path] = []
     with monkeypatch.context() as patched:
-        patched.setattr(flow, "train_policy", stopping)
+        patched.setattr(training, "train_policy", stopping)
         with pytest.raises(KeyboardInterrupt):
             hybrid.run(config)
     assert (home / "seed-0" / "accuracy" / "figures.json").exists()
@@ -142,10 +145,11 @@ def test_stopped_between_arms_it_goes_on_to_the_same_bits(whole, tmp_path, monke
 
 def test_on_two_ranks(whole, tmp_path):
     small.load(tmp_path)
-    assert ranks.run(small.run_on_ranks, 2, tmp_path) == [0, 1]
+    assert ranks.run(small.run_on_ranks, 2, tmp_path, timeout=120, collective_timeout=60) == [0, 1]
     home = tmp_path / "run"
-    assert [json.loads((home / arm / "arm.json").read_text())["steps"] for arm in ARMS] == [2, 2, 2]
-    assert all((home / arm / "figures.json").exists() for arm in ARMS)
+    for arm in ("start", "seed-0/all"):
+        assert json.loads((home / arm / "arm.json").read_text())["steps"] == 2
+        assert (home / arm / "figures.json").exists()
     start, alone = (
         load_file(folder / "run" / "start" / "model" / "model.safetensors") for folder in (tmp_path, whole[0])
     )
@@ -160,8 +164,8 @@ def test_certificates_are_shown(whole, tmp_path):
     results = json.loads((whole[0] / "run" / "results.json").read_text())
     runs = [ArmRun(**{**arm, "figures": Figures(**arm["figures"])}) for arm in results["arms"]]
     rows = [
-        {"weights": "model", "correction": "none", "largest |Δ|": 0.0},
-        {"weights": "int8", "correction": "tis", "largest |Δ|": 0.12345},
+        {"weights": "model", "tokens": 400, "max_abs": 0.0, "effective": 1.0, "sequence_effective_truncated": 1.0},
+        {"weights": "int4", "tokens": 401, "max_abs": 0.12345, "effective": 0.876, "sequence_effective_truncated": 0.5},
     ]
     console = Console(record=True, width=200, file=io.StringIO())
     home = tmp_path / "run"
@@ -170,7 +174,9 @@ def test_certificates_are_shown(whole, tmp_path):
         (home / arm).symlink_to(whole[0] / "run" / arm)
     report.write(config, material.gather(config, Console(quiet=True)), runs, home, console, rows)
     page, text = (home / "report.html").read_text(), console.export_text()
-    for found in ("int8", "tis", "0.123"):
+    for found in ("int4", "401", "0.123", "87.6%", "50.0%"):
         assert f"<td>{found}</td>" in page
         assert found in text
+    for column in ("largest |Δ|", "tokens: worth", "answers: worth, TIS"):
+        assert f"<th>{column}</th>" in page
     assert json.loads((home / "results.json").read_text())["certificates"] == rows
