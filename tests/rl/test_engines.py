@@ -248,7 +248,7 @@ def test_what_is_refused(options, message):
 def test_ray_draws_the_same_and_replaces_an_actor(tmp_path):
     pytest.importorskip("ray")
     model = online.policy()
-    with drawer(model, tmp_path, engines=2, engine_kind="ray") as made:
+    with drawer(model, tmp_path, engines=1, engine_kind="ray") as made:
         assert drawn(made) == embedded(model, tmp_path)
         moved(model)
         made.host.ray.kill(made.links[0].actor)
