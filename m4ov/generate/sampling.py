@@ -6,6 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from m4ov.generate.head import Logits
 
 Array = np.ndarray[Any, Any]
 
@@ -36,6 +40,37 @@ def uniforms(key: Array, places: Array) -> Array:
     """
     drawn = _mixed(key + (places.astype(np.uint64) + np.uint64(1)) * _STEP)
     return (drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def tokens(made: Logits, which: Tensor, rows: Array, finite: Array) -> Array:
+    """What is drawn for some samples (:data:`m4ov.generate.requests.ROW`), int64 ``[n]``; 0 where logits are not
+    finite. ``which``: of the logits' rows each sample's own.
+
+    A sample without ``top_k`` and ``top_p`` draws by a compiled kernel where the head's is one, others by
+    :func:`choose`: the two round exponentials differently, and no sample goes from one to the other.
+    """
+    found = np.zeros(len(rows), dtype=np.int64)
+    greedy = rows["temperature"] == 0
+    if greedy.any():
+        places = np.nonzero(greedy)[0]
+        found[places] = made.values[which[torch.from_numpy(places)]].argmax(-1).cpu().numpy()
+    plain = ~greedy & (rows["top_p"] >= 1) & ((rows["top_k"] == 0) | (rows["top_k"] >= made.values.shape[1]))
+    if made.columns is None:
+        plain[:] = False
+    elif plain.any():
+        from m4ov_kernels.decoding.native import choose_tokens
+
+        some, column = (rows, which) if plain.all() else (rows[plain], which[torch.from_numpy(plain)])
+        draws = torch.from_numpy(uniforms(some["key"], some["count"]))
+        found[plain] = choose_tokens(made.columns, column, made.largest[column], draws).numpy()
+    others = ~greedy & ~plain & finite
+    if others.any():
+        some, row = rows[others], which[torch.from_numpy(others).to(which.device)]
+        values, largest = (x[row].contiguous().cpu().numpy() for x in (made.values, made.largest))
+        draws = uniforms(some["key"], some["count"])
+        found[others] = choose(values, largest, draws, some["top_k"], some["top_p"])
+    found[~finite] = 0
+    return found
 
 
 def choose(logits: Array, largest: Array, draws: Array, top_k: Array, top_p: Array) -> Array:
