@@ -337,20 +337,19 @@ class Engine:
         tokens = np.zeros(len(rows), dtype=np.int64)
         logprobs, good = np.zeros(len(rows), dtype=np.float32), np.ones(len(rows), dtype=bool)
         temperatures = np.where(rows["temperature"] > 0, rows["temperature"], 1.0)
-        for temperature in np.unique(temperatures):
-            (places,) = np.nonzero(temperatures == temperature)
-            whole = len(places) == len(rows)
+        whole = bool((temperatures == temperatures[0]).all())
+        for temperature in temperatures[:1] if whole else np.unique(temperatures):
+            places = np.arange(len(rows)) if whole else np.nonzero(temperatures == temperature)[0]
             if owner is None:
                 needed, own = places, np.arange(len(places))
             else:
                 needed, own = np.unique(owner[places], return_inverse=True)
             some = hidden if len(needed) == len(hidden) else hidden.index_select(0, _index(needed, hidden))
             made = head.logits(self.model.lm_head, some, float(temperature))
-            which = _index(own, hidden)
-            finite = (made.largest.isfinite() & made.log_sum.isfinite())[which].cpu().numpy()
-            chosen = sampling.tokens(made, which, rows if whole else rows[places], finite)
+            finite = (np.isfinite(made.largest.cpu().numpy()) & np.isfinite(made.log_sum.cpu().numpy()))[own]
+            chosen = sampling.tokens(made, own, rows if whole else rows[places], finite)
             tokens[places], good[places] = chosen, finite
-            logprobs[places] = made.logprobs(which, _index(chosen, hidden)).cpu().numpy()
+            logprobs[places] = made.logprobs(_index(own, hidden), _index(chosen, hidden)).cpu().numpy()
         return tokens, logprobs, good
 
     def _note(self, new: slice, tokens: np.ndarray, logprobs: np.ndarray, good: np.ndarray) -> None:

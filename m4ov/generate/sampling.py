@@ -42,7 +42,7 @@ def uniforms(key: Array, places: Array) -> Array:
     return (drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def tokens(made: Logits, which: Tensor, rows: Array, finite: Array) -> Array:
+def tokens(made: Logits, which: Array, rows: Array, finite: Array) -> Array:
     """What is drawn for some samples (:data:`m4ov.generate.requests.ROW`), int64 ``[n]``; 0 where logits are not
     finite. ``which``: of the logits' rows each sample's own.
 
@@ -50,22 +50,24 @@ def tokens(made: Logits, which: Tensor, rows: Array, finite: Array) -> Array:
     :func:`choose`: the two round exponentials differently, and no sample goes from one to the other.
     """
     found = np.zeros(len(rows), dtype=np.int64)
-    greedy = rows["temperature"] == 0
-    if greedy.any():
-        places = np.nonzero(greedy)[0]
-        found[places] = made.values[which[torch.from_numpy(places)]].argmax(-1).cpu().numpy()
-    plain = ~greedy & (rows["top_p"] >= 1) & ((rows["top_k"] == 0) | (rows["top_k"] >= made.values.shape[1]))
+    greedy, top_k = rows["temperature"] == 0, rows["top_k"]
+    plain = ~greedy & (rows["top_p"] >= 1) & ((top_k == 0) | (top_k >= made.values.shape[1]))
     if made.columns is None:
         plain[:] = False
-    elif plain.any():
+    others = ~greedy & ~plain & finite
+
+    def of(places: Array) -> Tensor:
+        return torch.from_numpy(which[places]).to(made.values.device)
+
+    if made.columns is not None and plain.any():
         from m4ov_kernels.decoding.native import choose_tokens
 
-        some, column = (rows, which) if plain.all() else (rows[plain], which[torch.from_numpy(plain)])
-        draws = torch.from_numpy(uniforms(some["key"], some["count"]))
+        column, draws = of(plain), torch.from_numpy(uniforms(rows["key"][plain], rows["count"][plain]))
         found[plain] = choose_tokens(made.columns, column, made.largest[column], draws).numpy()
-    others = ~greedy & ~plain & finite
+    if greedy.any():
+        found[greedy] = made.values[of(greedy)].argmax(-1).cpu().numpy()
     if others.any():
-        some, row = rows[others], which[torch.from_numpy(others).to(which.device)]
+        some, row = rows[others], of(others)
         values, largest = (x[row].contiguous().cpu().numpy() for x in (made.values, made.largest))
         draws = uniforms(some["key"], some["count"])
         found[others] = choose(values, largest, draws, some["top_k"], some["top_p"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -83,7 +82,7 @@ def linear_logits(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(logits [V, T and more columns], largest [T], log_sum [T])``, float32: what the forward computes on its way,
-    and the log of the sum of ``exp(logits - largest)``, NaN where a logit is infinite. Columns beyond T are 0."""
+    and the log of the sum of ``exp(logits - largest)``, infinite where a logit is. Columns beyond T are 0."""
     tokens, vocab_size = hidden_states.shape[0], weight.shape[0]
     kept = torch.empty(vocab_size, -(-tokens // states.TOKENS) * states.TOKENS, dtype=torch.float32)
     state = torch.empty(states.STATES, tokens, dtype=torch.float32)
@@ -93,8 +92,7 @@ def linear_logits(
         arguments, alive = _arguments(hidden_states, weight, bias, target, None, *options)
         run(_C.linear_logprob_fwd, arguments, state.data_ptr(), False, False, 0, 0, 0)
         del alive
-    log_sum = state[1].log()
-    return kept, state[0], log_sum.masked_fill_(log_sum == math.inf, math.nan)
+    return kept, state[0], state[1].log()
 
 
 def linear_logprob_bwd(
