@@ -69,8 +69,8 @@ def tokens(made: Logits, which: Array, rows: Array, finite: Array) -> Array:
     if others.any():
         some, row = rows[others], of(others)
         values, largest = (x[row].contiguous().cpu().numpy() for x in (made.values, made.largest))
-        draws = uniforms(some["key"], some["count"])
-        found[others] = choose(values, largest, draws, some["top_k"], some["top_p"])
+        wanted = uniforms(some["key"], some["count"])
+        found[others] = choose(values, largest, wanted, some["top_k"], some["top_p"])
     found[~finite] = 0
     return found
 
