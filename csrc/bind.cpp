@@ -3,6 +3,7 @@
 #include "activation/bind.h"
 #include "attention/bind.h"
 #include "common/limits_bind.h"
+#include "decoding/bind.h"
 #include "gemm/bind.h"
 #include "head/bind.h"
 #include "moe/bind.h"
@@ -48,6 +49,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("partial_align") = m4ov::kPartialAlign;
   m4ov::bind_activation(m);
   m4ov::bind_attention(m);
+  m4ov::bind_decoding(m);
   m4ov::bind_gemm(m);
   m4ov::bind_head(m);
   m4ov::bind_limits(m);

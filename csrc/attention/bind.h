@@ -20,7 +20,7 @@ VarlenAttention varlen_attention(const Addresses& at_, const Sizes& sizes, const
           sequences,         tokens_q,    tokens_k,    heads,                 kv_heads,
           dim,               strides[0],  strides[1],  strides[2],            strides[3],
           strides[4],        strides[5],  scale,       causal,                dtype,
-          threads,           at<char>(scratch), nullptr,     nullptr};
+          threads,           at<char>(scratch)};
 }
 
 void bind_attention(py::module_& m) {
@@ -29,15 +29,6 @@ void bind_attention(py::module_& m) {
     return run<&Kernels::varlen_attention_fwd>(VarlenAttentionFwd{
         varlen_attention(inputs, sizes, strides, scale, causal, dtype, threads), at<void>(output), at<float>(normalizer)});
   });
-  m.def("varlen_attention_prefixed_fwd",
-        [](const Addresses& inputs, const Sizes& sizes, const Sizes& strides, float scale, bool causal, int dtype,
-           int threads, Address output, Address normalizer, Address prefix_first, Address prefix_keys) {
-          auto shared = varlen_attention(inputs, sizes, strides, scale, causal, dtype, threads);
-          shared.prefix_first = at<int64_t>(prefix_first);
-          shared.prefix_keys = at<int64_t>(prefix_keys);
-          return run<&Kernels::varlen_attention_fwd>(
-              VarlenAttentionFwd{shared, at<void>(output), at<float>(normalizer)});
-        });
   m.def("varlen_attention_bwd", [](const Addresses& inputs, const Sizes& sizes, const Sizes& strides, float scale,
                                    bool causal, int dtype, int threads, const Addresses& tensors, int64_t grad_row,
                                    int64_t grad_head) {
@@ -45,6 +36,16 @@ void bind_attention(py::module_& m) {
     return run<&Kernels::varlen_attention_bwd>(VarlenAttentionBwd{
         varlen_attention(inputs, sizes, strides, scale, causal, dtype, threads), at<void>(grad_q), at<void>(grad_k),
         at<void>(grad_v), at<void>(grad_output), at<void>(output), at<float>(normalizer), grad_row, grad_head});
+  });
+  // (output, q, k, v, prefix_first, prefix_keys, own_first, own_keys, scratch); (rows, heads, kv_heads, dim).
+  m.def("decode_attention", [](const std::array<Address, 9>& addresses, const std::array<int64_t, 4>& sizes,
+                               float scale, int dtype, int threads) {
+    const auto [output, q, k, v, prefix_first, prefix_keys, own_first, own_keys, scratch] = addresses;
+    const auto [rows, heads, kv_heads, dim] = sizes;
+    return run<&Kernels::decode_attention>(DecodeAttention{
+        at<void>(output), at<void>(q), at<void>(k), at<void>(v), at<int64_t>(prefix_first), at<int64_t>(prefix_keys),
+        at<int64_t>(own_first), at<int64_t>(own_keys), rows, heads, kv_heads, dim, scale, dtype, threads,
+        at<char>(scratch)});
   });
 }
 

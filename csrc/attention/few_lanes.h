@@ -65,18 +65,35 @@ static void multiply_few(float* c, const Block<typename Tile::Element>& a, const
   }
 }
 
-// `values`: rows of whole vectors. rescale: null for the first block of keys.
+// Where sums of values begin and end: at the sums `begun` or, if null, at zero; and in `output`, of which the factors
+// `rescale` say what stays of what is there (null: nothing), or, if `unfinished`, as they are. [lane][width] all.
+struct Sums {
+  float* output;
+  int64_t width;
+  const float* rescale;
+  const float* begun = nullptr;
+  bool unfinished = false;
+
+  Sums at(int64_t lane, int64_t column) const {
+    const int64_t there = lane * width + column;
+    return {output + there, width, rescale ? rescale + lane : nullptr, begun ? begun + there : nullptr, unfinished};
+  }
+};
+
+// `values`: rows of whole vectors.
 template <typename Tile, int kCount, int kVectors>
-static void add_some_values(float* output, int64_t width, const typename Tile::Element* probabilities,
+static void add_some_values(const Sums& sums, const typename Tile::Element* probabilities,
                             const Block<typename Tile::Element>& values, int64_t column, int64_t keys,
-                            const float* rescale, const Ahead& ahead) {
+                            const Ahead& ahead) {
   using Step = typename StepOf<Tile>::type;
   constexpr int64_t kPair = Tile::kPair;
   V sum[kCount][kVectors];
 #pragma GCC unroll 4
   for (int i = 0; i < kCount; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) sum[i][j] = set1(0.0f);
+    for (int j = 0; j < kVectors; ++j) {
+      sum[i][j] = sums.begun ? load_vector(sums.begun + i * sums.width + j * kLanes) : set1(0.0f);
+    }
   }
   for (int64_t key = 0; key < keys; key += kPair) {
     ahead.fetch(key, key + kPair);
@@ -93,43 +110,53 @@ static void add_some_values(float* output, int64_t width, const typename Tile::E
       for (int j = 0; j < kVectors; ++j) sum[i][j] = Step::add(sum[i][j], x, value[j]);
     }
   }
+  const bool scaled = sums.rescale && !sums.unfinished;
 #pragma GCC unroll 4
   for (int i = 0; i < kCount; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
-      float* at = output + i * width + j * kLanes;
-      store_vector(at, rescale ? fma(load_vector(at), set1(rescale[i]), sum[i][j]) : sum[i][j]);
+      float* at = sums.output + i * sums.width + j * kLanes;
+      store_vector(at, scaled ? fma(load_vector(at), set1(sums.rescale[i]), sum[i][j]) : sum[i][j]);
     }
   }
 }
 
-// output [lane][width] = probabilities · values, plus the output times `rescale` by lanes if there is one. `width`: whole
-// vectors.
+template <typename Tile, int kVectors, typename... Rest>
+static void add_lanes_values(int64_t lanes, const Rest&... rest) {
+  switch (lanes) {
+    case 1:
+      return add_some_values<Tile, 1, kVectors>(rest...);
+    case 2:
+      return add_some_values<Tile, 2, kVectors>(rest...);
+    case 3:
+      return add_some_values<Tile, 3, kVectors>(rest...);
+    default:
+      return add_some_values<Tile, 4, kVectors>(rest...);
+  }
+}
+
+// Probabilities of some lanes and keys times the values of these, added up in the order of the keys.
 template <typename Tile>
-static void add_values(float* output, int64_t width, const typename Tile::Element* probabilities,
-                       const Block<typename Tile::Element>& values, int64_t lanes, int64_t keys, const float* rescale,
-                       const Ahead& ahead) {
+static void add_values(const Sums& sums, const typename Tile::Element* probabilities,
+                       const Block<typename Tile::Element>& values, int64_t lanes, int64_t keys, const Ahead& ahead) {
   constexpr int kWide = Tile::kVectors;
-  for (int64_t i = 0; i < lanes;) {
-    const int64_t count = lanes - i >= 4 ? 4 : lanes - i >= 2 ? 2 : 1;
-    for (int64_t j = 0; j < width;) {
-      const int64_t vectors = width - j >= kWide * kLanes ? kWide : 1;
-      float* to = output + i * width + j;
-      const auto* p = probabilities + i * Tile::kPair;
-      const float* factor = rescale ? rescale + i : nullptr;
+  for (int64_t i = 0; i < lanes; i += 4) {
+    const int64_t count = smaller(4, lanes - i);
+    const auto* p = probabilities + i * Tile::kPair;
+    for (int64_t j = 0; j < sums.width;) {
       const Ahead once = i == 0 && j == 0 ? ahead : Ahead{};
-#define M4OV_VALUES(m, n) \
-  if (count == m && vectors == n) add_some_values<Tile, m, n>(to, width, p, values, j, keys, factor, once)
-      M4OV_VALUES(1, kWide);
-      M4OV_VALUES(2, kWide);
-      M4OV_VALUES(4, kWide);
-      M4OV_VALUES(1, 1);
-      M4OV_VALUES(2, 1);
-      M4OV_VALUES(4, 1);
-#undef M4OV_VALUES
-      j += vectors * kLanes;
+      const int64_t left = (sums.width - j) / kLanes;
+      if (left >= kWide) {
+        add_lanes_values<Tile, kWide>(count, sums.at(i, j), p, values, j, keys, once);
+        j += kWide * kLanes;
+      } else if (kWide > 2 && left >= 2) {
+        add_lanes_values<Tile, kWide / 2>(count, sums.at(i, j), p, values, j, keys, once);
+        j += kWide / 2 * kLanes;
+      } else {
+        add_lanes_values<Tile, 1>(count, sums.at(i, j), p, values, j, keys, once);
+        j += kLanes;
+      }
     }
-    i += count;
   }
 }
 

@@ -125,7 +125,7 @@ static void forward_block(const VarlenAttentionFwd& a, const ForwardScratch<Tile
                        w.probabilities);
     if (few) {
       const Block<E> right = values.block(w.value_rows, padded, h, s, key, count);
-      add_values<Tile>(w.output, padded, w.probabilities, right, lanes.count, count, key ? w.rescale : nullptr,
+      add_values<Tile>(Sums{w.output, padded, key ? w.rescale : nullptr}, w.probabilities, right, lanes.count, count,
                        keys.ahead(h, s, key + count, smaller(kBlockKeys, lanes.most - key - count)));
       continue;
     }

@@ -16,9 +16,6 @@ struct VarlenAttention {
   int causal;                                           // aligned to the end of the keys
   int dtype, threads;
   char* scratch;  // 64-byte aligned; null: the kernel only returns how many bytes it needs
-  // [sequences], forward only, or null: sequence n sees first the prefix_keys[n] keys from prefix_first[n] on, wherever
-  // they lie (sequences may share them), then its own. Of few lanes (kFewLanes) where there are any.
-  const int64_t *prefix_first, *prefix_keys;
 };
 
 struct VarlenAttentionFwd {
@@ -38,8 +35,23 @@ struct VarlenAttentionBwd {
   int64_t grad_row, grad_head;
 };
 
+// The forward for single queries, each of which sees a prefix and then keys of its own: the bits of varlen_attention_fwd.
+// Neighbours with the same prefix, as samples of one prompt are, read it together.
+struct DecodeAttention {
+  void* output;         // [rows, heads, dim]
+  const void *q;        // [rows, heads, dim]
+  const void *k, *v;    // [..., kv_heads, dim]
+  const int64_t *prefix_first, *prefix_keys;  // [rows]: the prefix, anywhere in k and v; 0 keys: none
+  const int64_t *own_first, *own_keys;        // [rows]: at least one
+  int64_t rows, heads, kv_heads, dim;  // at most kFewLanes heads for each of the kv_heads; all tensors are dense
+  float scale;                         // > 0
+  int dtype, threads;
+  char* scratch;  // 64-byte aligned; null: the kernel only returns how many bytes it needs, which follow from the sizes
+};
+
 }  // namespace m4ov
 
 #define M4OV_ATTENTION_KERNELS(X) \
+  X(int64_t, decode_attention, DecodeAttention)       \
   X(int64_t, varlen_attention_fwd, VarlenAttentionFwd) \
   X(int64_t, varlen_attention_bwd, VarlenAttentionBwd)

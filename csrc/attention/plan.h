@@ -36,13 +36,7 @@ struct Sequence {
 };
 
 M4OV_INLINE Sequence sequence_at(const VarlenAttention& a, int64_t n) {
-  const int64_t prefix = a.prefix_keys ? a.prefix_keys[n] : 0;
-  return {a.bounds_q[n],
-          a.bounds_q[n + 1] - a.bounds_q[n],
-          a.bounds_k[n] - prefix,
-          a.bounds_k[n + 1] - a.bounds_k[n] + prefix,
-          a.prefix_first ? a.prefix_first[n] : 0,
-          prefix};
+  return {a.bounds_q[n], a.bounds_q[n + 1] - a.bounds_q[n], a.bounds_k[n], a.bounds_k[n + 1] - a.bounds_k[n], 0, 0};
 }
 
 // The last n with starts[n] <= unit.
@@ -206,17 +200,19 @@ struct Lanes {
   int32_t limit[kBlockLanes];          // keys that the lane sees; 0 for a lane that is not there
   int64_t token[kBlockLanes], head[kBlockLanes];
 
+  Lanes() = default;
   Lanes(const VarlenAttention& a, const Sequence& s, int64_t h, int64_t block) {
     const int64_t group = a.heads / a.kv_heads, first = block * kBlockLanes;
     count = smaller(kBlockLanes, s.rows * group - first);
     columns = rounded_up(count, kLanes);
     fewest = s.visible(a.causal, first / group);
     most = s.visible(a.causal, (first + count - 1) / group);
-    for (int64_t i = 0; i < kBlockLanes; ++i) {
-      const int64_t row = (first + i) / group;
+    int64_t row = first / group, inside = first % group;  // divided once: a block of decoding has little else to do
+    for (int64_t i = 0; i < columns; ++i) {
       limit[i] = i < count ? static_cast<int32_t>(s.visible(a.causal, row)) : 0;
       token[i] = s.first_row + row;
-      head[i] = h * group + (first + i) % group;
+      head[i] = h * group + inside;
+      if (++inside == group) inside = 0, ++row;
     }
   }
   int64_t vectors() const { return columns / kLanes; }

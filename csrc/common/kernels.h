@@ -3,6 +3,7 @@
 
 #include "../activation/kernels.h"
 #include "../attention/kernels.h"
+#include "../decoding/kernels.h"
 #include "../gemm/kernels.h"
 #include "../head/kernels.h"
 #include "../moe/kernels.h"
@@ -15,6 +16,7 @@
 #define M4OV_KERNELS(X)    \
   M4OV_ACTIVATION_KERNELS(X) \
   M4OV_ATTENTION_KERNELS(X)  \
+  M4OV_DECODING_KERNELS(X)   \
   M4OV_GEMM_KERNELS(X)       \
   M4OV_HEAD_KERNELS(X)       \
   M4OV_LIMIT_KERNELS(X)      \

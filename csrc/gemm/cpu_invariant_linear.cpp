@@ -58,8 +58,12 @@ struct Linear {
     const auto rows = left(mine, first, count);
     for (int64_t block = begin; block < end; ++block) {
       make(mine.tile, rows, first, count, block);
-      unpack_columns(mine.by_token, kTileWords, mine.tile, kBlockTokens, logits.lanes(block), count);
       T* to = static_cast<T*>(a.output) + block * kBlockTokens * a.columns + first;
+      if constexpr (kSame<T, float>) {
+        unpack_columns(to, a.columns, mine.tile, kBlockTokens, logits.lanes(block), count);
+        continue;
+      }
+      unpack_columns(mine.by_token, kTileWords, mine.tile, kBlockTokens, logits.lanes(block), count);
       for (int64_t i = 0; i < logits.lanes(block); ++i) {
         narrow(to + i * a.columns, mine.by_token + i * kTileWords, 1.0f, count);
       }

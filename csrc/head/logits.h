@@ -15,6 +15,7 @@ namespace M4OV_VARIANT {
 namespace {  // nothing that the linker could share between variants
 
 constexpr int64_t kBlockTokens = kHeadTokens;  // lanes of a tile
+constexpr int64_t kRowsTogether = 48;          // of the weight: kTileRows at a time
 constexpr int64_t kTileWords = kHeadTile;      // rows of the weight in a tile: its logits (24 KiB) stay in L1
 
 // Differences of logits stop here: e^x is 0 long before, and a product of the two stays finite.
@@ -61,18 +62,38 @@ struct Logits {
                        hidden.width());
   }
 
-  // tile [count][64]: the products, with nothing done to them.
+  // tile [count][64]: the products, with nothing done to them. Some rows at a time, so that in fp32, whose sums have many
+  // parts, what they are added to stays in L1 with the part of the hidden states that they share; and the next rows are
+  // on their way from the outer caches while one tile is made.
   void multiply_block(float* tile, const typename WideRows<Tile, T>::View& rows, int64_t count, int64_t block) const {
     const E* right = packed + block * block_size();
     const int64_t width = hidden.width(), columns = vectors(block);
-    for (int64_t k = 0; k < width; k += kSumPart<T>) {
-      const int64_t steps = smaller(kSumPart<T>, width - k) / kPair;
-      if (k == 0) {
-        multiply<Tile, kZero>(tile, kBlockTokens, rows.rows, rows.stride, right, kStep, count, columns, steps);
-      } else {
-        multiply<Tile, kKeep>(tile, kBlockTokens, rows.rows + k, rows.stride, right + k / kPair * kStep, kStep, count,
-                              columns, steps);
+    for (int64_t first = 0; first < count; first += kRowsTogether) {
+      const int64_t last = smaller(first + kRowsTogether, count);
+      for (int64_t k = 0; k < width; k += kSumPart<T>) {
+        const int64_t part = smaller(kSumPart<T>, width - k), next = k + part < width ? k + part : 0;
+        const E* panel = right + k / kPair * kStep;
+        for (int64_t i = first; i < last; i += kTileRows) {
+          const bool more = i + kTileRows < last;
+          fetch(rows.rows + (more ? i + kTileRows : next ? first : last) * rows.stride + (more ? k : next), rows.stride,
+                part);
+          const E* left = rows.rows + i * rows.stride + k;
+          const int64_t height = smaller(kTileRows, last - i);
+          float* to = tile + i * kBlockTokens;
+          if (k == 0) {
+            multiply<Tile, kZero>(to, kBlockTokens, left, rows.stride, panel, kStep, height, columns, part / kPair);
+          } else {
+            multiply<Tile, kKeep>(to, kBlockTokens, left, rows.stride, panel, kStep, height, columns, part / kPair);
+          }
+        }
       }
+    }
+  }
+
+  static void fetch(const E* rows, int64_t stride, int64_t count) {
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      const char* row = reinterpret_cast<const char*>(rows + i * stride);
+      for (int64_t at = 0; at < count * static_cast<int64_t>(sizeof(E)); at += 64) _mm_prefetch(row + at, _MM_HINT_T0);
     }
   }
 

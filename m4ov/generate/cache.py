@@ -64,25 +64,6 @@ class Slab:
         self._free.insert(place, (first, end - first))
 
 
-def bounds(offsets: np.ndarray, lengths: np.ndarray) -> Tensor:
-    """``cu_seqlens`` and ``cu_seqlens_k``, int64 ``[2, 2n + 1]``, of n queries and the runs of their keys, in the order
-    of the slab: before each run a sequence without queries, of the tokens that nobody asks for."""
-    count = len(offsets)
-    made = np.zeros((2, 2 * count + 1), dtype=np.int64)
-    made[0, 1::2] = np.arange(count)
-    made[0, 2::2] = np.arange(1, count + 1)
-    made[1, 1::2] = offsets
-    made[1, 2::2] = offsets + lengths
-    return torch.from_numpy(made)
-
-
-def prefixes(first: np.ndarray, keys: np.ndarray) -> Tensor:
-    """int64 ``[2, 2n]``: the runs that the queries of :func:`bounds` see before their own."""
-    made = np.zeros((2, 2 * len(first)), dtype=np.int64)
-    made[0, 1::2], made[1, 1::2] = first, keys
-    return torch.from_numpy(made)
-
-
 def gathered(offsets: np.ndarray, lengths: np.ndarray, first: np.ndarray, keys: np.ndarray) -> tuple[Tensor, Tensor]:
     """Which tokens of the slab n queries see, one query after the other, int64 ``[S]``; and ``cu_seqlens_k``,
     ``[n + 1]``: for kernels that know no prefix."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from m4ov.generate import head, requests, sampling
 from m4ov.generate.cache import Slab
-from m4ov.generate.forward import Decoder, Places, quietly
+from m4ov.generate.forward import Decoder, quietly
 from m4ov.generate.options import Completion, RequestError, SamplingOptions, one_each
 from m4ov.generate.requests import ROW, Request
 from m4ov.generate.weights import Seen, check, copy_into
@@ -315,16 +315,19 @@ class Engine:
 
     def _decode(self) -> int:
         rows = self._rows
-        token, prefix, prompt, offset, length = (
-            rows[name].copy() for name in ("token", "prefix", "prompt", "offset", "length")
-        )
-        places = Places(prefix, prompt, offset, length, position=prompt + length + rows["delta"])
-        hidden = self._decoder.decode(token, places)
+        hidden = self._decoder.decode(self._places())
         rows["length"] += 1
         count = len(rows)
         self.counts["decoded"] += count
         self._note(slice(0, count), *self._draw(hidden, rows, None))
         return count
+
+    def _places(self) -> np.ndarray:
+        """What :meth:`Decoder.decode` takes of the rows."""
+        rows = self._rows
+        prompt, length = rows["prompt"], rows["length"]
+        position = prompt + length + rows["delta"]
+        return np.stack([rows["token"], position, rows["prefix"], prompt, rows["offset"], length])
 
     def _draw(
         self, hidden: Tensor, rows: np.ndarray, owner: np.ndarray | None
@@ -334,19 +337,19 @@ class Engine:
         tokens = np.zeros(len(rows), dtype=np.int64)
         logprobs, good = np.zeros(len(rows), dtype=np.float32), np.ones(len(rows), dtype=bool)
         temperatures = np.where(rows["temperature"] > 0, rows["temperature"], 1.0)
-        for temperature in np.unique(temperatures):
-            (places,) = np.nonzero(temperatures == temperature)
-            whole = len(places) == len(rows)
-            needed, which = (places, None) if owner is None else np.unique(owner[places], return_inverse=True)
-            some = hidden if whole and owner is None else hidden.index_select(0, _index(needed, hidden))
+        whole = bool((temperatures == temperatures[0]).all())
+        for temperature in temperatures[:1] if whole else np.unique(temperatures):
+            places = np.arange(len(rows)) if whole else np.nonzero(temperatures == temperature)[0]
+            if owner is None:
+                needed, own = places, np.arange(len(places))
+            else:
+                needed, own = np.unique(owner[places], return_inverse=True)
+            some = hidden if len(needed) == len(hidden) else hidden.index_select(0, _index(needed, hidden))
             made = head.logits(self.model.lm_head, some, float(temperature))
-            if which is not None:
-                made = made.rows(_index(which, hidden))
-            part = rows if whole else rows[places]
-            finite = (made.largest.isfinite() & made.log_sum.isfinite()).cpu().numpy()
-            chosen = _chosen(made, part, finite)
+            finite = (np.isfinite(made.largest.cpu().numpy()) & np.isfinite(made.log_sum.cpu().numpy()))[own]
+            chosen = sampling.tokens(made, own, rows if whole else rows[places], finite)
             tokens[places], good[places] = chosen, finite
-            logprobs[places] = made.logprobs(_index(chosen, hidden)).cpu().numpy()
+            logprobs[places] = made.logprobs(_index(own, hidden), _index(chosen, hidden)).cpu().numpy()
         return tokens, logprobs, good
 
     def _note(self, new: slice, tokens: np.ndarray, logprobs: np.ndarray, good: np.ndarray) -> None:
@@ -412,24 +415,6 @@ class Engine:
         running = {id(request): request for request, _ in self._owners.values()}
         for request in running.values():
             self._ends[list(request.ends)] = True
-
-
-def _chosen(made: head.Logits, rows: np.ndarray, finite: np.ndarray) -> np.ndarray:
-    """The tokens that are drawn; 0 where logits are not finite."""
-    tokens = np.zeros(len(rows), dtype=np.int64)
-    greedy = rows["temperature"] == 0
-    if greedy.any():
-        tokens[greedy] = made.values.argmax(-1).cpu().numpy()[greedy]
-    random = ~greedy & finite
-    if random.any():
-        values, largest = made.values.contiguous().cpu().numpy(), made.largest.cpu().numpy()
-        some = rows
-        if not random.all():
-            values, largest, some = values[random], largest[random], rows[random]
-        draws = sampling.uniforms(some["key"], some["count"])
-        tokens[random] = sampling.choose(values, largest, draws, some["top_k"], some["top_p"])
-    tokens[~finite] = 0
-    return tokens
 
 
 def _index(places: np.ndarray, like: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 
 from m4ov.generate import cache
 from m4ov.generate.cache import Slab
+from m4ov.generate.step import native_step
 from m4ov.generate.weights import linear_of
 from m4ov.models.qwen3_vl import Qwen3VL
 from m4ov.models.qwen3_vl.text import Placed
 from m4ov_kernels import deepstack_add, invariant, qk_norm_mrope, scatter_vision, swiglu, varlen_attention
 from m4ov_kernels.attention import VARLEN_ATTENTION
-from m4ov_kernels.dispatch import requesting_invariance
+from m4ov_kernels.dispatch import requested, requesting_invariance
 from m4ov_kernels.nn.quantized_pair import quantized_swiglu
 from m4ov_kernels.packing import PackedBatch
 
@@ -75,19 +77,21 @@ class _Layer:
 
 
 class Places(NamedTuple):
-    """Where n samples stand, int64 ``[n]`` each, in the order of ``offset``.
+    """Where n samples stand, int64 ``[n]`` each, in the order of ``offset``; together ``[6, n]``.
 
     Attributes:
+        token: that comes next.
+        position: of it, in all three axes.
         prefix, prompt: their prompt's run of the slab, and its length.
         offset, length: their own run, and how much of it is filled.
-        position: of the token that comes, in all three axes.
     """
 
+    token: np.ndarray
+    position: np.ndarray
     prefix: np.ndarray
     prompt: np.ndarray
     offset: np.ndarray
     length: np.ndarray
-    position: np.ndarray
 
 
 class Decoder:
@@ -103,6 +107,7 @@ class Decoder:
         self.model, self.slab, self.shared = model, slab, shared
         self.embedding, self.norm = text.embed_tokens, text.norm
         self.layers = [_Layer(layer, shared, weights) for layer in text.layers]
+        self._step = native_step(text, slab) if shared and weights == "model" else None
 
     def prefill(self, batch: PackedBatch, target: Tensor) -> Tensor:
         """Read prompts: normalised hidden states ``[N, D]`` of the last token of each. The tower sees each image once,
@@ -119,11 +124,17 @@ class Decoder:
 
         return self._run(embeddings, batch.position_ids, attend, placed, batch.cu_seqlens[1:].long() - 1)
 
-    def decode(self, tokens: np.ndarray, places: Places) -> Tensor:
-        """One token of each sample, int64 ``[n]``: normalised hidden states ``[n, D]``."""
-        device = self.slab.keys[0].device
+    def decode(self, table: np.ndarray) -> Tensor:
+        """One token of each sample; ``table``: :class:`Places`, int64 ``[6, n]``: normalised hidden states ``[n, D]``.
+
+        By one native call where the model is plain (:mod:`m4ov.generate.step`), else operator by operator: the same
+        bits."""
+        if self._step is not None and requested() in (None, "native"):
+            made: Tensor = self._step(torch.from_numpy(table))
+            return made
+        places, device = Places(*table), self.slab.keys[0].device
         target = torch.from_numpy(places.offset + places.length).to(device)
-        position_ids = torch.from_numpy(np.broadcast_to(places.position, (3, len(tokens))).copy()).to(device)
+        position_ids = torch.from_numpy(np.broadcast_to(places.position, (3, table.shape[1])).copy()).to(device)
         attention = self._attention(places)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -132,7 +143,7 @@ class Decoder:
             kept_values.index_copy_(0, target, v)
             return attention(q, kept_keys, kept_values)
 
-        embeddings = self.embedding(torch.from_numpy(tokens).to(device))
+        embeddings = self.embedding(torch.from_numpy(places.token).to(device))
         return self._run(embeddings, position_ids, attend, None, None)
 
     def _attention(self, places: Places) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -143,12 +154,11 @@ class Decoder:
         scale, lengths = self.layers[0].attention.scaling, places.length + 1
         implementation = VARLEN_ATTENTION.select(slab.device, slab.dtype)
         if implementation is not None and implementation.backend == "native":
-            from m4ov_kernels.attention.native import FEW_LANES, Prepared
+            from m4ov_kernels.attention.native import FEW_LANES, decode_attention
 
             if heads // kv_heads <= FEW_LANES:
-                bounds, prefix = cache.bounds(places.offset, lengths), cache.prefixes(places.prefix, places.prompt)
-                sizes = (heads, kv_heads, text.head_dim)
-                return Prepared(bounds, *sizes, slab.dtype, causal=True, scale=scale, prefix=prefix)
+                table = torch.from_numpy(np.stack([places.prefix, places.prompt, places.offset, lengths]))
+                return partial(decode_attention, places=table, scale=scale)
         tokens, keys = (x.to(slab.device) for x in cache.gathered(places.offset, lengths, places.prefix, places.prompt))
         queries = torch.arange(len(lengths) + 1, device=slab.device)
         longest = int((places.prompt + lengths).max())

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from m4ov_kernels.head.logprob import LINEAR_LOGPROB
-from m4ov_kernels.head.state import count_of_logits
 from m4ov_kernels.nn import CausalLMHead
 from m4ov_kernels.nn.plain import is_plain
 
@@ -21,19 +19,18 @@ class Logits(NamedTuple):
         values: ``[T, V]``, divided by the temperature.
         largest, log_sum: ``[T]``; the log of the sum of ``exp(values)`` is their sum. Not finite, or NaN: a logit of
             the row is not.
+        columns: ``[V, T]`` and more columns, contiguous: where the compiled kernel has kept ``values``, if it has.
     """
 
     values: Tensor
     largest: Tensor
     log_sum: Tensor
+    columns: Tensor | None = None
 
-    def logprobs(self, tokens: Tensor) -> Tensor:
-        """float32 ``[T]``, of tokens ``[T]``: the sum that :func:`m4ov_kernels.linear_logprob` makes, to the bit."""
-        return (self.values.gather(1, tokens[:, None])[:, 0] - self.largest) - self.log_sum
-
-    def rows(self, index: Tensor) -> Logits:
-        """Of some rows, in any order, again and again."""
-        return Logits(*(part.index_select(0, index) for part in self))
+    def logprobs(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """float32 ``[n]``, of tokens ``[n]`` of some rows: the sum that :func:`m4ov_kernels.linear_logprob` makes, to
+        the bit."""
+        return (self.values[rows, tokens] - self.largest[rows]) - self.log_sum[rows]
 
 
 def logits(head: nn.Module, hidden_states: Tensor, temperature: float) -> Logits:
@@ -47,15 +44,10 @@ def logits(head: nn.Module, hidden_states: Tensor, temperature: float) -> Logits
         same = weight.dtype is hidden_states.dtype and (bias is None or bias.dtype is weight.dtype)
         implementation = LINEAR_LOGPROB.select(hidden_states.device, hidden_states.dtype if same else None)
         if implementation is not None and implementation.backend == "native":
-            count, vocabulary = hidden_states.shape[0], weight.shape[0]
-            targets = torch.zeros(count, dtype=torch.int64)
-            room = 4 * count_of_logits(count, weight)
-            found = implementation.fwd(
-                *(hidden_states, weight, targets, bias, None, temperature, 0.0, -100, None, False, False, False),
-                *(0, 0, vocabulary, room),
-            )
-            largest, log_sum = found[6]
-            return Logits(found[7].view(vocabulary, -1)[:, :count].t(), largest, log_sum)
+            from m4ov_kernels.head.native_logprob import linear_logits
+
+            columns, largest, log_sum = linear_logits(hidden_states, weight, bias, temperature)
+            return Logits(columns[:, : hidden_states.shape[0]].t(), largest, log_sum, columns)
         made = F.linear(hidden_states.float(), weight.float(), None if bias is None else bias.float())
     else:
         made = head(hidden_states).float()

@@ -6,6 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from m4ov.generate.head import Logits
 
 Array = np.ndarray[Any, Any]
 
@@ -36,6 +40,39 @@ def uniforms(key: Array, places: Array) -> Array:
     """
     drawn = _mixed(key + (places.astype(np.uint64) + np.uint64(1)) * _STEP)
     return (drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def tokens(made: Logits, which: Array, rows: Array, finite: Array) -> Array:
+    """What is drawn for some samples (:data:`m4ov.generate.requests.ROW`), int64 ``[n]``; 0 where logits are not
+    finite. ``which``: of the logits' rows each sample's own.
+
+    A sample without ``top_k`` and ``top_p`` draws by a compiled kernel where the head's is one, others by
+    :func:`choose`: the two round exponentials differently, and no sample goes from one to the other.
+    """
+    found = np.zeros(len(rows), dtype=np.int64)
+    greedy, top_k = rows["temperature"] == 0, rows["top_k"]
+    plain = ~greedy & (rows["top_p"] >= 1) & ((top_k == 0) | (top_k >= made.values.shape[1]))
+    if made.columns is None:
+        plain[:] = False
+    others = ~greedy & ~plain & finite
+
+    def of(places: Array) -> Tensor:
+        return torch.from_numpy(which[places]).to(made.values.device)
+
+    if made.columns is not None and plain.any():
+        from m4ov_kernels.decoding.native import choose_tokens
+
+        column, draws = of(plain), torch.from_numpy(uniforms(rows["key"][plain], rows["count"][plain]))
+        found[plain] = choose_tokens(made.columns, column, made.largest[column], draws).numpy()
+    if greedy.any():
+        found[greedy] = made.values[of(greedy)].argmax(-1).cpu().numpy()
+    if others.any():
+        some, row = rows[others], of(others)
+        values, largest = (x[row].contiguous().cpu().numpy() for x in (made.values, made.largest))
+        wanted = uniforms(some["key"], some["count"])
+        found[others] = choose(values, largest, wanted, some["top_k"], some["top_p"])
+    found[~finite] = 0
+    return found
 
 
 def choose(logits: Array, largest: Array, draws: Array, top_k: Array, top_p: Array) -> Array:

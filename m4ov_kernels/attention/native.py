@@ -35,55 +35,28 @@ def varlen_attention_fwd(
     return result, normalizer
 
 
-FEW_LANES = 8  # rows · query heads of a key head, of a sequence that may have a prefix; as csrc/attention has it
+FEW_LANES = 8  # query heads of a key head that decoding takes; as csrc/attention has it
 
 
-class Prepared:
-    """Forwards of many layers over the same sequences, as in a step of decoding: bounds, sizes and memory are looked at
-    once. The bits of :func:`varlen_attention_fwd`; no graph is recorded.
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, places: Tensor, *, scale: float) -> Tensor:
+    """The forward for single queries, as in a step of decoding, over keys and values that lie anywhere; no graph is
+    recorded. The bits of :func:`varlen_attention_fwd` over the same keys one after the other.
 
     Args:
-        bounds: int64 ``[2, N + 1]``, contiguous: of queries and of keys, checked.
-        heads, kv_heads, dim: of the tensors that will come.
-        causal, scale: see :func:`m4ov_kernels.varlen_attention`.
-        prefix: int64 ``[2, N]``, contiguous, or ``None``: of each sequence the first token and the number of keys that
-            it sees before its own. They lie anywhere among the keys, sequences may share them, and the bits are those
-            of keys that lie one after the other. A sequence that has some has at most :data:`FEW_LANES` lanes.
+        q: ``[n, H, D]``.
+        k, v: ``[S, KV, D]``, ``H`` at most :data:`FEW_LANES` times ``KV``. All contiguous.
+        places: int64 ``[4, n]``, contiguous, checked: of each query the first token and the number of keys of a prefix
+            that it sees first (0: none; neighbours that share one read it together), and the same of its own keys, at
+            least one.
+        scale: of the scores.
     """
-
-    def __init__(
-        self,
-        bounds: Tensor,
-        heads: int,
-        kv_heads: int,
-        dim: int,
-        dtype: torch.dtype,
-        *,
-        causal: bool,
-        scale: float,
-        prefix: Tensor | None = None,
-    ) -> None:
-        sequences = bounds.shape[1] - 1
-        tokens_q, tokens_k = (int(last) for last in bounds[:, -1])
-        self._alive = bounds, prefix
-        self._normalizer = torch.empty(2, heads, tokens_q, dtype=torch.float32)
-        self._shape = (tokens_q, heads, dim)
-        q, k = (heads * dim, dim), (kv_heads * dim, dim)
-        self._rest = [bounds.data_ptr(), bounds[1].data_ptr(), 0]
-        sizes = (sequences, tokens_q, tokens_k, heads, kv_heads, dim)
-        self._options = (sizes, (*q, *k, *k), scale, causal, DTYPES[dtype], torch.get_num_threads())
-        self._prefix = (0, 0) if prefix is None else (prefix.data_ptr(), prefix[1].data_ptr())
-        size = _C.varlen_attention_prefixed_fwd([0, 0, 0, *self._rest], *self._options, 0, 0, *self._prefix)
-        self._memory, self._rest[2] = scratch(size)
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """``[T, H, D]``, and keys and values ``[S, KV, D]`` that hold at least those that are asked for, all contiguous
-        → ``[T, H, D]``."""
-        result = output(None, self._shape, q, q.dtype)
-        inputs = [q.data_ptr(), k.data_ptr(), v.data_ptr(), *self._rest]
-        addresses = (result.data_ptr(), self._normalizer.data_ptr(), *self._prefix)
-        _C.varlen_attention_prefixed_fwd(inputs, *self._options, *addresses)
-        return result
+    result = output(None, q.shape, q, q.dtype)
+    table = places.data_ptr()
+    addresses = [*(x.data_ptr() for x in (result, q, k, v)), *(table + 8 * i * q.shape[0] for i in range(4)), 0]
+    arguments = ((q.shape[0], q.shape[1], *k.shape[1:]), scale, DTYPES[q.dtype], torch.get_num_threads())
+    _memory, addresses[8] = scratch(_C.decode_attention(addresses, *arguments))
+    _C.decode_attention(addresses, *arguments)
+    return result
 
 
 def varlen_attention_bwd(

@@ -78,6 +78,23 @@ def linear_logprob_fwd(
     return made
 
 
+def linear_logits(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(logits [V, T and more columns], largest [T], log_sum [T])``, float32: what the forward computes on its way,
+    and the log of the sum of ``exp(logits - largest)``, infinite where a logit is. Columns beyond T are 0."""
+    tokens, vocab_size = hidden_states.shape[0], weight.shape[0]
+    kept = torch.empty(vocab_size, -(-tokens // states.TOKENS) * states.TOKENS, dtype=torch.float32)
+    state = torch.empty(states.STATES, tokens, dtype=torch.float32)
+    if tokens:
+        target = torch.zeros(tokens, dtype=torch.int64)
+        options = (temperature, 0.0, False, 0, kept)
+        arguments, alive = _arguments(hidden_states, weight, bias, target, None, *options)
+        run(_C.linear_logprob_fwd, arguments, state.data_ptr(), False, False, 0, 0, 0)
+        del alive
+    return kept, state[0], state[1].log()
+
+
 def linear_logprob_bwd(
     hidden_states: Tensor,
     weight: Tensor,

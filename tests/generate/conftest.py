@@ -1,5 +1,5 @@
-"""Fresh random models and inputs in every run, as in the kernels' tests."""
+"""Fresh random models and inputs in every run, as in the kernels' tests; and every instruction set, where asked for."""
 
 from __future__ import annotations
 
-from tests.kernels.conftest import _fresh_inputs  # noqa: F401
+from tests.kernels.conftest import _fresh_inputs, isa  # noqa: F401

@@ -143,13 +143,9 @@ def test_runs_of_the_slab_never_overlap_and_nothing_is_lost():
     assert made.take([500]) == [0]
 
 
-def test_bounds_leave_out_what_nobody_asks_for():
+def test_what_is_gathered_is_each_prompt_and_then_the_samples_own():
     offsets, lengths = np.array([3, 10, 12]), np.array([4, 2, 5])
-    queries, keys = cache.bounds(offsets, lengths).tolist()
-    assert queries == [0, 0, 1, 1, 2, 2, 3]
-    assert keys == [0, 3, 7, 10, 12, 12, 17]
     first, count = np.array([20, 20, 30]), np.array([2, 2, 1])
-    assert cache.prefixes(first, count).tolist() == [[0, 20, 0, 20, 0, 30], [0, 2, 0, 2, 0, 1]]
     tokens, ends = cache.gathered(offsets, lengths, first, count)
     assert tokens.tolist() == [20, 21, 3, 4, 5, 6, 20, 21, 10, 11, 30, 12, 13, 14, 15, 16]
     assert ends.tolist() == [0, 6, 10, 16]

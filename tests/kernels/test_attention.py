@@ -212,9 +212,10 @@ def test_decoding_a_row_gives_the_bits_of_prefilling_it(isa, dtype, heads, dim):
     dim=st.sampled_from([2, 7, 32, 33, 64, 128]),
     prompts=st.lists(st.integers(1, 20) | st.sampled_from([127, 128, 129, 255, 300]), min_size=1, max_size=3),
     own=st.lists(st.integers(1, 5) | st.sampled_from([1, 2, 127, 128, 129, 260]), min_size=1, max_size=6),
+    data=st.data(),
 )
 @settings(max_examples=8)
-def test_a_shared_prefix_gives_the_bits_of_keys_in_one_run(isa, dtype, heads, dim, prompts, own):
+def test_a_shared_prefix_gives_the_bits_of_keys_in_one_run(isa, dtype, heads, dim, prompts, own, data):
     """Prompts that samples share, anywhere among the keys, and runs of their own with gaps between: keys that nobody
     asks for are NaN."""
     gap = 3
@@ -230,15 +231,11 @@ def test_a_shared_prefix_gives_the_bits_of_keys_in_one_run(isa, dtype, heads, di
     for first, size in [*zip(starts, own, strict=True), *zip(firsts, prompts, strict=True)]:
         k[first : first + size], v[first : first + size] = torch.randn(2, size, heads[1], dim)
     q = torch.randn(len(own), heads[0], dim).to(dtype)
-    asked = [place % len(prompts) for place in range(len(own))]
-    edges = torch.zeros(2, 2 * len(own) + 1, dtype=torch.int64)
-    prefix = torch.zeros(2, 2 * len(own), dtype=torch.int64)
-    edges[0, 1::2], edges[0, 2::2] = torch.arange(len(own)), torch.arange(1, len(own) + 1)
-    edges[1, 1::2], edges[1, 2::2] = torch.tensor(starts), torch.tensor(starts) + torch.tensor(own)
-    prefix[0, 1::2] = torch.tensor([firsts[place] for place in asked])
-    prefix[1, 1::2] = torch.tensor([prompts[place] for place in asked])
-    call = native.Prepared(edges, *heads, dim, dtype, causal=True, scale=0.3, prefix=prefix)
-    found = [call(q, k, v) for _ in range(2)]
+    asked = sorted(data.draw(st.integers(0, len(prompts) - 1)) for _ in own)  # neighbours share, as in the engine
+    if data.draw(st.booleans()):
+        asked = asked[::2] + asked[1::2]
+    places = torch.tensor([[firsts[place] for place in asked], [prompts[place] for place in asked], starts, own])
+    found = native.decode_attention(q, k, v, places, scale=0.3)
     rows = [
         torch.cat([torch.arange(firsts[place], firsts[place] + prompts[place]), torch.arange(start, start + size)])
         for place, start, size in zip(asked, starts, own, strict=True)
@@ -249,13 +246,37 @@ def test_a_shared_prefix_gives_the_bits_of_keys_in_one_run(isa, dtype, heads, di
         q, k[together], v[together], bounds([1] * len(own)), cu_seqlens_k=sizes, causal=True, scale=0.3
     )
     assert expected.isfinite().all()
-    assert all(torch.equal(one, expected) for one in found)
-    without = native.Prepared(edges, *heads, dim, dtype, causal=True, scale=0.3)
+    assert torch.equal(found, expected)
+    places[1] = 0
+    without = native.decode_attention(q, k, v, places, scale=0.3)
     alone = torch.cat([torch.arange(start, start + size) for start, size in zip(starts, own, strict=True)])
     expected = varlen_attention(
         q, k[alone], v[alone], bounds([1] * len(own)), cu_seqlens_k=bounds(own), causal=True, scale=0.3
     )
-    assert torch.equal(without(q, k, v), expected)
+    assert torch.equal(without, expected)
+
+
+@pytest.mark.parametrize("dtype", strategies.DTYPES)
+def test_more_samples_of_a_prompt_than_a_block_holds(isa, dtype):
+    """In fewer blocks, on any number of threads: the bits of each by itself."""
+    for heads, kv_heads in ((6, 2), (8, 1), (2, 2)):
+        count, prompt = 70, 131
+        own = [1 + place % 7 for place in range(count)]
+        starts = [prompt + 8 * place for place in range(count)]
+        k, v = (torch.randn(prompt + 8 * count, kv_heads, 32).to(dtype) for _ in range(2))
+        q = torch.randn(count, heads, 32).to(dtype)
+        places = torch.tensor([[0] * count, [prompt] * count, starts, own])
+        whole = native.decode_attention(q, k, v, places, scale=0.2)
+        single = [
+            native.decode_attention(q[i : i + 1], k, v, places[:, i : i + 1].contiguous(), scale=0.2)
+            for i in range(count)
+        ]
+        assert torch.equal(whole, torch.cat(single))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(3)
+        again = native.decode_attention(q, k, v, places, scale=0.2)
+        torch.set_num_threads(threads)
+        assert torch.equal(whole, again)
 
 
 def test_invariance_is_refused_where_it_is_not_kept():
