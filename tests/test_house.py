@@ -16,10 +16,11 @@ LAYERS = (
     ("data_recipe", "manifest", "rl_recipe"),
     ("quickstart_recipe", "sft_recipe"),
     ("data", "models"),
+    ("checkpoints",),  # files and formats: below what makes and serves quantised models, beside no model's code
     ("parallel",),
     ("train", "generate"),
     ("sft", "rl", "quantize", "serve", "evaluate"),
-    ("doctor", "kernels", "certify", "parity", "data_command"),
+    ("doctor", "kernels", "certify", "parity", "data_command", "checkpoint_command"),
     ("quickstart",),
     ("evaluation", "curriculum", "sft_run"),
     ("quantization",),
