@@ -22,8 +22,9 @@ from m4ov_kernels.gemm.weights.bits import same
 
 #: From best to worst. "same": every bit of values, codes and scales. "equal": the same values, held otherwise.
 #: "rounded": one side is quantised, or of another dtype, or it differs within the tolerance.
-VERDICTS = ("same", "equal", "rounded", "missing", "extra", "different", "shape", "not finite", "damaged")
-_GOOD = VERDICTS[:3]
+#: "sound": there is no other side, and it is as its format has it, and finite.
+VERDICTS = ("sound", "same", "equal", "rounded", "missing", "extra", "different", "shape", "not finite", "damaged")
+_GOOD = VERDICTS[:4]
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,13 @@ def _row(name: str, sides: list[Checkpoint], foldings: list[fold.Folding], toler
             tensors = _tensors(side, name)
             hashes.append({key: str(digest(tensor.read())) for key, tensor in tensors.items()})
             values.append(_read(side, name, folding) if tensors else None)
-    except WeightsError as error:
-        return Row(name, "damaged", str(error), hashes=tuple(hashes))
+    except WeightsError as damage:
+        return Row(name, "damaged", str(damage), hashes=tuple(hashes))
     for value in values:
         if value is not None and (count := _not_finite(value)):
             return Row(name, "not finite", f"{count} values are NaN or infinite", hashes=tuple(hashes))
     if len(values) == 1:
-        return Row(name, "same", _told(values[0]), hashes=tuple(hashes))
+        return Row(name, "sound", _told(values[0]), hashes=tuple(hashes))
     a, b = values
     if a is None or b is None:
         verdict, how = ("extra", "only") if a is None else ("missing", "not")

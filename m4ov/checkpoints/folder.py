@@ -76,7 +76,7 @@ class Checkpoint:
     @cached_property
     def linears(self) -> dict[str, tuple[int, ...]]:
         """Linears that are not quantised, by module, with [N, K]: matrices called ``weight`` that are no embeddings."""
-        found = {}
+        found: dict[str, tuple[int, ...]] = {}
         for key, tensor in self.plain.items():
             module, _, leaf = key.rpartition(".")
             if leaf == "weight" and len(tensor.shape) == 2 and not is_embedding(module):
@@ -103,7 +103,8 @@ class Checkpoint:
         try:
             return formats.read({key: tensor.read() for key, tensor in tensors.items()}, self.quantization, module)
         except (TypeError, ValueError) as error:
-            raise WeightsError(f"{where}: {error}") from None
+            named = "" if module in str(error) else f"{module}: "
+            raise WeightsError(f"{where}: {named}{error}") from None
 
     def format_of(self, module: str) -> str:
         """The name of the format of a quantised module, by headers and configuration alone.
@@ -164,7 +165,7 @@ def _tensors(folder: Path) -> dict[str, Stored]:
 
 
 def _quantization(folder: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any], list[str]]:
-    notes = []
+    notes: list[str] = []
     inside = configs.quantization_of(config)
     for file, method in configs.FILES.items():
         found = _json(folder / file)

@@ -117,8 +117,9 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     for note in comparison.notes:
         console.print(escape(note))
     told = ", ".join(f"{count} {verdict}" for verdict, count in comparison.counts.items())
-    console.print(f"{'alike' if comparison.ok else 'not alike'}: {told}")
-    rows = [row for row in comparison.rows if row.verdict not in ("same", "equal")]
+    verdict = "alike" if len(comparison.digests) > 1 else "sound"
+    console.print(f"{verdict if comparison.ok else f'not {verdict}'}: {told}")
+    rows = [row for row in comparison.rows if row.verdict not in ("sound", "same", "equal")]
     rows.sort(key=lambda row: (row.verdict == "rounded", -(row.error or 0.0)))
     if rows:
         table = _table("weight:", "verdict:", "‖B − A‖/‖A‖", "max |B − A|", "detail:")

@@ -46,6 +46,7 @@ def test_the_commands_from_end_to_end(original, source, tmp_path, capsys):
     assert run("verify", source, tmp_path / "awq") == 0
     assert "alike: 1 same, 6 equal" in capsys.readouterr().out
     assert run("verify", tmp_path / "awq") == 0
+    assert "sound: 7 sound" in capsys.readouterr().out
     plain = tmp_path / "original"
     plain.mkdir()
     (plain / "config.json").write_text(json.dumps(small.MODEL))

@@ -149,7 +149,8 @@ STUCK = {
     ),
     "past the end": (
         lambda t: (
-            t[f"{LAYER}.mlp.down_proj.pre_quant_scale"].fill_(3e38) and t[f"{LAYER}.mlp.up_proj.weight_scale"].fill_(9)
+            t[f"{LAYER}.mlp.down_proj.pre_quant_scale"].fill_(3e38),
+            t[f"{LAYER}.mlp.up_proj.weight_scale"].fill_(9),
         ),
         r"up_proj: times its pre_quant_scale it is past the end of float32",
     ),

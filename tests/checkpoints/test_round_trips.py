@@ -35,10 +35,10 @@ def int4(pair: set[str], generator: torch.Generator) -> list[Int4Weight]:
     modelopt = "modelopt-w4a16-awq" in pair
     size = random.choice((32, 64, 128) if modelopt else (32, 64, 128, -1))
     dtype = random.choice((torch.float16, torch.bfloat16))
-    symmetric, order = modelopt or random.random() < 0.4, pair <= ORDERED and random.random() < 0.5
+    symmetric, order = modelopt or random.random() < 0.4, pair <= ORDERED and size != -1 and random.random() < 0.5
     made = []
     for _ in range(EACH):
-        N, K = 8 * random.randint(1, 4), (32 if size == -1 else size) * random.randint(1, 3)
+        N, K = 8 * random.randint(1, 4), (32 if size == -1 else size) * random.randint(2, 3)
         G = 1 if size == -1 else K // size
         zeros = torch.randint(1, 16, (N, G), generator=generator).byte()
         zeros[0, 0] = 3  # not 8 throughout
@@ -203,6 +203,24 @@ def test_modules_of_several_schemes(tmp_path):
     assert written.quantization["config_groups"]["group_1"]["targets"] == [names[2]]
     with pytest.raises(WeightsError, match=r"awq has one configuration for all weights, and .*layers\.0.*layers\.2"):
         convert(written, Options(tmp_path / "awq", "awq"))
+
+
+def test_act_order_of_some_modules(tmp_path):
+    """compressed-tensors has a group for those with it; GPTQ has it said once, and then for all."""
+    names = [f"{small.TEXT}.{place}.mlp.down_proj" for place in range(3)]
+    order = (torch.arange(64) // 32)[torch.randperm(64)].int()
+    made = [
+        Int4Weight.quantize(small.linear(16, 64).half(), group_size=32, g_idx=g_idx) for g_idx in (None, order, order)
+    ]
+    source = small.write(tmp_path / "source", dict(zip(names[1:], made[1:], strict=True)), "gptq")
+    small.store(source, small.load(source) | formats.write(made[0], "gptq", names[0])[0])
+    for place, (target, back) in enumerate((("compressed-tensors-int4", "gptq_v2"), ("gptq_v2", "gptq"))):
+        convert(open_checkpoint(source), Options(tmp_path / f"{place}-out", target))
+        convert(open_checkpoint(tmp_path / f"{place}-out"), Options(tmp_path / f"{place}-back", back))
+        for folder in ("out", "back"):
+            written = open_checkpoint(tmp_path / f"{place}-{folder}")
+            assert all(written.read(name).equal(weight) for name, weight in zip(names, made, strict=True))
+        assert small.config_of(tmp_path / f"{place}-back")["quantization_config"]["desc_act"] is True
 
 
 def test_scales_are_rounded_only_when_asked(tmp_path):
