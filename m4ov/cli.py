@@ -1,5 +1,5 @@
-"""The command ``m4ov``: ``run``, ``data``, ``eval``, ``quantize``, ``doctor``, ``bench``, ``kernels``, ``certify``,
-``parity``.
+"""The command ``m4ov``: ``run``, ``data``, ``eval``, ``quantize``, ``checkpoint``, ``doctor``, ``bench``, ``kernels``,
+``certify``, ``parity``.
 
 torch is imported only by a command that computes, and after the allocator is set up (:mod:`m4ov.allocator`). What goes
 wrong is one line and exit status 2; ``--traceback`` shows where. Ctrl-C is 130.
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from m4ov import allocator, certify, data_command, evaluation, kernels, parity, quantization
+from m4ov import allocator, certify, checkpoint_command, data_command, evaluation, kernels, parity, quantization
 
 #: Task of a recipe → (its configuration, the function that runs it).
 TASKS = {
@@ -87,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     quantize = commands.add_parser("quantize", help="a checkpoint in four or eight bits, and what that did to it")
     quantization.add_arguments(quantize)
     quantize.set_defaults(prepare=quantization.prepare, execute=quantization.execute)
+    files = commands.add_parser("checkpoint", help="inspect a checkpoint, convert it between formats, verify it")
+    checkpoint_command.add_arguments(files)
+    files.set_defaults(prepare=checkpoint_command.prepare, execute=checkpoint_command.execute)
     doctor = commands.add_parser("doctor", help="what this machine will run, and why")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of tables")
     doctor.set_defaults(execute=_doctor)

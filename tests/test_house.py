@@ -17,10 +17,11 @@ LAYERS = (
     ("hybrid_recipe", "sft_recipe"),
     ("quickstart_recipe",),
     ("data", "models"),
+    ("checkpoints",),  # files and formats: below what makes and serves quantised models, beside no model's code
     ("parallel",),
     ("train", "generate"),
     ("sft", "rl", "quantize", "serve", "evaluate"),
-    ("doctor", "kernels", "certify", "parity", "data_command"),
+    ("doctor", "kernels", "certify", "parity", "data_command", "checkpoint_command"),
     ("hybrid",),
     ("quickstart",),
     ("evaluation", "curriculum", "sft_run"),

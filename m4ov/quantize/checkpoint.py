@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +14,9 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from m4ov.quantize.linears import linears_of, part_of
+from m4ov.checkpoints.config import copy_rest, edited, experts_of, leave_out
+from m4ov.checkpoints.names import part_of
+from m4ov.quantize.linears import linears_of
 from m4ov.quantize.schemes import Scheme, Weight
 from m4ov_kernels.gemm import weights as formats
 from m4ov_kernels.nn import Fp8Linear, Int4Linear, Int8Linear
@@ -27,7 +28,6 @@ _MODULES: dict[type, Any] = {
     formats.Int8Weight: Int8Linear,
     formats.Fp8Weight: Fp8Linear,
 }
-_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
 class QuantizedCheckpointError(ValueError):
@@ -70,16 +70,17 @@ def write(
         state |= tensors
         config = fragment
     left = [name for name in linears_of(model) if name not in quantized]
-    config = _configuration(config, quantized, left, _experts(model))
+    experts = experts_of({name: tuple(value.shape) for name, value in model.named_parameters()})
+    config = leave_out(config, quantized, left, experts)
     temporary = out.with_name(f".{out.name}.writing-{os.getpid()}")
     try:
         # In the layout that engines know: transformers stores a mixture's experts transposed.
         moe = "moe" in model.config.model_type
         model.save_pretrained(temporary, state_dict=state, save_original_format=moe)
-        _copy_rest(source, temporary)
+        copy_rest(source, temporary)
         written = json.loads((source / "config.json").read_text(encoding="utf-8"))
         untied = model.lm_head.weight is not model.get_input_embeddings().weight
-        written = _edited(written, dtype, untied) | {"quantization_config": config}
+        written = edited(written, dtype, untied) | {"quantization_config": config}
         (temporary / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         verify(temporary, model, read(temporary, tensors_of(temporary)), quantized)
         temporary.rename(out)
@@ -87,51 +88,6 @@ def write(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return config
-
-
-def _configuration(
-    config: dict[str, Any], named: Iterable[str], left: Iterable[str], experts: list[str]
-) -> dict[str, Any]:
-    """A writer's configuration with the modules that are not quantised."""
-    left = list(left)
-    if config["quant_method"] == "fp8":
-        config["modules_to_not_convert"] = sorted({*left, *experts})
-        return config
-    ignore = []
-    for tower in ("visual", "vision_tower"):  # engines have linears there that transformers has not
-        inside = [name for name in left if f".{tower}." in f".{name}."]
-        if inside and not any(f".{tower}." in f".{name}." for name in named):
-            ignore.append(f"re:.*{tower}\\..*")
-            left = [name for name in left if name not in inside]
-    if experts:
-        ignore.append("re:.*mlp\\.experts.*")
-    config["ignore"] = [*ignore, *sorted(left)]
-    return config
-
-
-def _experts(model: nn.Module) -> list[str]:
-    """Experts that are one tensor of three dimensions: no linears, and left as they are."""
-    found = (name.rpartition(".")[0] for name, value in model.named_parameters() if value.ndim == 3)
-    return sorted({name for name in found if name.endswith(".experts")})
-
-
-def _edited(config: Any, dtype: torch.dtype, untied: bool) -> Any:
-    """The configuration with another dtype, and an untied head, wherever it says so."""
-    if not isinstance(config, dict):
-        return config
-    edited = {name: _edited(value, dtype, untied) for name, value in config.items() if name != "quantization_config"}
-    for name in ("dtype", "torch_dtype"):
-        if name in edited:
-            edited[name] = str(dtype).removeprefix("torch.")
-    if untied and "tie_word_embeddings" in edited:
-        edited["tie_word_embeddings"] = False
-    return edited
-
-
-def _copy_rest(source: Path, to: Path) -> None:
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.startswith(".") and not file.name.endswith(_WEIGHT_FILES):
-            shutil.copyfile(file, to / file.name)
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -158,10 +114,7 @@ def _tensors_of(path: Path) -> dict[str, Tensor]:
 
 def ignored(config: Mapping[str, Any], name: str) -> bool:
     """Whether a ``quantization_config`` leaves a module unquantised."""
-    entries = [*config.get("ignore", []), *config.get("modules_to_not_convert", [])]
-    return any(
-        re.match(entry.removeprefix("re:"), name) if entry.startswith("re:") else entry == name for entry in entries
-    )
+    return any(excludes(name) for excludes in formats.exclusions(config).values())
 
 
 def verify(

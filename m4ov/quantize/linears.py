@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Where a linear stands. "merger": everything between the vision tower and the text, DeepStack's mergers too.
-PARTS = ("text", "vision", "merger", "lm_head")
-_TOWERS = (".visual.", ".vision_tower.")
-_MERGERS = (".merger.", ".deepstack_merger_list.", ".multi_modal_projector.")
+from m4ov.checkpoints.names import is_router, part_of
+
 # The norm before a block, by the block's name: attribute of its parent.
 _NORMS = {
     "self_attn": ("input_layernorm", "layer_norm1"),
@@ -48,23 +46,13 @@ class Group:
 
     Attributes:
         names: of the modules.
-        part: one of ``PARTS``.
+        part: one of ``m4ov.checkpoints.PARTS``.
         fold: where a scale of the input can go, or ``None``.
     """
 
     names: tuple[str, ...]
     part: str
     fold: Fold | None = None
-
-
-def part_of(name: str) -> str:
-    """The part in which a module stands, by its name."""
-    dotted = f".{name}."
-    if dotted.endswith(".lm_head."):
-        return "lm_head"
-    if any(merger in dotted for merger in _MERGERS):
-        return "merger"
-    return "vision" if any(tower in dotted for tower in _TOWERS) else "text"
 
 
 def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
@@ -77,11 +65,6 @@ def linear(model: nn.Module, name: str) -> nn.Linear:
     found = model.get_submodule(name)
     assert isinstance(found, nn.Linear), name
     return found
-
-
-def is_router(name: str) -> bool:
-    """A mixture's router, which chooses experts: no scheme is worth another choice."""
-    return name.endswith(".mlp.gate")
 
 
 def find(model: nn.Module) -> list[Group]:

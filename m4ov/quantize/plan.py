@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
-from m4ov.quantize.linears import PARTS, Group, find, linear
+from m4ov.checkpoints.names import PARTS
+from m4ov.quantize.linears import Group, find, linear
 from m4ov.quantize.schemes import WHOLE_ROW, Scheme, Weight
 from m4ov.quantize.sensitivity import Keep, Sensitivity
 

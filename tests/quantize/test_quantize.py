@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from m4ov import cli, quantize
+from m4ov.checkpoints import inspect, open_checkpoint, verify
 from m4ov.evaluate import exact_match
 from m4ov.models.qwen3_vl import build, cast_parameters
 from m4ov.quantize import checkpoint
@@ -122,6 +123,21 @@ def test_the_ignore_list_is_the_truth(made, scheme):
             assert checkpoint.ignored(config, name) == plain, name
     if scheme != "fp8-block":
         assert "re:.*visual\\..*" in config["ignore"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_checkpoint_doctor_finds_it_sound(made, source, scheme):
+    for out in (everything(made, scheme), made(f"{scheme}-text", "--scheme", scheme, "--keep", "0")):
+        checkpoint = open_checkpoint(out)
+        report = inspect(checkpoint)
+        # Widths of a model as small as this are no multiples of 128, so that a server cannot join its blocks.
+        errors = [finding.message for finding in report.findings if finding.level == "error"]
+        assert all(scheme == "fp8-block" and "blocks of 128 would reach over the seam" in error for error in errors)
+        assert bool(errors) == (scheme == "fp8-block")
+        assert sum(part["quantised"] for part in report.linears.values()) == len(checkpoint.modules) > 5
+        assert set(checkpoint.modules) | set(checkpoint.linears) | {"lm_head"} == set(linears_of(unquantised()))
+        compared = verify(open_checkpoint(source), checkpoint, tolerance=0.3)
+        assert compared.ok, [row for row in compared.rows if row.verdict == "different"]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -95,6 +95,27 @@ class Fp8Weight(Cached):
         moved: dict[str, Any] = {k: v if v is None else v.to(device) for k, v in self._tensors().items()}
         return replace(self, **moved)
 
+    def rows(self, begin: int, end: int) -> Fp8Weight:
+        """Output features ``begin`` to ``end``, at least one of them; the tensors are views. Of blocks: whole ones."""
+        scales = self.scales
+        if self.granularity == "block":
+            if begin % BLOCK:
+                refuse(ValueError, _NAME, "begin", f"a multiple of {BLOCK}", begin)
+            scales = scales[begin // BLOCK : -(-min(end, self.shape[0]) // BLOCK)]
+        elif self.granularity == "channel":
+            scales = scales[begin:end]
+        return replace(self, values=self.values[begin:end], scales=scales)
+
+    def repeated(self, granularity: str) -> Fp8Weight:
+        """The same weight, value for value, with the tensor's one scale written out for each channel or block."""
+        if self.granularity == granularity:
+            return self
+        if self.granularity != "tensor" or granularity not in GRANULARITIES:
+            expected = f"'{self.granularity}'" + (", 'channel' or 'block'" if self.granularity == "tensor" else "")
+            refuse(ValueError, _NAME, "granularity", expected, repr(granularity))
+        scales = self.scales.expand(scale_shape(tuple(self.shape), granularity)).contiguous()
+        return replace(self, scales=scales, granularity=granularity)
+
     @classmethod
     def quantize(
         cls, weight: Tensor, *, granularity: str = "channel", scale_dtype: torch.dtype = torch.float32

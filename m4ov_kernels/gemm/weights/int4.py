@@ -151,6 +151,11 @@ class Int4Weight(Cached):
         moved: dict[str, Any] = {k: v if v is None else v.to(device) for k, v in self._tensors().items()}
         return replace(self, **moved)
 
+    def rows(self, begin: int, end: int) -> Int4Weight:
+        """Output features ``begin`` to ``end``, at least one of them; the tensors are views."""
+        zeros = None if self.zeros is None else self.zeros[begin:end]
+        return replace(self, packed=self.packed[begin:end], scales=self.scales[begin:end], zeros=zeros)
+
     def with_zeros(self) -> Int4Weight:
         """The same weight with its zero points written out (8 where it is symmetric)."""
         zeros = torch.full_like(self.scales, SYMMETRIC_ZERO, dtype=torch.uint8) if self.zeros is None else self.zeros

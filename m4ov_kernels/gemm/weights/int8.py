@@ -66,6 +66,10 @@ class Int8Weight(Cached):
     def to(self, device: torch.device | str) -> Int8Weight:
         return replace(self, codes=self.codes.to(device), scales=self.scales.to(device))
 
+    def rows(self, begin: int, end: int) -> Int8Weight:
+        """Output features ``begin`` to ``end``, at least one of them; the tensors are views."""
+        return replace(self, codes=self.codes[begin:end], scales=self.scales[begin:end])
+
     @classmethod
     def quantize(cls, weight: Tensor, *, scale_dtype: torch.dtype | None = None) -> Int8Weight:
         """Round to nearest, half to even, in float32 whatever the weight's dtype; compressed-tensors' min-max rule:

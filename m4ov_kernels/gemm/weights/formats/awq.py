@@ -42,6 +42,16 @@ def _unpack(words: Tensor) -> Tensor:
     return _reorder(bits.unpack_words(words, words.shape[1] * bits.PER_WORD), _INVERSE)
 
 
+def exclusions(config: Config) -> list[str]:
+    """What the config leaves unquantised."""
+    return Settings(NAME, config).names("modules_to_not_convert")
+
+
+def excludes(entry: str, prefix: str) -> bool:
+    """Any part of a name, as transformers and engines take it: "mlp.gate" is in "mlp.gate_proj"."""
+    return entry in prefix
+
+
 def read(tensors: Tensors, config: Config, prefix: str) -> Int4Weight:
     settings = Settings(NAME, config)
     settings.get("bits" if "bits" in config else "w_bit", (4,))
@@ -50,8 +60,9 @@ def read(tensors: Tensors, config: Config, prefix: str) -> Int4Weight:
         settings.refuse("version", "'gemm' (the other layouts are a kernel's own)", version)
     group_size = settings.group_size("group_size" if "group_size" in config else "q_group_size")
     zero_point = settings.get("zero_point", (True, False), True)
-    if any(name in prefix for name in settings.names("modules_to_not_convert")):
-        settings.refuse("modules_to_not_convert", f"without {prefix}, whose tensors are quantised", "it")
+    for name in exclusions(config):
+        if excludes(name, prefix):
+            settings.refuse("modules_to_not_convert", f"without {prefix}, whose tensors are quantised", name)
 
     leaves = Leaves(NAME, tensors, prefix)
     leaves.only("qweight", "qzeros", "scales")

@@ -13,6 +13,16 @@ from m4ov_kernels.gemm.weights.fp8 import BLOCK, Fp8Weight, scale_shape
 NAME = "block-fp8"
 
 
+def exclusions(config: Config) -> list[str]:
+    """What the config leaves unquantised."""
+    settings = Settings(NAME, config)
+    return [*settings.names("modules_to_not_convert"), *settings.names("ignored_layers")]
+
+
+def excludes(entry: str, prefix: str) -> bool:
+    return prefix == entry or prefix.startswith(f"{entry}.")
+
+
 def read(tensors: Tensors, config: Config, prefix: str) -> Fp8Weight:
     settings = Settings(NAME, config)
     settings.get("activation_scheme", ("dynamic",), "dynamic")
@@ -20,10 +30,9 @@ def read(tensors: Tensors, config: Config, prefix: str) -> Fp8Weight:
     block = config.get("weight_block_size")
     if not isinstance(block, (list, tuple)) or list(block) != [BLOCK, BLOCK]:
         settings.refuse("weight_block_size", f"[{BLOCK}, {BLOCK}]", block)
-    for key in ("modules_to_not_convert", "ignored_layers"):
-        for name in settings.names(key):
-            if prefix == name or prefix.startswith(f"{name}."):
-                settings.refuse(key, f"without {prefix!r}, whose tensors are quantised", name)
+    for name in exclusions(config):
+        if excludes(name, prefix):
+            settings.refuse("modules_to_not_convert", f"without {prefix!r}, whose tensors are quantised", name)
     leaves = Leaves(NAME, tensors, prefix)
     leaves.only("weight", "weight_scale_inv")
     values = leaves.fp8()

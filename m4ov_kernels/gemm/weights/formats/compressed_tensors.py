@@ -7,11 +7,10 @@ and both before a class. ``ignore`` has the same kinds of entries.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from m4ov_kernels.checks import refuse
-from m4ov_kernels.gemm.weights.formats.fields import Config, Settings
+from m4ov_kernels.gemm.weights.formats.fields import Config, Settings, matches
 
 METHOD = "compressed-tensors"
 _ABSENT = (None, False)
@@ -22,14 +21,23 @@ def _matches(target: str, prefix: str) -> int:
     if target == prefix:
         return 3
     if target.startswith("re:"):
-        return 2 if re.match(target.removeprefix("re:"), prefix) else 0
+        return 2 if matches(METHOD, target.removeprefix("re:"), prefix) else 0
     return 1 if "." not in target and target[:1].isupper() else 0
+
+
+def exclusions(config: Config) -> list[str]:
+    """What the config leaves unquantised."""
+    return Settings(METHOD, config).names("ignore")
+
+
+def excludes(entry: str, prefix: str) -> bool:
+    return _matches(entry, prefix) > 1
 
 
 def scheme_of(config: Config, prefix: str) -> Settings:
     """The config group of a module whose tensors are quantised."""
     settings = Settings(METHOD, config)
-    ignored = [target for target in settings.names("ignore") if _matches(target, prefix) > 1]
+    ignored = [entry for entry in exclusions(config) if excludes(entry, prefix)]
     if ignored:
         settings.refuse("ignore", f"without {prefix!r}, whose tensors are quantised", ignored[0])
     best: list[tuple[str, Settings]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -137,6 +138,14 @@ class Settings:
 
     def refuse(self, key: str, expected: str, got: Any) -> NoReturn:
         refuse(ValueError, self.format, f"{self.where}[{key!r}]", expected, repr(got))
+
+
+def matches(format: str, pattern: str, prefix: str) -> bool:
+    """Whether a regular expression of a config matches from a name's start."""
+    try:
+        return re.match(pattern, prefix) is not None
+    except re.error as error:
+        refuse(ValueError, format, "config", "of regular expressions", f"{pattern!r} ({error})")
 
 
 def named(prefix: str, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ version 1 and z in version 2; ``scales`` [G, N]; ``g_idx`` int32 [K], the group 
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from m4ov_kernels.gemm.weights.formats.fields import (
     Weight,
     cannot,
     half_scales,
+    matches,
     named,
 )
 from m4ov_kernels.gemm.weights.int4 import SYMMETRIC_ZERO, Int4Weight, groups_of, natural_groups
@@ -38,11 +38,21 @@ def settings_of(config: Config, prefix: str, name: str) -> Settings:
         return settings
     for pattern, changes in settings.part("dynamic").values.items():
         excludes = pattern.startswith("-:")
-        if re.match(pattern.removeprefix("-:").removeprefix("+:"), prefix):
+        if matches(name, pattern.removeprefix("-:").removeprefix("+:"), prefix):
             if excludes:
                 settings.refuse("dynamic", f"not to exclude {prefix}, whose tensors are quantised", pattern)
             return Settings(name, {**config, **(changes or {})}, f"config with dynamic[{pattern!r}]")
     return settings
+
+
+def exclusions(config: Config) -> list[str]:
+    """The patterns of ``dynamic`` that leave modules unquantised; there is no other list."""
+    dynamic = config.get("dynamic")
+    return [pattern for pattern in Settings(V1, dynamic or {}, "config['dynamic']").values if pattern.startswith("-:")]
+
+
+def excludes(entry: str, prefix: str) -> bool:
+    return matches(V1, entry.removeprefix("-:"), prefix)
 
 
 def _stored_zeros(leaves: Leaves, words: Tensor, config: Config, name: str) -> Tensor:

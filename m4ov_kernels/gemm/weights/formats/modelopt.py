@@ -17,15 +17,26 @@ def is_modelopt(config: Config) -> bool:
     return named or str(config.get("quant_method", "")).lower() == METHOD
 
 
+def exclusions(config: Config) -> list[str]:
+    """What the config leaves unquantised."""
+    settings = Settings(METHOD, config)
+    if "quantization" in config:
+        settings = settings.part("quantization")
+    return [*settings.names("exclude_modules"), *settings.names("ignore")]
+
+
+def excludes(entry: str, prefix: str) -> bool:
+    return fnmatchcase(prefix, entry) or prefix.startswith(f"{entry}.")
+
+
 def settings_of(config: Config, prefix: str) -> Settings:
     """The settings of one module: the config's, or its own where precisions are mixed."""
     settings = Settings(METHOD, config)
     if "quantization" in config:
         settings = settings.part("quantization")
-    for key in ("exclude_modules", "ignore"):
-        for pattern in settings.names(key):
-            if fnmatchcase(prefix, pattern) or prefix.startswith(f"{pattern}."):
-                settings.refuse(key, f"without {prefix!r}, whose tensors are quantised", pattern)
+    for pattern in exclusions(config):
+        if excludes(pattern, prefix):
+            settings.refuse("exclude_modules", f"without {prefix!r}, whose tensors are quantised", pattern)
     if str(settings.values.get("quant_algo", "")).upper() == "MIXED_PRECISION":
         layers = settings.part("quantized_layers")
         if prefix not in layers.values:

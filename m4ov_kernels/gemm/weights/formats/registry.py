@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -64,6 +65,8 @@ _MADE_BY_MODELOPT = {
     modelopt_fp8_pb_wo.ALGORITHM: modelopt_fp8_pb_wo.NAME,
     modelopt_w4a16_awq.ALGORITHM: modelopt_w4a16_awq.NAME,
 }
+# By quant_method, the module that knows how the config lists what is not quantised.
+_LISTS: dict[str, Any] = {"awq": awq, "gptq": gptq, compressed_tensors.METHOD: compressed_tensors, "fp8": block_fp8}
 
 
 def detect(tensors: Tensors, config: Config, prefix: str = "") -> str:
@@ -107,6 +110,20 @@ def _by_config(config: Config, prefix: str) -> str:
     if method == "gptq":
         return gptq.V2 if config.get("checkpoint_format") == gptq.V2 else gptq.V1
     return awq.NAME
+
+
+def exclusions(config: Config) -> dict[str, Callable[[str], bool]]:
+    """Every entry of a config's list of modules that are not quantised → whether it names the module of a prefix.
+
+    Raises:
+        TypeError, ValueError: the config is of no format that is known here, or its list is none.
+    """
+    if not isinstance(config, Mapping):
+        refuse(TypeError, "exclusions", "config", "a mapping", describe(config))
+    rule: Any = modelopt if modelopt.is_modelopt(config) else _LISTS.get(str(config.get("quant_method")))
+    if rule is None:
+        refuse(ValueError, "exclusions", "quant_method", f"one of {', '.join(_LISTS)}", config.get("quant_method"))
+    return {entry: partial(rule.excludes, entry) for entry in rule.exclusions(config)}
 
 
 def _known(what: str, table: Mapping[str, str], value: str) -> str:
