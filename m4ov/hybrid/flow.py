@@ -20,7 +20,11 @@ from m4ov.hybrid.report import write
 from m4ov.hybrid.training import train_arm
 from m4ov.hybrid_recipe import START, HybridConfig
 from m4ov.models.qwen3_vl import from_pretrained
+from m4ov.rl import mismatch
+from m4ov.rl_recipe import SAMPLER_WEIGHTS
 from m4ov.train import RunFolder, World, command, ranks_started
+
+_CERTIFIED = 32  # held-out questions that samplers of all kinds are asked
 
 
 def run(config: HybridConfig) -> None:
@@ -49,7 +53,7 @@ def run(config: HybridConfig) -> None:
                 runs.append(_measured(config, material, name, seed, folder, console, world))
         command.end(world)
         if world.first:
-            write(config, material, runs, home, console)
+            write(config, material, runs, home, console, _certificates(config, material, home, console))
     finally:
         if claim is not None:
             claim.close()
@@ -106,6 +110,27 @@ def _arm(
         console=console,
         world=world,
     )
+
+
+def _certificates(
+    config: HybridConfig, material: Material, home: Path, console: Console
+) -> list[dict[str, float | str]]:
+    """How far a sampler of each kind of weights is from the trainer, with the last arm's model of the first seed; kept
+    in ``certificates.json``."""
+    folder = home / f"seed-{config.seeds[0]}" / list(config.arms)[-1]
+    file = folder / "certificates.json"
+    if not file.exists():
+        task, prompts = material.start.task, material.held_out.prompts
+        count = min(_CERTIFIED, len(prompts))
+        some = [prompts[place * len(prompts) // count].sample for place in range(count)]
+        with console.status("sampling with weights in 16, 8 and 4 bits"):
+            model = from_pretrained(folder / "model", dtype=task.dtype)
+            kinds = ("model",) if task.config.text.num_experts else SAMPLER_WEIGHTS
+            ends = [task.encoder.end_token]
+            found = mismatch(model, some, config.policy.rollout, weights=kinds, end_token_ids=ends)
+        write_whole(file, json.dumps([one.row() for one in found], indent=1))
+    rows: list[dict[str, float | str]] = json.loads(file.read_text(encoding="utf-8"))
+    return rows
 
 
 def _measured(
