@@ -68,11 +68,11 @@ def policy() -> RLConfig:
             }
         ),
         advantages=AdvantageConfig(
-            k=8,
+            k=4,
             rules=[RuleConfig(0.5, "pass_at_k"), RuleConfig(1.0, "pass_at_1")],
-            objectives={"accuracy": ObjectiveConfig(), "concise": ObjectiveConfig(0.4, "correct", scaled=False)},
+            objectives={"accuracy": ObjectiveConfig(), "concise": ObjectiveConfig(0.25, "correct", scaled=False)},
         ),
-        perception=PerceptionConfig(weight=0.003, cap=2.0),
+        perception=PerceptionConfig(weight=0.002, cap=2.0),
         algorithm=AlgorithmConfig("grpo", clip_high=0.28),
     )
 
