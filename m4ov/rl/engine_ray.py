@@ -46,7 +46,10 @@ class RayHost:
         return RayLink(self.ray, self._actor.remote(self.file), index)
 
     def wait(self, links: Sequence[Link], seconds: float) -> None:
-        answers = [link.answer for link in links if isinstance(link, RayLink) and link.answer is not None]
+        answers = []
+        for link in links:
+            assert isinstance(link, RayLink)
+            answers += [] if link.answer is None else [link.answer]
         if answers:
             self.ray.wait(answers, num_returns=1, timeout=seconds)
 
@@ -60,7 +63,8 @@ class RayLink:
     """One of them. Ray watches over its process, so that a call which is not answered yet counts as heard."""
 
     def __init__(self, ray: Any, actor: Any, index: int) -> None:
-        self.ray, self.actor, self.answer = ray, actor, None
+        self.ray, self.actor = ray, actor
+        self.answer: Any = None  # that is asked for
         self.name = f"engine {index} (a Ray actor)"
         self.ready, self.heard = True, time.monotonic()  # calls wait for it
 
