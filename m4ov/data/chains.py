@@ -7,6 +7,7 @@ Each chain is spelled in :data:`STYLES`, from every step to none; all end in ``A
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -56,7 +57,7 @@ class Chains:
             ValueError: a share is of no style, or below 0; or all are 0.
         """
         weights = [float(shares.get(style, 0.0)) for style in STYLES]
-        if not shares.keys() <= set(STYLES) or min(weights) < 0 or not sum(weights):
+        if not shares.keys() <= set(STYLES) or min(weights) < 0 or not 0 < sum(weights) < math.inf:
             raise ValueError(
                 f"styles: expected shares of {', '.join(STYLES)}, at least one above 0; got {dict(shares)}"
             )

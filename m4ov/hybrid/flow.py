@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, replace
 from functools import partial
@@ -60,9 +61,15 @@ def run(config: HybridConfig) -> None:
 
 
 def fingerprint(config: HybridConfig) -> dict[str, Any]:
-    """What the models depend on, flat: key → value. Seeds and arms are not in it: each has a folder of its own."""
+    """What models and figures depend on, flat: key → value. Seeds are not in it: each has a folder of its own."""
     tree = asdict(config)
-    parts = {name: tree[name] for name in ("data", "chains", "model", "optim", "gates", "start", "steps", "scale")}
+    names = ("data", "chains", "model", "optim", "gates", "start", "steps", "scale", "arms", "measure")
+    parts = {name: tree[name] for name in names} | {"evaluate": {"limit": config.evaluate.limit}}
+    if config.start.model:
+        digest = hashlib.sha256()
+        for file in sorted(Path(config.start.model).glob("*.safetensors")):
+            digest.update(file.read_bytes())
+        parts["start"]["weights"] = digest.hexdigest()
     trained = {name: tree["train"][name] for name in ("precision", "patch", "fp8")}
     policy = {"policy": tree["policy"], "policy_optim": tree["policy_optim"]}
     return sft.flat({**parts, **policy, "train": trained})

@@ -110,10 +110,10 @@ def gather(config: QuickstartConfig, console: Console) -> tuple[sft.Material, tu
     general = easy_vqa("test", data.image_size, folder=data.easy_vqa, on_bad_image=data.on_bad_image)
     sft.say_left_out(general, console)
     _, domain = digits(data.image_size, held_out=data.held_out_digits, split_seed=data.split_seed)
-    imitated, training, held_out = grids_of(data, config.chains)
+    imitated, learnt, unseen = grids_of(data, config.chains)
     spelled = imitated.split(CHAINS, config.chains.styles, config.chains.seed)
     pools[CHAINS] = Pool(CHAINS, spelled, data.questions_per_image)
     tests = {"general": general, "domain": replace(domain, name="domain")}
     material = sft.material_of(manifest, pools, gates, tests)
     encoder, dtype = material.task.encoder, material.task.dtype
-    return material, (asked_of(training, encoder, dtype), asked_of(held_out, encoder, dtype))
+    return material, (asked_of(learnt, encoder, dtype), asked_of(unseen, encoder, dtype))

@@ -103,7 +103,7 @@ class PolicyLoss:
             rows,
             responses.targets,
             temperature=config.temperature,
-            entropy=bool(config.entropy_coef) or (self.perception is not None and self.perception.entropy > 0),
+            entropy=True,
         )
         options = self._reference_terms(model, batch, responses, rows)
         loss, metrics = policy_loss(
