@@ -7,6 +7,7 @@ FUZZ ?= 1000000
 SEEDS ?= 0,1,2
 PAIRS ?= 100
 EXPERIMENT := runs/experiments/curriculum
+POLICIES := runs/experiments/hybrid-rl
 NO_MORE := sources.flags=0 sources.photos=0 sources.held_out_digits=540
 PRODUCED := sources.easy_vqa=800 sources.scenes=200 sources.digits=340 sources.sheets=60 $(NO_MORE)
 HELD_OUT := sources.easy_vqa=300 sources.scenes=75 sources.digits=150 sources.sheets=20 $(NO_MORE) \
@@ -35,13 +36,15 @@ run: $(VENV)/.quickstart ## train, evaluate and compare a tiny Qwen3-VL on real 
 	$(BIN)/m4ov run quickstart
 
 # Questions on the same images allotted by density, evenly (no fewer), and all that can be asked on others, to judge by.
-experiments: $(VENV)/.quickstart ## the curriculum against domain-only training and a plain mixture, with SEEDS=0,1,2
+experiments: $(VENV)/.quickstart ## the curriculum against other arms, objectives of reinforcement learning against each other, with SEEDS=0,1,2
 	$(BIN)/m4ov data build data run.folder=$(EXPERIMENT)/allotted $(PRODUCED) allot.questions=4000
 	$(BIN)/m4ov data build data run.folder=$(EXPERIMENT)/uniform $(PRODUCED) allot.questions=4020 allot.by=uniform
 	$(BIN)/m4ov data build data run.folder=$(EXPERIMENT)/produced $(HELD_OUT) allot.questions=60000 allot.by=uniform
 	$(BIN)/m4ov run curriculum run.folder=$(EXPERIMENT) "seeds=[$(SEEDS)]" pools.allotted=$(EXPERIMENT)/allotted/records \
 	  pools.uniform=$(EXPERIMENT)/uniform/records skills.produced=$(EXPERIMENT)/produced/records
+	$(BIN)/m4ov run hybrid-rl run.folder=$(POLICIES) "seeds=[$(SEEDS)]"
 	mkdir -p experiments && cp $(EXPERIMENT)/results.json experiments/curriculum.json
+	cp $(POLICIES)/results.json experiments/hybrid-rl.json
 
 bench: $(VENV)/.dev $(VENV)/.peers ## operators against the machine's limit and against their peers
 	$(BIN)/m4ov bench --json runs/bench/bench.json --plot runs/bench/bench.png

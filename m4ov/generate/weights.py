@@ -21,7 +21,7 @@ from m4ov_kernels.nn.quantized import QuantizedLinear
 Linear = Callable[[Tensor], Tensor]
 NUMERICS = ("shared", "fast")
 WEIGHTS = ("model", "int8", "int4", "fp8")
-_GROUPS = (128, 64, 32, 16, 8)
+_GROUPS = (128, 64, 32)
 
 
 def check(model: nn.Module, numerics: str, weights: str) -> None:
@@ -91,7 +91,7 @@ def _packed(module: nn.Module, weights: str, shared: bool) -> nn.Module:
         return Fp8Linear.from_linear(module, activation=activation)
     group_size = next((size for size in _GROUPS if module.in_features % size == 0), None)
     if group_size is None:
-        raise ValueError(f"Engine: weights='int4' needs widths that are multiples of 8; got {module.in_features}")
+        raise ValueError(f"Engine: weights='int4' needs widths that are multiples of 32; got {module.in_features}")
     return Int4Linear.from_linear(module, group_size=group_size, activation=activation)
 
 
