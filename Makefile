@@ -83,8 +83,7 @@ fuzz-parity: $(VENV)/.dev ## PAIRS=100 random layouts and batches against one pr
 smoke: $(VENV)/.dev ## a one-minute quickstart
 	rm -rf runs/smoke
 	$(BIN)/m4ov run quickstart run.folder=runs/smoke scale=0.05 evaluate.limit=256 compare.steps=4 operators=false \
-	  production.sources.easy_vqa=600 production.sources.digits=300 production.allot.questions=5000 \
-	  chains.grids=600 chains.policy_grids=60 chains.held_out=20
+	  production.sources.easy_vqa=600 production.sources.digits=300 production.allot.questions=5000
 
 gpu: ## on a CUDA machine, without a network: build, check, measure; writes RESULTS (bench/results)
 	$(call gpu_suite,$(PYTHON),gpu,--results $(RESULTS) --minutes $(MINUTES) $(if $(COMMIT),--commit $(COMMIT)))

@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass, field, replace
 
 from m4ov.data_recipe import AllotConfig, DataBuildConfig, EngineConfig, QualityConfig, SourcesConfig
-from m4ov.hybrid_recipe import ChainsConfig, policy, policy_optim
 from m4ov.manifest import ArmConfig, CurriculumConfig, GateConfig, StageConfig, scaled
 from m4ov.recipe import (
     CompareConfig,
@@ -19,12 +18,18 @@ from m4ov.recipe import (
     TrainConfig,
     _require,
 )
-from m4ov.rl_recipe import RLConfig
+from m4ov.rl_recipe import (
+    AdvantageConfig,
+    AlgorithmConfig,
+    PerceptionConfig,
+    RewardConfig,
+    RewardsConfig,
+    RLConfig,
+    RolloutConfig,
+)
 
 #: The name of the one arm.
 ARM = "quickstart"
-#: The name of the pool that is composed, not produced.
-CHAINS = "chains"
 _SOURCES = ("easy_vqa", "scenes", "digits", "sheets", "flags", "photos")
 
 
@@ -41,18 +46,34 @@ class ProductionConfig:
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(kind="processes", shard_images=128))
 
 
+def _policy() -> RLConfig:
+    """Accuracy by pass@k and pass@1, and perception. Answers are a word: most of them are right before, so that prompts
+    are drawn until enough tell answers apart."""
+    return RLConfig(
+        rollout=RolloutConfig(prompts=16, samples=8, max_tokens=8, rounds=6, shared=True, rescore=False),
+        rewards=RewardsConfig(components={"accuracy": RewardConfig("exact-match", {"ignore_case": False})}),
+        advantages=AdvantageConfig(k=4),
+        perception=PerceptionConfig(weight=0.002, cap=2.0),
+        algorithm=AlgorithmConfig("grpo", clip_high=0.28),
+    )
+
+
 @dataclass
 class ReinforcementConfig:
-    """A short stage of reinforcement learning behind the supervised ones, on chains, by one process."""
+    """A short stage of reinforcement learning behind the supervised ones, on their own questions, by one process."""
 
-    steps: int = 20  # updates; 0: no such stage
-    policy: RLConfig = field(default_factory=policy)
-    optim: OptimConfig = field(default_factory=policy_optim)
-    samples: int = 8  # answers to a held-out chain, before and after
+    steps: int = 30  # updates; 0: no such stage
+    questions: int = 4000  # of all pools, to draw from
+    policy: RLConfig = field(default_factory=lambda: _policy())
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(muon_lr=0.0003, lr=3e-4, weight_decay=0.0, warmup_steps=5)
+    )
+    samples: int = 8  # answers to a question that is held back, before and after
 
     def __post_init__(self) -> None:
         _require(self.steps >= 0, "reinforcement.steps", "at least 0", self.steps)
-        _require(self.samples >= 1, "reinforcement.samples", "at least 1", self.samples)
+        for name in ("questions", "samples"):
+            _require(getattr(self, name) >= 1, f"reinforcement.{name}", "at least 1", getattr(self, name))
         components = self.policy.rewards.components
         _require(bool(components), "reinforcement.policy.rewards.components", "at least one", components)
 
@@ -76,9 +97,6 @@ class QuickstartConfig:
     gates: GateConfig = field(default_factory=lambda: GateConfig(share=1 / 20, limit=256))  # of the produced images
     stages: dict[str, StageConfig] = field(default_factory=dict)  # one after the other
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    chains: ChainsConfig = field(  # a pool of the stages too, in addition to ``pools``
-        default_factory=lambda: ChainsConfig(grids=3000, policy_grids=400, held_out=80)
-    )
     reinforcement: ReinforcementConfig = field(default_factory=ReinforcementConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
     operators: bool = True  # a short benchmark of the operators, for the report
@@ -104,7 +122,6 @@ class QuickstartConfig:
             raise ValueError(re.sub(rf"\barms\.{ARM}\.", "", named)) from None
 
     def _check_pools(self) -> None:
-        _require(CHAINS not in self.pools, f"pools.{CHAINS}", "another name", CHAINS)
         expected, owner = f"sources: {', '.join(_SOURCES)}", dict[str, str]()
         for pool, sources in self.pools.items():
             _require(bool(sources), f"pools.{pool}", expected, sources)
@@ -128,7 +145,7 @@ class QuickstartConfig:
                 parallel=self.parallel,
                 evaluate=self.evaluate,
                 gates=self.gates,
-                pools=of_pool | {CHAINS: "grids of easy_vqa and digits"},
+                pools=of_pool,
                 skills={pool: f"held back: {sources}" for pool, sources in of_pool.items()},
                 arms={ARM: ArmConfig(steps=self.train.steps, stages=self.stages)},
             )

@@ -1,4 +1,4 @@
-"""Chains as prompts with their images."""
+"""Questions with answers that can be verified, as prompts with their images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from m4ov.data import Encoder, patchify
-from m4ov.data.chains import Chains, Problem, chains
+from m4ov.data import Sample as Question
+from m4ov.data.chains import Chains, chains
 from m4ov.data.tokenizer import prompt
 from m4ov.hybrid_recipe import ChainsConfig
 from m4ov.recipe import DataConfig
@@ -19,10 +20,10 @@ from m4ov_kernels.packing import Patches, Sample
 
 @dataclass(frozen=True)
 class Asked:
-    """Chains as prompts.
+    """Questions as prompts.
 
     Attributes:
-        prompts: one of each problem; prompts on one grid share its patches.
+        prompts: one of each question; prompts on one image share its patches.
         blank: the same, on a white image.
         images: uint8 ``[N, size, size, 3]``; ``image_of``: of each prompt, which of them it asks about.
         kinds: of each prompt.
@@ -61,19 +62,32 @@ def grids_of(data: DataConfig, made: ChainsConfig) -> tuple[Chains, Chains, Chai
 
 def asked_of(made: Chains, encoder: Encoder, dtype: torch.dtype, limit: int = 0) -> Asked:
     """Chains as prompts. ``limit``: so many of them, spread evenly; 0: all."""
-    problems: Sequence[Problem] = made.problems
-    if limit and limit < len(problems):
-        problems = [problems[place * len(problems) // limit] for place in range(limit)]
+    questions = [Question(problem.image, problem.question, problem.truth, problem.kind) for problem in made.problems]
+    return asked_in(made.images, questions, encoder, dtype, limit)
+
+
+def asked_in(
+    images: np.ndarray, questions: Sequence[Question], encoder: Encoder, dtype: torch.dtype, limit: int = 0
+) -> Asked:
+    """Questions with short answers as prompts.
+
+    Args:
+        images: uint8 ``[N, size, size, 3]``.
+        dtype: of ``pixel_values``.
+        limit: so many of them, spread evenly; 0: all.
+    """
+    if limit and limit < len(questions):
+        questions = [questions[place * len(questions) // limit] for place in range(limit)]
     geometry = encoder.geometry
-    white = np.full_like(made.images[:1], 255)
+    white = np.full_like(images[:1], 255)
     blank = Patches(torch.from_numpy(patchify(white, geometry)).to(dtype), geometry.grid_thw)
     patches: dict[int, Patches] = {}
     sides: tuple[list[Prompt], list[Prompt]] = [], []
-    for problem in problems:
-        if problem.image not in patches:
-            pixels = torch.from_numpy(patchify(made.images[problem.image][None], geometry)).to(dtype)
-            patches[problem.image] = Patches(pixels, geometry.grid_thw)
-        ids = torch.tensor(encoder.tokenizer.encode(prompt(problem.question, geometry.tokens)).ids)
-        for prompts, image in zip(sides, (patches[problem.image], blank), strict=True):
-            prompts.append(Prompt(Sample(ids, images=[image]), problem.question, problem.truth))
-    return Asked(*sides, made.images, [problem.image for problem in problems], [problem.kind for problem in problems])
+    for question in questions:
+        if question.image not in patches:
+            pixels = torch.from_numpy(patchify(images[question.image][None], geometry)).to(dtype)
+            patches[question.image] = Patches(pixels, geometry.grid_thw)
+        ids = torch.tensor(encoder.tokenizer.encode(prompt(question.question, geometry.tokens)).ids)
+        for prompts, image in zip(sides, (patches[question.image], blank), strict=True):
+            prompts.append(Prompt(Sample(ids, images=[image]), question.question, question.answer))
+    return Asked(*sides, images, [question.image for question in questions], [question.kind for question in questions])

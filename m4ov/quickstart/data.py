@@ -9,13 +9,13 @@ from pathlib import Path
 from rich.console import Console
 
 from m4ov import sft
-from m4ov.data import DataError, Pool, Record, Split, digits, easy_vqa, production, recorded
+from m4ov.data import DataError, Pool, Record, Split, digits, easy_vqa, production
 from m4ov.data.production import report
 from m4ov.data.production.steps import read_rows
+from m4ov.data.recorded import Asked, divide, recorded_by
 from m4ov.data.sources import kind_of
 from m4ov.data_command import Progress, require
-from m4ov.hybrid.asked import Asked, asked_of, grids_of
-from m4ov.quickstart_recipe import CHAINS, QuickstartConfig
+from m4ov.quickstart_recipe import QuickstartConfig
 from m4ov.train import RunFolder
 
 # Questions about one figure's shape or colour. Mixtures weigh kinds by that, and by whether the answer is yes or no
@@ -70,10 +70,9 @@ def _check(found: production.Production, config: QuickstartConfig) -> None:
         raise DataError(f"{first['detail']}{more}; data.on_bad_image=skip leaves such images out")
 
 
-def gather(config: QuickstartConfig, console: Console) -> tuple[sft.Material, tuple[Asked, Asked]]:
-    """Pools of the produced records, of each some images held back for the gates, and one of chains; and chains to
-    learn on by reinforcement, and held-out ones. The final figures are of easy-vqa's test images and the held-out
-    digits, as ever.
+def gather(config: QuickstartConfig, console: Console) -> sft.Material:
+    """Pools of the produced records; of each some images are held back for the gates. The final figures are of
+    easy-vqa's test images and the held-out digits, as ever.
 
     Raises:
         DataError: a pool has no record, or too few images to hold some back; or a test image is broken.
@@ -81,7 +80,7 @@ def gather(config: QuickstartConfig, console: Console) -> tuple[sft.Material, tu
     data, manifest = config.data, config.manifest()
     of_source = {source: pool for pool, sources in config.pools.items() for source in sources}
 
-    def asked(record: Record) -> recorded.Asked | None:
+    def asked(record: Record) -> Asked | None:
         source, question, kind = str(record.meta["source"]), record.question.strip(), record.kind or "record"
         if source not in of_source:
             return None
@@ -91,15 +90,15 @@ def gather(config: QuickstartConfig, console: Console) -> tuple[sft.Material, tu
             kind = kind_of(question, record.answer)
         elif record.answer in ("yes", "no"):
             kind = f"yes/no, {kind}"
-        return recorded.Asked(of_source[source], question, kind)
+        return Asked(of_source[source], question, kind)
 
-    splits = recorded.recorded_by(Path(config.build().run.folder) / "records", data.image_size, asked)
+    splits = recorded_by(Path(config.build().run.folder) / "records", data.image_size, asked)
     pools: dict[str, Pool] = {}
     gates: dict[str, Split] = {}
     for name, sources in config.pools.items():
         if name not in splits:
             raise DataError(f"pools.{name}: no record of {', '.join(sources)} was produced (production.sources)")
-        gates[name], training = recorded.divide(splits[name], config.gates.share)
+        gates[name], training = divide(splits[name], config.gates.share)
         pools[name] = Pool(
             name,
             training,
@@ -110,10 +109,4 @@ def gather(config: QuickstartConfig, console: Console) -> tuple[sft.Material, tu
     general = easy_vqa("test", data.image_size, folder=data.easy_vqa, on_bad_image=data.on_bad_image)
     sft.say_left_out(general, console)
     _, domain = digits(data.image_size, held_out=data.held_out_digits, split_seed=data.split_seed)
-    imitated, learnt, unseen = grids_of(data, config.chains)
-    spelled = imitated.split(CHAINS, config.chains.styles, config.chains.seed)
-    pools[CHAINS] = Pool(CHAINS, spelled, data.questions_per_image)
-    tests = {"general": general, "domain": replace(domain, name="domain")}
-    material = sft.material_of(manifest, pools, gates, tests)
-    encoder, dtype = material.task.encoder, material.task.dtype
-    return material, (asked_of(learnt, encoder, dtype), asked_of(unseen, encoder, dtype))
+    return sft.material_of(manifest, pools, gates, {"general": general, "domain": replace(domain, name="domain")})

@@ -44,7 +44,7 @@ def run(config: QuickstartConfig) -> None:
 
     try:
         produced = world.alone("producing the data", data)
-        material, (training, held_out) = gather(config, console)
+        material = gather(config, console)
         _say(material, config, console, world)
         measure = partial(
             shares,
@@ -67,7 +67,7 @@ def run(config: QuickstartConfig) -> None:
         )
         command.end(world)
         if produced is not None:
-            policy = learn(config, material, training, held_out, home, console) if config.updates else None
+            policy = learn(config, material, home, console) if config.updates else None
             write(config, material, produced, end, policy, home, console)
     finally:
         if folder is not None:
@@ -78,7 +78,7 @@ def fingerprint(config: QuickstartConfig) -> dict[str, Any]:
     """What the data and the training depend on, flat: key → value. Another folder, other ranks and other ways of
     looking at it are not in it; the records that came out are told apart by their content."""
     tree = asdict(config)
-    names = ("scale", "pools", "data", "model", "optim", "gates", "stages", "production", "chains", "reinforcement")
+    names = ("scale", "pools", "data", "model", "optim", "gates", "stages", "production", "reinforcement")
     parts = {name: tree[name] for name in names}
     parts["production"].pop("engine")
     trained = {name: tree["train"][name] for name in ("steps", "precision", "patch", "fp8")}

@@ -129,14 +129,13 @@ def _of_stages(decisions: list[dict[str, Any]]) -> list[Section]:
 
 
 def _of_policy(policy: Learnt | None, config: QuickstartConfig, folder: Path) -> list[Section]:
-    """Chains before and after reinforcement learning, and how that went."""
+    """The questions that were held back, before and after reinforcement learning, and how that went."""
     if policy is None:
         return []
     k = config.reinforcement.samples
     forms = (
         ("pass@1", "pass_1", "{:.1%}"),
         (f"pass@{k}", "pass_k", "{:.1%}"),
-        ("tokens of an answer", "length", "{:.1f}"),
         ("right on a blank image too", "survival", "{:.1%}"),
         ("general", "general", "{:.1%}"),
         ("domain", "domain", "{:.1%}"),
@@ -146,14 +145,14 @@ def _of_policy(policy: Learnt | None, config: QuickstartConfig, folder: Path) ->
         for name, of in (("before", policy.before), ("after", policy.after))
     ]
     log = read_metrics(folder / FOLDER / "rl.jsonl")
+    watched = (("pass@1", "pass@1 of the rollout"), ("entropy", "entropy (nats a token)"))
     courses = {
-        title: {"quickstart": [(row["step"], row[name]) for row in log if name in row]}
-        for name, title in (("pass@1", "pass@1 of the rollout"), ("length_mean", "tokens of an answer"))
+        title: {"quickstart": [(row["step"], row[name]) for row in log if name in row]} for name, title in watched
     }
     note = (
         f"{policy.steps} updates of {config.reinforcement.policy.algorithm.name} in {clock(policy.seconds)} minutes, "
-        f"on questions that take a short chain of steps; {k} answers to each held-out one. General and domain: the "
-        "gates' questions. All of it, arm against arm: m4ov run hybrid-rl."
+        f"on questions of the stages. Measured on those that were held back for the gates, {k} answers drawn to each; "
+        "general and domain: the likeliest answers. Several objectives, arm against arm: m4ov run hybrid-rl."
     )
     return [
         Section("Reinforcement learning", ["", *(title for title, _, _ in forms)], rows, note=note),

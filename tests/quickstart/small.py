@@ -22,8 +22,11 @@ gates: {share: 0.2, limit: 12}
 evaluate: {limit: 20, examples: 3}
 compare: {steps: 1, images_per_step: 3}
 operators: false
-chains: {grids: 10, policy_grids: 6, held_out: 4, questions: 2}
-reinforcement: {steps: 2, samples: 2, policy: {rollout: {prompts: 2, samples: 2, max_tokens: 4}, advantages: {k: 2}}}
+reinforcement:
+  steps: 2
+  questions: 20
+  samples: 2
+  policy: {rollout: {prompts: 2, samples: 2, max_tokens: 4, rounds: 1}, advantages: {k: 2}}
 stages:
   knowledge: {mixture: {general: 3, domain: 2}, steps: 1, rounds: 2, warmup: 1}
   restore:
@@ -31,7 +34,7 @@ stages:
     steps: 1
     rounds: 2
     guards: {domain: {epsilon: 0.02, pool: domain, replay: 0.2}}
-  refine: {mixture: {general: 1, domain: 1, chains: 1}, steps: 2, average: {kind: ema, decay: 0.5}}
+  refine: {mixture: {general: 1, domain: 1}, steps: 2, average: {kind: ema, decay: 0.5}}
 """
 
 

@@ -82,7 +82,7 @@ def decisions(home: Path) -> list[dict]:
 def test_what_is_held_out_is_in_no_pool_and_no_gate(whole):
     """Of the digits the recipe's own split; of easy-vqa the training images alone."""
     config = load(whole[0])
-    material, _ = quickstart.gather(config, Console(quiet=True))
+    material = quickstart.gather(config, Console(quiet=True))
     _, held_out = digits(64, held_out=30, split_seed=0)
     test = easy_vqa("test", 64)
     assert (material.tests["domain"].images == held_out.images).all()
@@ -98,7 +98,7 @@ def test_what_is_held_out_is_in_no_pool_and_no_gate(whole):
 
 
 def test_questions_are_asked_as_the_held_out_ones_are(whole):
-    material, _ = quickstart.gather(load(whole[0]), Console(quiet=True))
+    material = quickstart.gather(load(whole[0]), Console(quiet=True))
     pool = material.pools["general"]
     assert all(sample.question[0].islower() for sample in pool.split.samples)
     asked = {sample.question for sample in material.tests["general"].samples}
