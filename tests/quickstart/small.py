@@ -61,5 +61,7 @@ KEPT = (
     "decisions.jsonl",
     "model/*",
     "[123]-*/model/*",
-    "reinforcement/*.json",
+    "reinforcement/before.json",
+    "reinforcement/after.json",
+    "reinforcement/model/*",
 )
