@@ -194,14 +194,14 @@ print(extra(lambda: verify(source, open_checkpoint(folder / "plain"))))
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is Linux's to tell")
 def test_memory_is_that_of_the_largest_weight(tmp_path):
-    """40 MB of weights in float32, 4 MB each: a weight is held packed, one code a byte, and in its new form."""
+    """64 MB of weights in float32, 4 MB each: a weight is held packed, one code a byte, and in its new form."""
     torch.manual_seed(8)
     made = {
         f"{small.TEXT}.{layer}.mlp.down_proj": Int4Weight.quantize(small.linear(1024, 1024).half(), group_size=128)
-        for layer in range(10)
+        for layer in range(16)
     }
     small.write(tmp_path / "source", made, "gptq_v2")
     child = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True)
-    largest, slack = 4, 14  # MiB: a weight in float32; some float64 copies of its rows
+    # MiB: a weight in float32, some float64 copies of its rows, what the allocator keeps; all weights are 64.
     for peak in map(float, child.stdout.split()):
-        assert peak <= 3 * largest + slack, child.stdout
+        assert peak <= 40, child.stdout
