@@ -193,6 +193,19 @@ def test_a_prompt_that_all_solve_still_teaches_to_be_short():
     assert weightless.informative.tolist() == [False]
 
 
+def test_an_objective_that_is_not_scaled_keeps_its_size_in_a_group():
+    """ALP's lengths differ tenfold between two prompts: scaled, both press alike; as they are, tenfold too."""
+    values = {"length": [-1.0, -2, -3, -10, -20, -30]}
+    pressed = {}
+    for scaled in (True, False):
+        objective = ObjectiveConfig(0.5, "all", scaled=scaled)
+        config = AdvantageConfig(outcome="", normalise="none", objectives={"length": objective})
+        pressed[scaled] = compose(values, [True] * 6, [3, 3], config).advantages.tolist()
+    root = 0.5 / sqrt(2 / 3)
+    assert pressed[True] == pytest.approx([root, 0, -root, root, 0, -root], abs=1e-5)
+    assert pressed[False] == pytest.approx([0.5, 0, -0.5, 5, 0, -5])
+
+
 def test_ranks_together_are_the_step():
     """Each with its prompts: the same advantages as one process with all of them."""
     sizes = [4, 8, 6, 8, 3, 8]
